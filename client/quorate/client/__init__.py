@@ -1,0 +1,1 @@
+"""The site process: policy, ledger, data, trainer and DP-SGD."""

@@ -1,0 +1,1 @@
+"""The coordinator: rounds, checkpoints, evaluation and reports."""

@@ -1,0 +1,1 @@
+"""What server and client both speak: configuration, tasks, adapters, aggregation rules, messages, privacy."""

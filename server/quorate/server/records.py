@@ -1,0 +1,159 @@
+"""The record of a run: what each round did, what was measured, and the summary, as pydantic models.
+
+Files in `output_dir`: `record.jsonl` holds one RoundRecord a line, `metrics.jsonl` one RoundMetrics a line,
+`summary.json` one Summary. Readers take what they know and ignore the rest, so fields are only ever added.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from quorate.shared.messages import SiteDescription
+from quorate.shared.tasks.base import Metrics
+
+
+class Record(BaseModel):
+    """Base of everything written to the output folder."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, ser_json_inf_nan="null")
+
+
+class Exclusion(Record):
+    """Why a site's answer did not count in a round."""
+
+    code: str
+    """Error class: the site's own (`data`, `model`, ...), `timeout`, or the check that failed."""
+    reason: str
+    """One sentence in words; never text that came from a site's data."""
+
+
+class RoundRecord(Record):
+    """What one round did."""
+
+    round: int
+    """Round, from 1."""
+    cohort: tuple[str, ...]
+    """Sites that were asked to train."""
+    weights: dict[str, float]
+    """Aggregation weight of each counted site, summing to 1."""
+    num_examples: dict[str, int]
+    """Training rows of each counted site."""
+    num_steps: dict[str, int]
+    """Optimiser steps each counted site took."""
+    update_norms: dict[str, float]
+    """L2 distance each counted site moved from where it started [parameter units]."""
+    excluded: dict[str, Exclusion]
+    """Sites asked whose answer did not count, and why."""
+    bytes_down: dict[str, int]
+    """Bytes sent to each site, training and evaluation together."""
+    bytes_up: dict[str, int]
+    """Bytes received from each site."""
+    seconds: dict[str, float]
+    """Wall time of each step of the round: cohort, train, check, aggregate, evaluate, checkpoint."""
+    state_hash: str
+    """Content hash of the global state after the round."""
+
+
+class Evaluation(Record):
+    """One model measured on one split, per site and together."""
+
+    split: Literal["train", "validation", "test"]
+    """Which rows."""
+    pooled: Metrics
+    """All sites' rows together."""
+    mean: dict[str, float]
+    """Unweighted mean over sites of each scalar metric."""
+    sites: dict[str, Metrics]
+    """Each site's own rows."""
+    rows: dict[str, int]
+    """Rows per site."""
+    intervals: dict[str, Any] = {}
+    """95 % bootstrap intervals, [low, high], of every scalar metric: `pooled` > metric and
+    `sites` > NAME > metric."""
+
+
+class RoundMetrics(Record):
+    """What was measured after one round."""
+
+    round: int
+    """Round, from 1."""
+    train: dict[str, dict[str, float]]
+    """Site -> figures of its training (`train_loss`, `grad_norm`, `learning_rate`)."""
+    validation: Evaluation | None = None
+    """The new global model on validation rows, in rounds that evaluate."""
+
+
+class Measured(Record):
+    """A model of the run, by the round it comes from, with its evaluations."""
+
+    round: int
+    """The round after which the model was taken."""
+    validation: Evaluation | None = None
+    """On validation rows."""
+    test: Evaluation | None = None
+    """On test rows."""
+
+
+class References(Record):
+    """The two reference runs, each with the same budget of optimiser steps."""
+
+    local_only: dict[str, Measured] = {}
+    """Site -> its own adapter, trained on its rows alone, tested on every site's rows: `test.sites[SITE]` is
+    at home, `test.pooled` everywhere."""
+    centralised: Measured | None = None
+    """One adapter trained on all rows in one place, with as many steps as all sites took together."""
+
+
+class Worth(Record):
+    """What the federation brought one site, on its own test rows."""
+
+    metric: str
+    """The metric compared."""
+    federated: float
+    """The federated model (best round)."""
+    local_only: float
+    """The site's own adapter."""
+    gain: float
+    """federated - local_only."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of the gain, from resampling the site's test rows of both independently (so it is on the
+    wide side: the same rows were scored twice)."""
+
+
+class Summary(Record):
+    """The whole run in one object."""
+
+    name: str
+    """Name of the run file."""
+    run_id: str
+    """Identity of this run."""
+    status: Literal["done", "interrupted", "quorum-not-met"]
+    """How it ended."""
+    rounds: int
+    """Rounds completed."""
+    metric: str
+    """The metric that picks the best round and that references are compared on."""
+    seed: int
+    """The run's seed."""
+    config_hash: str
+    """SHA-256 of the resolved run configuration."""
+    final: Measured | None = None
+    """The model after the last round."""
+    best: Measured | None = None
+    """The model of the best round by `metric` on pooled validation rows; this is what `adapter/` holds."""
+    references: References | None = None
+    """Reference runs, where asked for."""
+    worth: dict[str, Worth] = {}
+    """Site -> what the federation brought it; empty without the local_only reference."""
+    sites: dict[str, SiteDescription] = {}
+    """What the sites said of themselves when they joined."""
+    excluded: dict[str, dict[int, Exclusion]] = {}
+    """Site -> round (0 while joining) -> why it did not count."""
+    bytes: dict[str, int]
+    """`down`, `up` and `total` over all rounds and sites."""
+    seconds: dict[str, float]
+    """Wall time by step, and `total`."""
+    versions: dict[str, str]
+    """Versions of quorate and the libraries that shape the result, at the coordinator."""

@@ -1,0 +1,160 @@
+"""The adapter value: named float32 arrays, what sites train and the server aggregates.
+
+Names are PEFT's own as `save_pretrained` writes them (`base_model.model.….lora_A.weight`), so an adapter
+saved to disk is one that `PeftModel.from_pretrained` reads. A value is never changed in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from quorate.shared.errors import AdapterError, NonFiniteUpdate
+
+Array = npt.NDArray[np.float32]
+
+LORA_A = ".lora_A.weight"
+LORA_B = ".lora_B.weight"
+LORA_MAGNITUDE = ".lora_magnitude_vector"
+
+
+class Adapter(Mapping[str, Array]):
+    """An immutable mapping from array name to float32 array, in sorted order of names.
+
+    Shapes: LoRA A is [r, d_in], B is [d_out, r]; head arrays have their layer's own shape.
+    Raises: AdapterError: for an array that is not float32.
+    """
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        for name, array in arrays.items():
+            if array.dtype != np.float32:
+                raise AdapterError(f"adapter array {name} has dtype {array.dtype}; expected float32.")
+        self._arrays = {name: arrays[name] for name in sorted(arrays)}
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"Adapter({len(self)} arrays, {self.num_bytes} bytes, {self.content_hash[:12]})"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays, without names or headers."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    @property
+    def schema(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every array."""
+        return {name: array.shape for name, array in self._arrays.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names and shapes: equal for adapters that can be aggregated together."""
+        return hashlib.sha256(json.dumps(self.schema, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over names, shapes and values: equal for adapters that are equal bit for bit."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for array in self._arrays.values():
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def l2_norm(self) -> float:
+        """Global L2 norm over all arrays concatenated [parameter units], summed in float64."""
+        return float(np.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in self.values())))
+
+    def map(self, function: Callable[[str, Array], Array]) -> Adapter:
+        """Return the adapter of `function(name, array)` for every array."""
+        return Adapter({name: function(name, array) for name, array in self.items()})
+
+    def subset(self, names: Iterable[str]) -> Adapter:
+        """Return the adapter of those arrays alone.
+
+        Raises: AdapterError: naming the arrays that are not there.
+        """
+        wanted = list(names)
+        if missing := [name for name in wanted if name not in self._arrays]:
+            raise AdapterError(f"adapter has no array {', '.join(missing[:3])}; it has {len(self)} arrays.")
+        return Adapter({name: self._arrays[name] for name in wanted})
+
+    def updated(self, other: Mapping[str, Array]) -> Adapter:
+        """Return this adapter with the arrays of `other` put over it."""
+        return Adapter({**self._arrays, **other})
+
+    def minus(self, other: Adapter) -> Adapter:
+        """Return the difference to `other` over this adapter's arrays."""
+        return self.map(lambda name, array: np.asarray(array - other[name], dtype=np.float32))
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteUpdate, naming the first bad array, if a value is NaN or infinite."""
+        for name, array in self.items():
+            if not np.isfinite(array).all():
+                raise NonFiniteUpdate(f"array {name} holds NaN or infinity.")
+
+    def check_schema(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise AdapterError, naming the first array that is missing, unexpected or of another shape."""
+        for name in sorted(expected.keys() | self._arrays.keys()):
+            if name not in self._arrays:
+                raise AdapterError(f"array {name} is missing.")
+            if name not in expected:
+                raise AdapterError(f"array {name} is not part of this run's adapter.")
+            if self._arrays[name].shape != tuple(expected[name]):
+                raise AdapterError(
+                    f"array {name} has shape {list(self._arrays[name].shape)}; expected {list(expected[name])}."
+                )
+
+    def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
+        """Serialise as safetensors."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays.items()}
+        return save(arrays, metadata={"format": "pt", **(metadata or {})})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Adapter:
+        """Parse safetensors bytes.
+
+        Raises: AdapterError: the bytes are not safetensors, or an array is not float32.
+        """
+        try:
+            return cls(load(data))
+        except SafetensorError as error:
+            raise AdapterError(f"these bytes are not a safetensors file: {error}") from error
+
+
+def is_lora_a(name: str) -> bool:
+    """Whether `name` is the A factor ([r, d_in]) of a LoRA pair."""
+    return name.endswith(LORA_A)
+
+
+def is_lora_b(name: str) -> bool:
+    """Whether `name` is the B factor ([d_out, r]) of a LoRA pair."""
+    return name.endswith(LORA_B)
+
+
+def lora_layers(names: Iterable[str]) -> list[str]:
+    """Return the sorted names of adapted layers, without the `.lora_A.weight` ending.
+
+    Raises: AdapterError: naming a layer whose A or B factor is missing.
+    """
+    present = set(names)
+    layers = sorted({re.sub(r"\.lora_[AB]\.weight$", "", n) for n in present if is_lora_a(n) or is_lora_b(n)})
+    for layer in layers:
+        for ending in (LORA_A, LORA_B):
+            if layer + ending not in present:
+                raise AdapterError(f"layer {layer} has no {ending[1:]} array: both LoRA factors are needed.")
+    return layers

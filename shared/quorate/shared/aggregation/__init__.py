@@ -1,0 +1,17 @@
+"""Aggregation rules, each in one file; `AggregationRule` is their union as a run file sees it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from quorate.shared.aggregation.base import Aggregator, GlobalState
+from quorate.shared.aggregation.fedavg import FedAvg
+from quorate.shared.aggregation.fedex import FedEx
+from quorate.shared.aggregation.ffa import FFA
+
+AggregationRule = Annotated[FedAvg | FFA | FedEx, Field(discriminator="name")]
+RULES: tuple[type[Aggregator], ...] = (FedAvg, FFA, FedEx)
+
+__all__ = ["FFA", "RULES", "AggregationRule", "Aggregator", "FedAvg", "FedEx", "GlobalState"]

@@ -1,0 +1,128 @@
+"""The interface of an aggregation rule: a site half and a server half in one frozen value.
+
+A rule is one file with one class. The class is the rule's configuration as well (its fields are what the
+run file may say about it), so whatever a run file names is fully described by this package.
+
+    site    trainable(names, round)            which arrays move in this round
+            upload(trained, received, round)   what leaves the site
+    server  download(state, round)             what goes to the sites
+            init -> add(update) ... -> finish  one pass over the round's updates
+            memory_bytes(schema, cohort)       what that pass holds
+
+`add` may be called as updates arrive. A linear rule needs only a weighted sum of what sites upload: it
+holds one adapter whatever the cohort, and composes with secure aggregation and central noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from quorate.shared.adapter import Adapter
+from quorate.shared.config.base import ConfigModel
+
+RESIDUAL_A = ".residual_A"
+RESIDUAL_B = ".residual_B"
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """The federation's model: one adapter, and what a rule has moved into the frozen base.
+
+    With scaling s (lora_alpha / r), layer W0 acts as W0 + s (B A + residual_B residual_A).
+
+    Args:
+        adapter: the arrays that sites train.
+        residual: `<layer>.residual_A` [q, d_in] and `<layer>.residual_B` [d_out, q]; empty for most rules.
+    """
+
+    adapter: Adapter
+    residual: Adapter = field(default_factory=lambda: Adapter({}))
+
+    def pack(self) -> Adapter:
+        """Return all arrays in one adapter value, as they travel and are stored."""
+        return self.adapter.updated(self.residual)
+
+    @classmethod
+    def unpack(cls, arrays: Adapter) -> GlobalState:
+        """Split what `pack` joined."""
+        residual = [name for name in arrays if name.endswith((RESIDUAL_A, RESIDUAL_B))]
+        return cls(arrays.subset(n for n in arrays if n not in set(residual)), arrays.subset(residual))
+
+
+@dataclass
+class WeightedSum:
+    """A running sum of weight * array in float64, and of the weights: the memory of one update."""
+
+    arrays: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    weight: float = 0.0
+
+    def add(self, update: Adapter, weight: float) -> None:
+        """Add `weight` times `update`."""
+        self.weight += weight
+        for name, array in update.items():
+            if name in self.arrays:
+                self.arrays[name] += weight * array.astype(np.float64)
+            else:
+                self.arrays[name] = weight * array.astype(np.float64)
+
+    def mean(self) -> Adapter:
+        """Return the weighted mean, rounded to float32."""
+        return Adapter({name: (total / self.weight).astype(np.float32) for name, total in self.arrays.items()})
+
+
+class Aggregator(ConfigModel, ABC):
+    """One aggregation rule with its parameters."""
+
+    linear: ClassVar[bool]
+    """Whether the server needs only a weighted sum of the uploads."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weigh sites by their training rows, or equally."""
+
+    def check_compatible(self, *, use_dora: bool) -> None:
+        """Raise ValueError, with the reason, if this rule does not compose with the adapter asked for."""
+
+    def weight(self, num_examples: int) -> float:
+        """Return the weight of a site with `num_examples` training rows."""
+        return float(num_examples) if self.weighting == "examples" else 1.0
+
+    def trainable(self, names: Iterable[str], round: int) -> frozenset[str]:
+        """Return which of the adapter's arrays are trained in `round` (from 1); the others stay frozen."""
+        return frozenset(names)
+
+    def upload(self, trained: Adapter, received: GlobalState, round: int) -> Adapter:
+        """Return what leaves the site after training; by default the arrays that were trained."""
+        return trained.subset(sorted(self.trainable(trained, round)))
+
+    def upload_schema(
+        self, schema: Mapping[str, tuple[int, ...]], round: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes a site must send back, from the adapter's own schema."""
+        names = self.trainable(schema, round)
+        return {name: shape for name, shape in schema.items() if name in names}
+
+    def download(self, state: GlobalState, round: int) -> Adapter:
+        """Return the arrays sent to every site; a site fills in what is missing from its seeded start."""
+        return state.pack()
+
+    @abstractmethod
+    def init(self, state: GlobalState, round: int) -> WeightedSum:
+        """Start a round's aggregation; returns the accumulator that `add` and `finish` take."""
+
+    def add(self, accumulator: WeightedSum, update: Adapter, weight: float) -> None:
+        """Take one upload into the accumulator."""
+        accumulator.add(update, weight)
+
+    def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
+        """Return the next global state. Only called after at least one `add`."""
+        return GlobalState(state.adapter.updated(accumulator.mean()), state.residual)
+
+    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
+        """Return the bytes the accumulator holds for a cohort of this size; float64 sums by default."""
+        return 8 * sum(prod(shape) for shape in self.upload_schema(schema, 1).values())

@@ -1,0 +1,1 @@
+"""Configuration: run files and sites files as frozen pydantic models."""

@@ -1,0 +1,24 @@
+"""The base of every configuration model: frozen, no unknown fields, one canonical JSON form."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigModel(BaseModel):
+    """A frozen pydantic model that refuses unknown fields and has a hash of its content."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    def canonical_json(self) -> str:
+        """Return the one JSON text of this configuration (defaults written out, field order fixed)."""
+        return self.model_dump_json()
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the canonical JSON, in hex."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()

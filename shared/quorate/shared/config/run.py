@@ -1,0 +1,167 @@
+"""The run file: everything that shapes a run, and nothing about anyone's disk.
+
+Field names are Hugging Face's where Hugging Face has a name for the thing. A site receives this same
+configuration with every request, so it must never hold paths of data, secrets or code.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from quorate.shared.aggregation import AggregationRule, FedAvg
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.tasks import TaskConfig
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelConfig(ConfigModel):
+    """The frozen base model. Weights are safetensors; remote code is never run."""
+
+    model_name_or_path: str = Field(min_length=1)
+    """A folder, a hub id, or `package:NAME/FOLDER` for a resource inside an installed package.
+    `${VARIABLE}` is replaced from the environment."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; ignored for folders and packages."""
+    sha256: Sha256 | None = None
+    """SHA-256 of `model.safetensors` (for several files: of the sorted lines `sha256  name`). Checked when
+    given; written into the resolved run file otherwise."""
+    pad_token: str | None = None
+    """Token to pad with when the tokenizer has none, for instance its end-of-text token."""
+
+
+class AdapterConfig(ConfigModel):
+    """The LoRA adapter, in PEFT's own words."""
+
+    r: int = Field(8, ge=1, le=1024)
+    """Rank of the factors."""
+    lora_alpha: float = Field(16, gt=0)
+    """Scaling numerator: the update is lora_alpha / r * B A (lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input, drawn from a generator per site."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Module name endings, or one regular expression; PEFT's default for the architecture when left out."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules trained whole, such as the head; the task's head when left out."""
+    use_rslora: bool = False
+    """Scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353); refused with rules that need plain B A products."""
+
+
+class TrainingConfig(ConfigModel):
+    """How a site trains in one round, in the words of Hugging Face's TrainingArguments."""
+
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """Schedule over all rounds of the run, not over one."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps of the run in which the learning rate rises linearly from 0."""
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    """Local optimiser; its state starts afresh each round, as a site keeps nothing between rounds."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first moment decay."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's second moment decay."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD's momentum."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW) or L2 term (SGD)."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped."""
+    per_device_train_batch_size: int = Field(16, ge=1)
+    """Rows of one site in one forward pass."""
+    per_device_eval_batch_size: int = Field(32, ge=1)
+    """Rows in one forward pass of an evaluation."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimiser step."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps of each site in ONE round; takes the place of num_train_epochs."""
+    num_train_epochs: int = Field(1, ge=1)
+    """Passes over the site's rows in ONE round, when max_steps is left out."""
+    bf16: bool = False
+    """Run the forward pass under bfloat16 autocast; adapters and optimisers stay float32."""
+    base_dropout: bool = False
+    """Use the base model's own dropout. Sites stacked in one pass then no longer equal sites alone."""
+    max_stack: int = Field(8, ge=1)
+    """How many sites at most share one forward pass in simulation."""
+
+
+class FederationConfig(ConfigModel):
+    """Rounds, cohort and quorum."""
+
+    rounds: int = Field(ge=1)
+    """Number of rounds."""
+    sites_per_round: int | None = Field(None, ge=1)
+    """Sites asked in a round, drawn by seed; all of them when left out."""
+    quorum: int = Field(1, ge=1)
+    """A round needs at least this many good updates, else the run stops with exit code 3."""
+    timeout_seconds: float = Field(3600, gt=0)
+    """Longest wait for a round's replies."""
+    grace_seconds: float = Field(60, ge=0)
+    """How long to wait for the rest once the quorum has replied."""
+    max_update_norm: float | None = Field(None, gt=0)
+    """Set aside an update that moved further than this L2 norm [parameter units]."""
+
+
+class EvaluationConfig(ConfigModel):
+    """What is measured, and against what."""
+
+    every: int = Field(1, ge=1)
+    """Evaluate on validation rows every so many rounds (and always after the last)."""
+    metric_for_best_model: str | None = None
+    """Pooled validation metric that picks the best round; the task's own when left out."""
+    references: tuple[Literal["local_only", "centralised"], ...] = ()
+    """Reference runs: each site alone, and all rows in one place, both with the same budget of steps."""
+    bootstrap_samples: int = Field(1000, ge=0)
+    """Resamples of the test rows for the 95 % intervals; 0 leaves intervals out."""
+
+
+class RunConfig(ConfigModel):
+    """One run. The same file, byte for byte, in simulation and in production."""
+
+    name: Name
+    """Name of the run, used in reports."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """The one seed; every random choice derives from it."""
+    task: TaskConfig
+    """What is learnt: the task, its labels and its options."""
+    data: Name
+    """Alias of the data; every site says for itself what it stands for."""
+    model: ModelConfig
+    """The frozen base model."""
+    adapter: AdapterConfig = AdapterConfig()
+    """The LoRA adapter."""
+    training: TrainingConfig = TrainingConfig()
+    """Training at the sites."""
+    federation: FederationConfig
+    """Rounds, cohort and quorum."""
+    aggregation: AggregationRule = FedAvg()
+    """How updates become the next global adapter."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Metrics, the best round and reference runs."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints kept in output_dir; the best round's is kept besides."""
+    report_to: tuple[Literal["tensorboard"], ...] = ()
+    """Trackers to write to besides the run's own files."""
+
+    @model_validator(mode="after")
+    def _rule_fits_adapter(self) -> RunConfig:
+        self.aggregation.check_compatible(use_dora=self.adapter.use_dora)
+        return self
+
+    @model_validator(mode="after")
+    def _quorum_within_cohort(self) -> RunConfig:
+        asked = self.federation.sites_per_round
+        if asked is not None and self.federation.quorum > asked:
+            raise ValueError(
+                f"federation.quorum {self.federation.quorum} is above federation.sites_per_round {asked}; "
+                "lower the quorum or ask more sites"
+            )
+        return self

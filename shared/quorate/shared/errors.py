@@ -1,0 +1,97 @@
+"""The error tree of Quorate. Every message says what is wrong, where, and what to do.
+
+    QuorateError                 exit 1   anything Quorate raises on purpose
+    ├── BadInput                 exit 2   the person who started the command can mend it
+    │   ├── ConfigError                   run file, sites file or override
+    │   ├── DataError                     a data file, a row, a label
+    │   ├── ModelError                    base model, tokenizer, adapter targets
+    │   ├── AdapterError                  arrays whose names, shapes or values are wrong
+    │   │   └── NonFiniteUpdate           NaN or infinity in an array
+    │   ├── CheckpointError               a checkpoint that is damaged or of another run
+    │   ├── ProtocolError                 a message that does not parse or does not belong
+    │   └── OutputError                   the output folder cannot be used or written
+    ├── RequestRefused           exit 1   a site says no to a request (policy, wrong run)
+    └── QuorumNotMet             exit 3   a round had too few good updates
+
+An error that crosses from a site to the coordinator carries `code` alone, never its text: the text
+may quote a patient's record.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QuorateError(Exception):
+    """Base class: `code` is what may leave a site, `exit_code` what the command line returns."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+
+class BadInput(QuorateError):
+    """Input that the person who started the command can mend."""
+
+    code = "bad-input"
+    exit_code = 2
+
+
+class ConfigError(BadInput):
+    """A run file, sites file or override that does not validate."""
+
+    code = "config"
+
+
+class DataError(BadInput):
+    """Data that cannot be read or do not fit the run's task and labels."""
+
+    code = "data"
+
+
+class ModelError(BadInput):
+    """A base model that cannot be found, verified, loaded or adapted as asked."""
+
+    code = "model"
+
+
+class AdapterError(BadInput):
+    """Adapter arrays whose names, shapes or dtypes are not the expected ones."""
+
+    code = "adapter"
+
+
+class NonFiniteUpdate(AdapterError):
+    """An array that holds NaN or infinity."""
+
+    code = "non-finite"
+
+
+class CheckpointError(BadInput):
+    """A checkpoint that is damaged, edited, or belongs to another run."""
+
+    code = "checkpoint"
+
+
+class ProtocolError(BadInput):
+    """A message that does not parse, or that answers another question."""
+
+    code = "protocol"
+
+
+class OutputError(BadInput):
+    """An output folder that cannot be used or written."""
+
+    code = "output"
+
+
+class RequestRefused(QuorateError):
+    """A site refuses a request; the reason stays in the site's log."""
+
+    code = "refused"
+
+
+class QuorumNotMet(QuorateError):
+    """Fewer sites than the quorum returned a good update."""
+
+    code = "quorum"
+    exit_code = 3

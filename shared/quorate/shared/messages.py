@@ -1,0 +1,156 @@
+"""What the coordinator asks a site, and what the site answers; one safetensors blob each.
+
+The header is JSON in the safetensors metadata, the arrays are the tensors. Whoever carries a message
+(Flower's ClientApp, a Unix socket) carries bytes and needs none of torch, transformers or peft.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError
+
+from quorate.shared.adapter import Adapter
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.errors import AdapterError, ProtocolError
+from quorate.shared.outcomes import Outcomes
+
+PROTOCOL = 1
+Phase = Literal["join", "fit", "evaluate"]
+Split = Literal["train", "validation", "test"]
+_HEADER = "quorate"
+
+
+class RequestHeader(ConfigModel):
+    """Everything of a request but its arrays."""
+
+    protocol: Literal[1] = PROTOCOL
+    """Version of this message format."""
+    run_id: str
+    """Which run this is; outlives restarts of the coordinator."""
+    round: int = Field(ge=0)
+    """Round, from 1; 0 while sites join."""
+    phase: Phase
+    """What is asked: describe yourself, train, or evaluate."""
+    site: str
+    """The site that is asked."""
+    split: Split | None = None
+    """Rows to evaluate on."""
+    run_config: str
+    """The run configuration as canonical JSON."""
+    config_hash: str
+    """SHA-256 of `run_config`."""
+
+
+class SiteDescription(ConfigModel):
+    """What a site says of itself when it joins a run: counts and versions, never rows."""
+
+    rows: dict[Split, int]
+    """Usable rows per split."""
+    label_counts: dict[str, int]
+    """Training rows per label name, zeros included."""
+    model_files: dict[str, str]
+    """SHA-256 of each file of the base model that the site uses."""
+    model_sha256: str
+    """SHA-256 of the base model's weights, as in the run file."""
+    versions: dict[str, str]
+    """Versions of quorate, torch, transformers, peft."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the report should know: classes the site lacks, texts cut off."""
+
+
+class UpdateHeader(ConfigModel):
+    """Everything of an answer but its arrays."""
+
+    protocol: Literal[1] = PROTOCOL
+    """Version of this message format."""
+    run_id: str
+    """The request's run."""
+    round: int
+    """The request's round."""
+    phase: Phase
+    """The request's phase."""
+    site: str
+    """Who answers."""
+    config_hash: str
+    """Hash of the run configuration the site worked under."""
+    input_hash: str
+    """Content hash of the arrays the site started from."""
+    error: str | None = None
+    """Error code when the site could not do what was asked; all other fields are then empty."""
+    num_examples: int = Field(0, ge=0)
+    """Training rows of the site (fit) or rows evaluated (evaluate)."""
+    num_steps: int = Field(0, ge=0)
+    """Optimiser steps taken."""
+    metrics: dict[str, float] = {}
+    """Figures of the training, such as `train_loss` and `grad_norm`."""
+    seconds: float = Field(0.0, ge=0)
+    """Time the site worked on the request; a stacked pass is shared out equally."""
+    outcomes: Outcomes | None = None
+    """Result of an evaluation."""
+    description: SiteDescription | None = None
+    """Answer to `join`."""
+
+
+class Message[H: ConfigModel]:
+    """A header with arrays."""
+
+    header_type: type[H]
+
+    def __init__(self, header: H, arrays: Adapter | None = None) -> None:
+        self.header = header
+        self.arrays = Adapter({}) if arrays is None else arrays
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The message as it travels."""
+        return self.arrays.to_bytes({_HEADER: self.header.model_dump_json()})
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Parse a message.
+
+        Raises: ProtocolError: the bytes are not such a message; the text quotes no values.
+        """
+        try:
+            arrays = Adapter.from_bytes(data)  # also proves that the JSON header in front is well formed
+            length = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+            header = cls.header_type.model_validate_json(metadata.get(_HEADER, ""))
+        except ValidationError as error:
+            fields = ", ".join(".".join(map(str, e["loc"])) or e["type"] for e in error.errors())
+            raise ProtocolError(f"not a {cls.__name__} of protocol {PROTOCOL}: check {fields}.") from None
+        except AdapterError as error:
+            raise ProtocolError(f"not a {cls.__name__}: {error}") from error
+        return cls(header, arrays)
+
+
+class RoundRequest(Message[RequestHeader]):
+    """A question to one site, with the arrays it starts from."""
+
+    header_type = RequestHeader
+
+
+class Update(Message[UpdateHeader]):
+    """A site's answer, with the arrays it trained."""
+
+    header_type = UpdateHeader
+
+    @classmethod
+    def reply(cls, request: RoundRequest, arrays: Adapter | None = None, **fields: object) -> Update:
+        """Answer `request`; `fields` are those of UpdateHeader that are not the request's own."""
+        asked = request.header
+        header = UpdateHeader.model_validate(
+            {
+                "run_id": asked.run_id,
+                "round": asked.round,
+                "phase": asked.phase,
+                "site": asked.site,
+                "config_hash": asked.config_hash,
+                "input_hash": request.arrays.content_hash,
+                **fields,
+            }
+        )
+        return cls(header, arrays)

@@ -15,7 +15,6 @@ holds one adapter whatever the cohort, and composes with secure aggregation and 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -26,6 +25,7 @@ import numpy.typing as npt
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.errors import AdapterError
 
 RESIDUAL_A = ".residual_A"
 RESIDUAL_B = ".residual_B"
@@ -67,17 +67,28 @@ class WeightedSum:
         """Add `weight` times `update`."""
         self.weight += weight
         for name, array in update.items():
+            term = np.multiply(array, weight, dtype=np.float64)
             if name in self.arrays:
-                self.arrays[name] += weight * array.astype(np.float64)
+                self.arrays[name] += term
             else:
-                self.arrays[name] = weight * array.astype(np.float64)
+                self.arrays[name] = term
 
     def mean(self) -> Adapter:
-        """Return the weighted mean, rounded to float32."""
-        return Adapter({name: (total / self.weight).astype(np.float32) for name, total in self.arrays.items()})
+        """Return the weighted mean, rounded to float32.
+
+        Raises: AdapterError: no update has a weight above 0.
+        """
+        if not self.weight > 0:
+            raise AdapterError(
+                "the updates' weights sum to 0, so they have no mean: no site trained on a single row; "
+                "give the sites training rows or set aggregation.weighting: uniform."
+            )
+        return Adapter(
+            {name: (total / self.weight).astype(np.float32) for name, total in self.arrays.items()}
+        )
 
 
-class Aggregator(ConfigModel, ABC):
+class Aggregator(ConfigModel):
     """One aggregation rule with its parameters."""
 
     linear: ClassVar[bool]
@@ -100,9 +111,7 @@ class Aggregator(ConfigModel, ABC):
         """Return what leaves the site after training; by default the arrays that were trained."""
         return trained.subset(sorted(self.trainable(trained, round)))
 
-    def upload_schema(
-        self, schema: Mapping[str, tuple[int, ...]], round: int
-    ) -> dict[str, tuple[int, ...]]:
+    def upload_schema(self, schema: Mapping[str, tuple[int, ...]], round: int) -> dict[str, tuple[int, ...]]:
         """Return names and shapes a site must send back, from the adapter's own schema."""
         names = self.trainable(schema, round)
         return {name: shape for name, shape in schema.items() if name in names}
@@ -111,16 +120,19 @@ class Aggregator(ConfigModel, ABC):
         """Return the arrays sent to every site; a site fills in what is missing from its seeded start."""
         return state.pack()
 
-    @abstractmethod
     def init(self, state: GlobalState, round: int) -> WeightedSum:
-        """Start a round's aggregation; returns the accumulator that `add` and `finish` take."""
+        """Start a round's aggregation; returns the accumulator that `add` and `finish` take.
+
+        A rule that needs more than the sum extends WeightedSum.
+        """
+        return WeightedSum()
 
     def add(self, accumulator: WeightedSum, update: Adapter, weight: float) -> None:
         """Take one upload into the accumulator."""
         accumulator.add(update, weight)
 
     def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
-        """Return the next global state. Only called after at least one `add`."""
+        """Return the next global state; changes nothing it is given. Only called after at least one `add`."""
         return GlobalState(state.adapter.updated(accumulator.mean()), state.residual)
 
     def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:

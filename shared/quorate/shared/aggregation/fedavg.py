@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from quorate.shared.aggregation.base import Aggregator, GlobalState, WeightedSum
+from quorate.shared.aggregation.base import Aggregator
 
 
 class FedAvg(Aggregator):
@@ -17,7 +17,3 @@ class FedAvg(Aggregator):
     name: Literal["fedavg"] = "fedavg"
     """The rule."""
     linear: ClassVar[bool] = True
-
-    def init(self, state: GlobalState, round: int) -> WeightedSum:
-        """Start an empty weighted sum."""
-        return WeightedSum()

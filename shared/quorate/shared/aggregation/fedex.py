@@ -1,0 +1,113 @@
+"""FedEx-LoRA: average A and B, and add what the average misses to the frozen base.
+
+Singhal et al. 2024, arXiv:2410.09432. The federation's ideal update is the mean of the products; averaging the
+factors misses  sum p_k B_k A_k - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar),  of rank at most (K - 1) r.
+The residual of all rounds so far is kept as unscaled factors (see GlobalState) and recompressed every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from quorate.shared.adapter import LORA_A, LORA_B, Adapter, is_lora_a, is_lora_b, lora_layers
+from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, Aggregator, GlobalState, WeightedSum
+from quorate.shared.aggregation.factors import Matrix, compress
+from quorate.shared.errors import AdapterError
+
+
+@dataclass
+class FactorStack(WeightedSum):
+    """A running sum of all arrays, and every site's LoRA factors as they came."""
+
+    factors: list[tuple[float, Adapter]] = field(default_factory=list)
+
+    def add(self, update: Adapter, weight: float) -> None:
+        """Add `weight` times `update`, and keep its factors."""
+        super().add(update, weight)
+        self.factors.append((weight, update.subset(n for n in update if is_lora_a(n) or is_lora_b(n))))
+
+
+class FedEx(Aggregator):
+    """Average every array, and move the rest of the mean product into the base."""
+
+    name: Literal["fedex"] = "fedex"
+    """The rule."""
+    linear: ClassVar[bool] = False
+
+    def check_compatible(self, *, use_dora: bool) -> None:
+        """Raise ValueError for DoRA."""
+        if use_dora:
+            raise ValueError(
+                "aggregation fedex adds B A products to the base weights, but DoRA rescales the sum of base and "
+                "product by a trained magnitude, so the result would not be the mean of the sites' models; "
+                "set adapter.use_dora: false or choose aggregation fedavg"
+            )
+
+    def init(self, state: GlobalState, round: int) -> FactorStack:
+        """Start an empty stack."""
+        return FactorStack()
+
+    def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
+        """Return the averaged arrays, with this round's residual added to the old one.
+
+        Raises: AdapterError: a factor is not a matrix, or no weight is above 0.
+        """
+        if not isinstance(accumulator, FactorStack):
+            raise TypeError(f"fedex finishes what its own init started, not a {type(accumulator).__name__}")
+        mean, arrays = accumulator.mean(), dict(state.residual)
+        for layer in lora_layers(mean):
+            sites = [(weight / accumulator.weight, *_pair(u, layer)) for weight, u in accumulator.factors]
+            old = (
+                _pair(state.residual, layer, RESIDUAL_B, RESIDUAL_A) if layer + RESIDUAL_B in arrays else None
+            )
+            left, right = residual_factors(sites, old)
+            arrays[layer + RESIDUAL_B] = left.astype(np.float32)
+            arrays[layer + RESIDUAL_A] = right.astype(np.float32)
+        return GlobalState(
+            state.adapter.updated(mean),
+            Adapter({name: array for name, array in arrays.items() if array.size}),
+        )
+
+    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
+        """Return the bytes held: float64 sums, and a float32 copy of every site's factors.
+
+        `finish` needs besides, one layer at a time, 16 (m + n) (cohort r + q) bytes or so, q the residual's rank.
+        """
+        factors = sum(prod(shape) for name, shape in schema.items() if is_lora_a(name) or is_lora_b(name))
+        return super().memory_bytes(schema, cohort) + 4 * cohort * factors
+
+
+def residual_factors(
+    sites: Sequence[tuple[float, Matrix, Matrix]], old: tuple[Matrix, Matrix] | None = None
+) -> tuple[Matrix, Matrix]:
+    """Return factors of `old` + sum p_k B_k A_k - Bbar Abar, all in float64 and without forming a product.
+
+    Args:
+        sites: (p_k, B_k [m, r], A_k [r, n]) of every site; the p_k sum to 1.
+        old: the residual so far, [m, q] and [q, n].
+    Returns: left [m, q'] and right [q', n], q' at most min(m, n, q + (K - 1) r); 0 where sites agree.
+    """
+    mean_b = sum(share * b for share, b, _ in sites)
+    mean_a = sum(share * a for share, _, a in sites)
+    left = [share * (b - mean_b) for share, b, _ in sites]
+    right = [a - mean_a for _, _, a in sites]
+    # Where sites agree, the differences are rounding errors of B and A themselves: measure noise by those.
+    size = sum(share * float(np.linalg.norm(b)) * float(np.linalg.norm(a)) for share, b, a in sites)
+    if old is not None:
+        left, right = [old[0], *left], [old[1], *right]
+    return compress(np.hstack(left), np.vstack(right), floor=float(np.finfo(np.float64).eps) * size)
+
+
+def _pair(arrays: Adapter, layer: str, b: str = LORA_B, a: str = LORA_A) -> tuple[Matrix, Matrix]:
+    """Return a layer's two factors in float64."""
+    pair = arrays[layer + b].astype(np.float64), arrays[layer + a].astype(np.float64)
+    if pair[0].ndim != 2 or pair[1].ndim != 2:
+        raise AdapterError(
+            f"layer {layer} is not a linear layer, which fedex needs; choose aggregation fedavg."
+        )
+    return pair

@@ -1,0 +1,59 @@
+"""The federation's model as one plain LoRA adapter, which PEFT and whatever reads PEFT's format can load."""
+
+from __future__ import annotations
+
+import re
+from math import sqrt
+
+import numpy as np
+
+from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers
+from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, GlobalState
+from quorate.shared.errors import AdapterError
+
+_WRAPPER = "base_model.model."
+
+
+def as_lora(
+    state: GlobalState, r: int, lora_alpha: float, use_rslora: bool
+) -> tuple[Adapter, dict[str, int], dict[str, float]]:
+    """Fold the residual into the factors: A' = [A; residual_A], B' = [B, residual_B].
+
+    A layer with a residual of rank q gets rank r + q, and the alpha with which PEFT's scaling of it
+    (alpha' / (r + q), with rsLoRA alpha' / sqrt(r + q)) is that of the other layers.
+
+    Args:
+        state: adapter and residual; layer names begin with `base_model.model.`.
+        r: rank of the adapter's own factors.
+        lora_alpha: scaling numerator of the run.
+        use_rslora: whether PEFT scales by 1 / sqrt(rank).
+    Returns: the adapter, and `rank_pattern` and `alpha_pattern` for PEFT's LoraConfig, whose keys match the
+        layer of that very name and no other. Both are empty where there is no residual.
+    Raises: AdapterError: a residual does not fit the adapter's layers or shapes.
+    """
+    layers = set(lora_layers(state.adapter))
+    arrays, ranks, alphas = {}, {}, {}
+    for name, residual_b in state.residual.items():
+        if not name.endswith(RESIDUAL_B):
+            continue
+        layer = name.removesuffix(RESIDUAL_B)
+        residual_a = state.residual.get(layer + RESIDUAL_A)
+        if layer not in layers or residual_a is None:
+            raise AdapterError(
+                f"residual of layer {layer}: the adapter has no such layer, or a factor is missing."
+            )
+        a, b = state.adapter[layer + LORA_A], state.adapter[layer + LORA_B]
+        q = residual_b.shape[-1]
+        expected = (r, r, (q, a.shape[-1]), (b.shape[0], q))
+        if (a.shape[0], b.shape[-1], residual_a.shape, residual_b.shape) != expected:
+            raise AdapterError(
+                f"layer {layer}: A {a.shape}, B {b.shape} and residual {residual_a.shape}, {residual_b.shape} "
+                f"do not fit together at rank {r}."
+            )
+        arrays[layer + LORA_A] = np.vstack([a, residual_a])
+        arrays[layer + LORA_B] = np.hstack([b, residual_b])
+        # PEFT reads a key as a regular expression, matched against the end of the name inside the base model.
+        key = "^" + re.escape(layer.removeprefix(_WRAPPER))
+        ranks[key] = r + q
+        alphas[key] = lora_alpha / sqrt(r) * sqrt(r + q) if use_rslora else lora_alpha / r * (r + q)
+    return state.adapter.updated(arrays), ranks, alphas

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Literal, Self
+from typing import Generic, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -17,10 +17,13 @@ from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import AdapterError, ProtocolError
 from quorate.shared.outcomes import Outcomes
 
-PROTOCOL = 1
+PROTOCOL: Literal[1] = 1
 Phase = Literal["join", "fit", "evaluate"]
 Split = Literal["train", "validation", "test"]
+RECORD, ARRAY = "quorate", "message"
+"""Where a Flower RecordDict carries a message: the name of its array record, and of the array in it."""
 _HEADER = "quorate"
+H = TypeVar("H", bound=ConfigModel)
 
 
 class RequestHeader(ConfigModel):
@@ -35,7 +38,7 @@ class RequestHeader(ConfigModel):
     phase: Phase
     """What is asked: describe yourself, train, or evaluate."""
     site: str
-    """The site that is asked."""
+    """The site that is asked; empty while joining, when the coordinator knows nodes but not yet names."""
     split: Split | None = None
     """Rows to evaluate on."""
     run_config: str
@@ -94,7 +97,7 @@ class UpdateHeader(ConfigModel):
     """Answer to `join`."""
 
 
-class Message[H: ConfigModel]:
+class Message(Generic[H]):
     """A header with arrays."""
 
     header_type: type[H]
@@ -131,6 +134,17 @@ class RoundRequest(Message[RequestHeader]):
     """A question to one site, with the arrays it starts from."""
 
     header_type = RequestHeader
+
+    def addressed_to(self, site: str) -> RoundRequest:
+        """Return this request as `site` must see it.
+
+        Raises: ProtocolError: it names another site.
+        """
+        if self.header.site == site:
+            return self
+        if self.header.site:
+            raise ProtocolError(f"a request for another site reached {site}.")
+        return RoundRequest(self.header.model_copy(update={"site": site}), self.arrays)
 
 
 class Update(Message[UpdateHeader]):

@@ -64,7 +64,8 @@ class Outcomes(ConfigModel):
     def resampled(self, rng: np.random.Generator) -> Outcomes:
         """Return one bootstrap sample of the rows, drawn with replacement; the loss sum is kept."""
         counts = rng.multinomial(self.rows, np.array(self.counts) / self.rows)
-        return Outcomes(values=self.values, counts=tuple(counts.tolist()), loss_sum=self.loss_sum)
+        # Not validated again: a bootstrap makes thousands of these from values that were.
+        return self.model_copy(update={"counts": tuple(counts.tolist())})
 
     def arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return values [outcomes, width] and counts [outcomes]."""

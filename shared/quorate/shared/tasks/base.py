@@ -73,13 +73,15 @@ class Task(ConfigModel, ABC):
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head."""
     auto_class: ClassVar[str]
     """Name of the transformers Auto class that loads the base model with this task's head."""
+    processor_class: ClassVar[str] = "AutoTokenizer"
+    """Name of the transformers Auto class that loads what `encode` and `collate` take."""
 
     @abstractmethod
     def model_kwargs(self) -> dict[str, Any]:
         """Return keyword arguments for `from_pretrained` (number and names of labels, ...)."""
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+    def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
         """Turn rows into examples.
 
         Raises: DataError: naming the row's source, for a row the task cannot use.
@@ -98,7 +100,7 @@ class Task(ConfigModel, ABC):
         """Return the example's size before padding, to sort by."""
 
     @abstractmethod
-    def collate(self, examples: Sequence[Example], tokenizer: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
         """Pad examples to the longest of them."""
 
     @abstractmethod

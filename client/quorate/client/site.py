@@ -1,0 +1,219 @@
+"""The resident site: data, base model and trainer behind one seam, `handle(requests) -> updates`.
+
+In production a process holds one organisation and is asked one thing at a time. In simulation one process
+holds every site, and the whole cohort is trained in one pass over the frozen base.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+
+import torch
+
+from quorate.client.trainer.evaluate import evaluate
+from quorate.client.trainer.fit import Fitted, SiteTask, fit
+from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import DataError, ProtocolError, QuorateError, RequestRefused
+from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
+from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.progress import OnStep, ignore_step
+from quorate.shared.tasks.base import Example, Row
+
+log = logging.getLogger(__name__)
+
+SiteRows = Mapping[Split, Sequence[Row]]
+
+
+@dataclass
+class _Resident:
+    """What stays loaded while requests of one run come in."""
+
+    run: RunConfig
+    model: LoadedModel
+    stack: AdapterStack
+    examples: dict[tuple[str, Split], list[Example]]
+
+
+class Site:
+    """Answers requests for the sites whose rows it holds.
+
+    Args:
+        rows: site name -> split -> rows.
+        device: where to train; the first visible GPU, else the CPU, when left out.
+        on_step: told of every optimiser step.
+    """
+
+    def __init__(
+        self, rows: Mapping[str, SiteRows], *, device: torch.device | None = None, on_step: OnStep = ignore_step
+    ) -> None:
+        self._rows = rows
+        self._device = device
+        self._on_step = on_step
+        self._resident: _Resident | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites this process answers for."""
+        return tuple(self._rows)
+
+    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+        """Answer requests in order. A site that fails answers with an error code; the others go on.
+
+        The text of an error may quote data, so it goes to this process's log and never into an update.
+        """
+        answers: dict[int, Update] = {}
+        for group in self._groups(requests, answers):
+            try:
+                answers.update(zip(group, self._answer([requests[i] for i in group]), strict=True))
+            except Exception as error:  # any failure must reach the coordinator as a code, and no further
+                answers.update({i: _failed(requests[i], error) for i in group})
+        return [answers[i] for i in range(len(requests))]
+
+    def prepare(self, run: RunConfig) -> None:
+        """Load the base model and make every site's rows ready, so that what is wrong shows before round 1.
+
+        Raises: ModelError, DataError: naming the site.
+        """
+        resident = self._load(run)
+        for site in self._rows:
+            for split in ("train", "validation", "test"):
+                self._examples(resident, site, split)
+        log.debug("prepared %d sites on %s", len(self._rows), resident.model.peft.device)
+
+    def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
+        """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            try:
+                resident = self._admit(request)
+            except Exception as error:  # as above
+                answers[index] = _failed(request, error)
+                continue
+            stacked = request.header.phase == "fit"
+            residual = GlobalState.unpack(request.arrays).residual.content_hash
+            key = (str(request.header.round), residual) if stacked else (str(index),)
+            groups.setdefault((resident.run.content_hash, request.header.phase, *key), []).append(index)
+        for members in groups.values():
+            yield from _chunks(members, self._resident.run.training.max_stack if self._resident else 1)
+
+    def _admit(self, request: RoundRequest) -> _Resident:
+        header = request.header
+        run = RunConfig.model_validate_json(header.run_config)
+        if run.content_hash != header.config_hash:
+            raise ProtocolError("the configuration does not have the hash that the request names.")
+        if header.site not in self._rows:
+            raise RequestRefused(f"this process does not answer for site {header.site!r}.")
+        resident = self._load(run)
+        if header.phase == "fit":
+            self._examples(resident, header.site, "train")
+            request.arrays.check_finite()
+        return resident
+
+    def _load(self, run: RunConfig) -> _Resident:
+        if self._resident is None or self._resident.run != run:
+            model = load_model(run, device=self._device)
+            self._resident = _Resident(run, model, AdapterStack.install(model), {})
+        return self._resident
+
+    def _examples(self, resident: _Resident, site: str, split: Split) -> list[Example]:
+        key = (site, split)
+        if key not in resident.examples:
+            task = resident.run.task
+            rows = self._rows[site].get(split, ())
+            if split == "train" and not rows:
+                raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
+            examples = task.encode(rows, resident.model.processor)
+            resident.examples[key] = task.weigh(examples) if split == "train" else examples
+        return resident.examples[key]
+
+    def _answer(self, requests: list[RoundRequest]) -> list[Update]:
+        resident = self._load(RunConfig.model_validate_json(requests[0].header.run_config))
+        phase = requests[0].header.phase
+        if phase == "fit":
+            return self._fit(resident, requests)
+        return [
+            self._join(resident, request) if phase == "join" else self._evaluate(resident, request)
+            for request in requests
+        ]
+
+    def _join(self, resident: _Resident, request: RoundRequest) -> Update:
+        task, site = resident.run.task, request.header.site
+        rows = {split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")}
+        counts = task.label_counts(self._examples(resident, site, "train"))
+        lacking = [label for label, count in counts.items() if count == 0]
+        notes = (f"has no training row of: {', '.join(lacking)}",) if lacking else ()
+        description = SiteDescription(
+            rows=rows,
+            label_counts=counts,
+            model_files=resident.model.files,
+            model_sha256=resident.model.sha256,
+            versions={name: version(name) for name in ("quorate", "torch", "transformers", "peft")},
+            notes=notes,
+        )
+        return Update.reply(request, resident.model.initial, description=description)
+
+    def _evaluate(self, resident: _Resident, request: RoundRequest) -> Update:
+        started = time.monotonic()
+        if request.header.split is None:
+            raise ProtocolError("a request to evaluate must name a split.")
+        state = self._received(resident, request)
+        examples = self._examples(resident, request.header.site, request.header.split)
+        outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
+        return Update.reply(
+            request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
+        )
+
+    def _fit(self, resident: _Resident, requests: list[RoundRequest]) -> list[Update]:
+        """Train the requests' sites as one stack: the rule's site half around the trainer."""
+        started = time.monotonic()
+        run, round = resident.run, requests[0].header.round
+        states = [self._received(resident, request) for request in requests]
+        tasks = [
+            SiteTask(request.header.site, self._examples(resident, request.header.site, "train"), state.adapter)
+            for request, state in zip(requests, states, strict=True)
+        ]
+        trainable = run.aggregation.trainable(resident.model.initial, round)
+        fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
+        seconds = (time.monotonic() - started) / len(requests)
+        return [
+            self._uploaded(run, *answer, seconds) for answer in zip(requests, tasks, states, fitted, strict=True)
+        ]
+
+    def _uploaded(
+        self, run: RunConfig, request: RoundRequest, task: SiteTask, state: GlobalState, done: Fitted, seconds: float
+    ) -> Update:
+        arrays = run.aggregation.upload(done.adapter, state, request.header.round)
+        return Update.reply(
+            request,
+            arrays,
+            num_examples=len(task.examples),
+            num_steps=done.steps,
+            metrics=done.metrics,
+            seconds=seconds,
+        )
+
+    def _received(self, resident: _Resident, request: RoundRequest) -> GlobalState:
+        """Complete what was sent by the seeded start, and put its residual into the base."""
+        state = GlobalState.unpack(resident.model.initial.updated(request.arrays))
+        state.adapter.check_schema(resident.model.initial.schema)
+        resident.model.set_residual(state.residual)
+        return state
+
+
+def _failed(request: RoundRequest, error: Exception) -> Update:
+    code = error.code if isinstance(error, QuorateError) else "internal"
+    log.error("site %s, round %d: %s", request.header.site, request.header.round, error, exc_info=code == "internal")
+    return Update.reply(request, error=code)
+
+
+def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
+    members = iter(indices)
+    while chunk := list(islice(members, size)):
+        yield chunk

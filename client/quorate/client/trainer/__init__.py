@@ -1,0 +1,1 @@
+"""The trainer: a stack of K sites' adapters on one frozen base."""

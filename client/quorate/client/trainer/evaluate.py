@@ -1,0 +1,47 @@
+"""Measure one adapter on a site's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.adapter import Adapter
+from quorate.shared.config.run import RunConfig
+from quorate.shared.model import LoadedModel
+from quorate.shared.outcomes import Outcomes
+from quorate.shared.tasks.base import Batch, Example
+
+
+def forward(
+    model: LoadedModel, stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
+) -> Iterator[tuple[list[int], Batch, Tensor]]:
+    """Yield (row indices, batch, logits [rows, ...]) over all examples, of similar length together."""
+    stack.load([adapter], ())
+    stack.layout.sites = (0,)
+    order = sorted(range(len(examples)), key=lambda row: run.task.length(examples[row]))
+    size = run.training.per_device_eval_batch_size
+    device = model.peft.device
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        batch = run.task.collate([examples[row] for row in rows], model.processor).to(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
+            logits: Tensor = model.peft(**batch.inputs).logits
+        yield rows, batch, logits
+
+
+def evaluate(
+    model: LoadedModel, stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
+) -> Outcomes:
+    """Return the counts of outcomes and the summed loss of `adapter` on `examples`."""
+    outcomes = []
+    loss = 0.0
+    for _, batch, logits in forward(model, stack, run, adapter, examples):
+        outcomes.append(run.task.outcomes(logits, batch))
+        loss += float(run.task.loss(logits, batch).double().sum())
+    if not outcomes:
+        return Outcomes()
+    return Outcomes.of_rows(np.concatenate(outcomes), loss)

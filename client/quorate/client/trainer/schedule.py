@@ -1,0 +1,83 @@
+"""Learning-rate schedules over the whole run, and a site's data order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+from quorate.shared.config.run import TrainingConfig
+from quorate.shared.seeds import rng
+
+
+def lr_factor(config: TrainingConfig, step: int, total: int) -> float:
+    """Return the factor on the peak learning rate at `step` (from 0) of `total` steps of the run.
+
+    The same curves as `transformers.get_scheduler` for constant_with_warmup, linear and cosine.
+    """
+    warmup = math.ceil(total * config.warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    if config.lr_scheduler_type == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    if config.lr_scheduler_type == "linear":
+        return max(0.0, 1.0 - done)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows a site trains on in one round: optimiser steps of micro-batches of row indices.
+
+    The order is one endless walk through reshuffled epochs, a function of (seed, site) alone: round t starts
+    where round t - 1 would have ended, whether or not the site took part in it.
+    """
+
+    rows: int
+    training: TrainingConfig
+    seed: int
+    site: str
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step."""
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps of one round."""
+        if self.training.max_steps is not None:
+            return self.training.max_steps
+        return self.training.num_train_epochs * math.ceil(self.rows / self.rows_per_step)
+
+    def steps(self, round: int) -> list[list[list[int]]]:
+        """Return the round's steps (round from 1), each a list of micro-batches of row indices."""
+        if self.training.max_steps is None:
+            epochs = range((round - 1) * self.training.num_train_epochs, round * self.training.num_train_epochs)
+            batches = [chunk for epoch in epochs for chunk in _chunks(self._epoch(epoch), self.rows_per_step)]
+        else:
+            start = (round - 1) * self.training.max_steps * self.rows_per_step
+            walk = self._walk(start)
+            batches = [
+                [next(walk) for _ in range(self.rows_per_step)] for _ in range(self.training.max_steps)
+            ]
+        return [list(_chunks(batch, self.training.per_device_train_batch_size)) for batch in batches]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        order: list[int] = rng(self.seed, "order", self.site, epoch).permutation(self.rows).tolist()
+        return order
+
+    def _walk(self, start: int) -> Iterator[int]:
+        epoch, offset = divmod(start, self.rows)
+        while True:
+            yield from self._epoch(epoch)[offset:]
+            epoch, offset = epoch + 1, 0
+
+
+def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+

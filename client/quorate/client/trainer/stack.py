@@ -1,0 +1,216 @@
+"""K adapters on one frozen base: PEFT's trainable layers with a leading axis of sites.
+
+Every trainable linear layer of PEFT's model (lora_A, lora_B, the saved head) becomes one with weight
+[K, d_out, d_in]. A batch is laid out site-major, [K * b, ...]; the frozen base sees an ordinary batch. Names
+stay PEFT's, so a slice of the stack is the adapter of one site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
+from quorate.shared.errors import AdapterError
+from quorate.shared.model import LoadedModel
+
+
+@dataclass
+class Layout:
+    """Which sites the batch in flight belongs to, shared by all stacked layers of a model.
+
+    Args:
+        sites: stack positions present in the batch, in its order.
+        rows: real rows of each of them (the rest of its share is padding).
+        lengths: each site's own padded length, before padding to the longest site.
+        length: the batch's padded length.
+        generators: each site's dropout generator; None turns LoRA dropout off.
+    """
+
+    sites: tuple[int, ...] = (0,)
+    rows: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    length: int = 0
+    generators: tuple[torch.Generator, ...] | None = None
+
+
+class Stacked(nn.Module):
+    """A trainable tensor per site, [K, ...], of which a batch sees the slices of its own sites."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def of_batch(self, stack: Tensor) -> Tensor:
+        """Return the slices of the batch's sites, [k, ...]; the stack itself when all take part."""
+        sites = self.layout.sites
+        if sites == tuple(range(stack.shape[0])):
+            return stack
+        return stack[list(sites)]
+
+
+class StackedLinear(Stacked):
+    """`nn.Linear` for K sites: weight [K, d_out, d_in], bias [K, d_out]."""
+
+    def __init__(self, linear: nn.Linear, layout: Layout) -> None:
+        super().__init__(layout)
+        self.weight = nn.Parameter(linear.weight.detach()[None].clone())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[None].clone())
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [k * b, ..., d_in] to [k * b, ..., d_out], each site's rows by its own weight."""
+        weight = self.of_batch(self.weight)
+        flat = x.reshape(weight.shape[0], -1, self.in_features)
+        y = torch.bmm(flat, weight.transpose(1, 2).to(flat.dtype))
+        if self.bias is not None:
+            y = y + self.of_batch(self.bias)[:, None].to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class StackedDropout(Stacked):
+    """LoRA dropout that draws each site's mask from that site's generator.
+
+    The mask has the shape the site would see alone, so padding to another site's length changes no draw.
+    """
+
+    def __init__(self, p: float, layout: Layout) -> None:
+        super().__init__(layout)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop and rescale when the layout carries generators; else return `x`."""
+        layout = self.layout
+        if layout.generators is None:
+            return x
+        mask = torch.ones_like(x).view(len(layout.sites), -1, *x.shape[1:])
+        for index, generator in enumerate(layout.generators):
+            part = mask[index, : layout.rows[index]]
+            if x.ndim > 2 and x.shape[1] == layout.length:
+                part = part[:, : layout.lengths[index]]
+            drawn = torch.rand(part.shape, generator=generator, device=generator.device)
+            part.copy_((drawn >= self.p).to(part) / (1 - self.p))
+        return x * mask.view_as(x)
+
+
+class StackedDora(Stacked):
+    """PEFT's DoRA layer for K sites: magnitude [K, d_out]; arXiv:2402.09353, equation 5.
+
+    As in PEFT, the norm of W + s B A is a constant for the gradient.
+    """
+
+    def __init__(self, dora: DoraLinearLayer, layout: Layout) -> None:
+        super().__init__(layout)
+        self.fan_in_fan_out = dora.fan_in_fan_out
+        self.weight = nn.Parameter(dora.weight.detach()[None].clone())
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: StackedLinear,
+        lora_B: StackedLinear,
+        scaling: float,
+        base_layer: nn.Module,
+        base_result: Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """Return what is added to the base layer's output, [k * b, ..., d_out]."""
+        weight = dequantize_module_weight(base_layer).to(x.dtype)
+        weight = weight.T if self.fan_in_fan_out else weight
+        a, b = self.of_batch(lora_A.weight).detach(), self.of_batch(lora_B.weight).detach()
+        norm = torch.linalg.norm(weight + scaling * torch.bmm(b, a), dim=2)
+        scale = (self.of_batch(self.weight) / norm).to(x.dtype)
+        scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], dim=0)
+        scale = scale.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
+        bias = getattr(base_layer, "bias", None)
+        if base_result is None:
+            base_result = nn.functional.linear(x, weight)
+        elif bias is not None:
+            base_result = base_result - bias
+        return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
+
+
+@dataclass
+class AdapterStack:
+    """The stacked arrays of a model by adapter name, and their layout."""
+
+    layout: Layout
+    arrays: dict[str, nn.Parameter]
+    lora_layers: list[LoraLayer] = field(default_factory=list)
+
+    @classmethod
+    def install(cls, model: LoadedModel) -> AdapterStack:
+        """Replace the trainable layers of `model.peft` by stacked ones of size 1. Done once per model."""
+        layout = Layout()
+        modules = dict(model.peft.named_modules())
+        arrays: dict[str, nn.Parameter] = {}
+        for name, module in modules.items():
+            if not any(p.requires_grad for p in module.parameters(recurse=False)):
+                continue
+            parent, _, child = name.rpartition(".")
+            stacked = (
+                StackedDora(module, layout)
+                if isinstance(module, DoraLinearLayer)
+                else StackedLinear(module, layout)  # type: ignore[arg-type]  # attach_lora admits no others
+            )
+            setattr(modules[parent], child, stacked)
+            for kind, parameter in stacked.named_parameters(recurse=False):
+                arrays[_saved_name(name, kind)] = parameter
+        layers = [module for module in modules.values() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            for key, dropout in layer.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):
+                    layer.lora_dropout[key] = StackedDropout(dropout.p, layout)
+        if arrays.keys() != model.initial.keys():
+            odd = sorted(arrays.keys() ^ model.initial.keys())
+            raise AdapterError(f"stacked layers and PEFT disagree on the arrays {', '.join(odd[:3])}.")
+        return cls(layout, arrays, layers)
+
+    @property
+    def size(self) -> int:
+        """How many sites the stack holds."""
+        return next(iter(self.arrays.values())).shape[0]
+
+    def load(self, adapters: Sequence[Adapter], trainable: Iterable[str]) -> None:
+        """Hold these adapters, one per stack position; arrays outside `trainable` get no gradient.
+
+        Raises: AdapterError: an adapter has other arrays or shapes than the model.
+        """
+        moving = set(trainable)
+        for adapter in adapters:
+            adapter.check_schema({name: tuple(p.shape[1:]) for name, p in self.arrays.items()})
+        for name, parameter in self.arrays.items():
+            values = torch.from_numpy(np.stack([adapter[name] for adapter in adapters]))
+            parameter.data = values.to(parameter.device)
+            parameter.grad = None
+            parameter.requires_grad_(name in moving)
+
+    def read(self, position: int) -> Adapter:
+        """Return the adapter at a stack position."""
+        return Adapter({n: p.detach()[position].cpu().numpy().copy() for n, p in self.arrays.items()})
+
+    def site_parameters(self, position: int) -> dict[str, nn.Parameter]:
+        """Return one site's trainable arrays as parameters that share the stack's memory.
+
+        An optimiser over them sees exactly what it would see if the site were alone.
+        """
+        return {n: nn.Parameter(p.data[position]) for n, p in self.arrays.items() if p.requires_grad}
+
+    def set_lora_training(self, training: bool) -> None:
+        """Tell PEFT's LoRA layers whether dropout is live; DoRA recomputes its base term then."""
+        for layer in self.lora_layers:
+            layer.training = training  # type: ignore[attr-defined]
+
+
+def _saved_name(module: str, kind: str) -> str:
+    """Return the name under which PEFT saves a trainable parameter of `module`."""
+    name = f"{module}.{kind}".replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    return name.removesuffix(".weight") if LORA_MAGNITUDE in name else name

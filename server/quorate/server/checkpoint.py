@@ -1,0 +1,136 @@
+"""Checkpoints: `output_dir/checkpoint-N/`, written whole or not at all, refused when not what was written.
+
+A checkpoint holds all that the next round depends on: the global state, the best round so far and the
+round's own record. Random numbers need no state, as every draw derives from the seed and its own name.
+`SHA256SUMS` lists the files, so `sha256sum -c SHA256SUMS` checks one by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord
+from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.errors import CheckpointError, QuorateError
+from quorate.shared.messages import SiteDescription
+
+_STATE, _PROGRESS, _SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
+
+
+class Progress(Record):
+    """Where a run stands after a round."""
+
+    run_id: str
+    """Identity of the run."""
+    config_hash: str
+    """Hash of the run configuration."""
+    round: int
+    """The last finished round."""
+    best_round: int | None = None
+    """The best round so far on pooled validation rows."""
+    best_value: float | None = None
+    """Its value of the run's metric."""
+    initial_hash: str
+    """Content hash of the adapter's seeded start, which the sites must still have on resume."""
+    sites: dict[str, SiteDescription]
+    """The sites that joined."""
+    refused: dict[str, Exclusion] = {}
+    """Sites that could not join, and why."""
+    record: RoundRecord
+    """The round's record, also a line of record.jsonl."""
+    metrics: RoundMetrics
+    """The round's figures, also a line of metrics.jsonl."""
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
+
+    An existing folder is replaced. Everything is on disk (fsync) before the name appears.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    for name, content in files.items():
+        with (temporary / name).open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    _sync_directory(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    _sync_directory(folder.parent)
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def save_checkpoint(output_dir: Path, state: GlobalState, progress: Progress, keep: int) -> Path:
+    """Write the checkpoint of a finished round, then drop old ones but the last `keep` and the best."""
+    folder = output_dir / f"checkpoint-{progress.round}"
+    files = {
+        _STATE: state.pack().to_bytes(),
+        _PROGRESS: progress.model_dump_json(indent=1).encode(),
+    }
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+    write_folder(folder, {**files, _SUMS: sums.encode()})
+    rounds = list_checkpoints(output_dir)
+    for round in rounds[:-keep]:
+        if round != progress.best_round:
+            shutil.rmtree(output_dir / f"checkpoint-{round}")
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[int]:
+    """Return the rounds that have a checkpoint, ascending."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def load_checkpoint(output_dir: Path, round: int) -> tuple[GlobalState, Progress]:
+    """Read a checkpoint.
+
+    Raises: CheckpointError: it is not, byte for byte, what was written; says which file and what to do.
+    """
+    folder = output_dir / f"checkpoint-{round}"
+    older = [other for other in list_checkpoints(output_dir) if other < round]
+    remedy = f"delete {folder.name} to resume from checkpoint-{older[-1]}" if older else (
+        "restore it from a copy, or start the run again in another folder"
+    )
+    try:
+        listed = dict(line.split("  ", 1)[::-1] for line in (folder / _SUMS).read_text().splitlines())
+        files = {name: (folder / name).read_bytes() for name in (_STATE, _PROGRESS)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}.") from error
+    for name, data in files.items():
+        if listed.get(name) != hashlib.sha256(data).hexdigest():
+            raise CheckpointError(f"{folder / name} is not what was written (truncated or edited); {remedy}.")
+    try:
+        progress = Progress.model_validate_json(files[_PROGRESS])
+        return GlobalState.unpack(Adapter.from_bytes(files[_STATE])), progress
+    except (ValidationError, QuorateError) as error:
+        raise CheckpointError(f"{folder} was written by another version of Quorate; {remedy}.") from error
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

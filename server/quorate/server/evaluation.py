@@ -1,0 +1,88 @@
+"""Step 8 of a round: measure a model per site and pooled, with bootstrap intervals on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from quorate.server.records import Evaluation, Worth
+from quorate.shared.messages import Split
+from quorate.shared.outcomes import Outcomes
+from quorate.shared.seeds import rng
+from quorate.shared.tasks.base import Metrics, Task
+
+_LEVELS = (2.5, 97.5)
+NO_INTERVAL = "loss"
+"""Only a sum of it is known, not its spread over rows."""
+
+
+def scalars(metrics: Metrics) -> dict[str, float]:
+    """Return the top-level figures that are compared."""
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+def summarise(
+    task: Task, split: Split, outcomes: Mapping[str, Outcomes], *, samples: int = 0, seed: int = 0
+) -> Evaluation:
+    """Turn the sites' outcomes into figures per site, pooled over all rows, and as a mean over sites.
+
+    Args:
+        outcomes: site -> outcomes; sites without rows are left out of the figures.
+        samples: bootstrap resamples for 95 % intervals; 0 for none.
+        seed: of the resampling.
+    """
+    present = {site: outcomes[site] for site in sorted(outcomes) if outcomes[site].rows}
+    pooled = Outcomes.pooled(present.values())
+    sites = {site: task.metrics(each) for site, each in present.items()}
+    names = scalars(task.metrics(pooled))
+    intervals: dict[str, Any] = {}
+    if samples and present:
+        intervals = {
+            "pooled": interval(task, pooled, samples, seed, "pooled"),
+            "sites": {site: interval(task, each, samples, seed, site) for site, each in present.items()},
+        }
+    return Evaluation(
+        split=split,
+        pooled=task.metrics(pooled),
+        mean={name: float(np.mean([sites[site][name] for site in sites])) for name in names},
+        sites=sites,
+        rows={site: each.rows for site, each in present.items()},
+        intervals=intervals,
+    )
+
+
+def resample(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str) -> dict[str, list[float]]:
+    """Return each scalar metric over `samples` bootstrap resamples of the rows."""
+    draws: dict[str, list[float]] = {}
+    generator = rng(seed, "bootstrap", name)
+    for _ in range(samples):
+        for metric, value in scalars(task.metrics(outcomes.resampled(generator))).items():
+            if metric != NO_INTERVAL:
+                draws.setdefault(metric, []).append(value)
+    return draws
+
+
+def interval(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str) -> dict[str, list[float]]:
+    """Return the 95 % percentile interval [low, high] of every scalar metric."""
+    draws = resample(task, outcomes, samples, seed, name)
+    return {metric: np.percentile(values, _LEVELS).tolist() for metric, values in draws.items()}
+
+
+def worth(
+    task: Task, metric: str, federated: Outcomes, local: Outcomes, *, samples: int, seed: int, site: str
+) -> Worth:
+    """Return what the federation brought `site` on its own test rows.
+
+    The two models' rows are resampled independently: pairing them would need both predictions of each row,
+    which do not leave a site. The interval is therefore wider than a paired one.
+    """
+    ours, theirs = task.metrics(federated)[metric], task.metrics(local)[metric]
+    bounds = None
+    if samples:
+        a = resample(task, federated, samples, seed, f"{site}/federated")[metric]
+        b = resample(task, local, samples, seed, f"{site}/local")[metric]
+        low, high = np.percentile(np.subtract(a, b), _LEVELS).tolist()
+        bounds = (low, high)
+    return Worth(metric=metric, federated=ours, local_only=theirs, gain=ours - theirs, interval=bounds)

@@ -1,0 +1,100 @@
+"""Before round 1: which sites take part, and do they hold the same base model?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from flwr.serverapp import Grid
+
+from quorate.server.collect import Answers, exclusion
+from quorate.server.records import Exclusion
+from quorate.server.run import Run
+from quorate.shared.adapter import Adapter
+from quorate.shared.errors import ProtocolError, QuorumNotMet
+from quorate.shared.messages import RequestHeader, RoundRequest, SiteDescription, Update
+
+
+@dataclass
+class Members:
+    """The sites of a run.
+
+    Args:
+        nodes: site -> Flower node id.
+        sites: site -> what it said of itself.
+        initial: the adapter's seeded start, the same at every site.
+        refused: sites that cannot take part, and why.
+    """
+
+    nodes: dict[str, int]
+    sites: dict[str, SiteDescription]
+    initial: Adapter
+    refused: dict[str, Exclusion] = field(default_factory=dict)
+
+    @property
+    def by_node(self) -> dict[int, str]:
+        """Flower node id -> site."""
+        return {node: site for site, node in self.nodes.items()}
+
+
+def join(grid: Grid, run: Run) -> Members:
+    """Ask every node to describe itself, and keep those that hold the same base and the same start.
+
+    Raises: QuorumNotMet: fewer than federation.quorum are left, with each one's reason.
+    """
+    run.tell("phase", 0, "join")
+    federation = run.config.federation
+    nodes = sorted(grid.get_node_ids())
+    header = RequestHeader(
+        run_id=run.run_id,
+        round=0,
+        phase="join",
+        site="",
+        run_config=run.config.canonical_json(),
+        config_hash=run.config.content_hash,
+    )
+    placeholder = {node: f"node {node}" for node in nodes}
+    answers = Answers(placeholder, len(nodes), federation.timeout_seconds, federation.grace_seconds)
+    asked = {node: RoundRequest(header) for node in nodes}
+    back = {name: node for node, name in placeholder.items()}
+    replied = [(back[name], update) for name, update in answers.ask(grid, asked, _check)]
+    members = _agreeing(run, replied)
+    members.refused.update(answers.excluded)
+    if len(members.nodes) < federation.quorum:
+        reasons = "; ".join(f"{site}: {e.reason}" for site, e in sorted(members.refused.items()))
+        raise QuorumNotMet(
+            f"the run needs {federation.quorum} sites, {len(members.nodes)} of {len(nodes)} can take part"
+            f"{f' ({reasons})' if reasons else ''}; mend those sites or lower federation.quorum."
+        )
+    return members
+
+
+def _check(request: RoundRequest, update: Update) -> None:
+    if update.header.description is None or not update.header.site:
+        raise ProtocolError("joined without a description of itself.")
+    update.arrays.check_finite()
+
+
+def _agreeing(run: Run, replied: list[tuple[int, Update]]) -> Members:
+    """Keep the sites whose base model and seeded start are the most common ones."""
+    members = Members({}, {}, Adapter({}))
+    keys = {node: _identity(update) for node, update in replied}
+    common = Counter(keys.values()).most_common(1)[0][0] if keys else None
+    for node, update in sorted(replied, key=lambda each: each[1].header.site):
+        site, description = update.header.site, update.header.description
+        assert description is not None  # _check
+        if keys[node] != common:
+            members.refused[site] = exclusion("model", "holds another base model than most sites")
+        elif site in members.nodes:
+            members.refused[site] = exclusion("refused", "two nodes call themselves by this name")
+        else:
+            members.nodes[site], members.sites[site] = node, description
+            members.initial = update.arrays
+    return members
+
+
+def _identity(update: Update) -> str:
+    description = update.header.description
+    files = description.model_files if description else {}
+    return json.dumps([files, update.arrays.content_hash], sort_keys=True)

@@ -1,0 +1,283 @@
+"""The main path of Quorate: the rounds of a run, as numbered steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flwr.serverapp import Grid
+
+from quorate.server.checkpoint import Progress, save_checkpoint
+from quorate.server.checks import check_trained
+from quorate.server.collect import Answers
+from quorate.server.evaluation import scalars, summarise
+from quorate.server.joining import Members, join
+from quorate.server.records import Evaluation, Exclusion, RoundMetrics, RoundRecord
+from quorate.server.run import Run
+from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.errors import CheckpointError, QuorumNotMet
+from quorate.shared.messages import Phase, RequestHeader, RoundRequest, Split, Update
+from quorate.shared.outcomes import Outcomes
+from quorate.shared.seeds import rng
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """Where a run ended.
+
+    Args:
+        state: after the last finished round.
+        progress: of that round; None when no round finished.
+        members: the sites and their nodes.
+        stopped: what ended it early, to be raised again once the outputs are written.
+    """
+
+    state: GlobalState
+    progress: Progress | None
+    members: Members
+    stopped: KeyboardInterrupt | QuorumNotMet | None = None
+
+    @property
+    def status(self) -> Literal["done", "interrupted", "quorum-not-met"]:
+        """How the run ended."""
+        if self.stopped is None:
+            return "done"
+        return "interrupted" if isinstance(self.stopped, KeyboardInterrupt) else "quorum-not-met"
+
+
+@dataclass
+class _Books:
+    """What a round notes down while it runs."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, Exclusion] = field(default_factory=dict)
+    num_examples: dict[str, int] = field(default_factory=dict)
+    num_steps: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    train: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, run: Run, round: int, phase: str) -> Iterator[None]:
+        """Time one step of the round and tell the trackers that it began."""
+        run.tell("phase", round, phase)
+        started = time.monotonic()
+        yield
+        self.seconds[phase] = round_seconds(time.monotonic() - started)
+
+    def take(self, answers: Answers) -> None:
+        """Add an exchange's traffic and exclusions."""
+        for total, part in ((self.bytes_down, answers.bytes_down), (self.bytes_up, answers.bytes_up)):
+            for site, count in part.items():
+                total[site] = total.get(site, 0) + count
+        self.excluded.update(answers.excluded)
+
+
+def run_rounds(grid: Grid, run: Run) -> Result:
+    """Run (or resume) all rounds; every finished round is on disk before the next begins.
+
+    Raises: QuorumNotMet: too few sites could join. BadInput: the run cannot be carried out as asked.
+    """
+    members = join(grid, run)
+    state, progress = _start(run, members)
+    run.tell("start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0)
+    result = Result(state, progress, members)
+    first = progress.round + 1 if progress else 1
+    try:
+        for round in range(first, run.config.federation.rounds + 1):
+            result.state, result.progress = run_round(grid, run, members, result.state, result.progress, round)
+    except (KeyboardInterrupt, QuorumNotMet) as stop:
+        result.stopped = stop
+    return result
+
+
+def run_round(
+    grid: Grid, run: Run, members: Members, state: GlobalState, before: Progress | None, round: int
+) -> tuple[GlobalState, Progress]:
+    """Run one round from `state`; returns the state after it and the progress that was checkpointed.
+
+    Raises: QuorumNotMet: fewer good updates than federation.quorum.
+    """
+    rule, books = run.config.aggregation, _Books()
+    with books.timed(run, round, "cohort"):  # 1 choose the cohort
+        cohort = choose_cohort(run, members, round)
+    with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
+        accumulator = rule.init(state, round)
+        for site, update in _trained(grid, run, members, state, cohort, round, books):
+            weight = rule.weight(update.header.num_examples)
+            rule.add(accumulator, update.arrays, weight)
+            _note(books, site, update, weight)
+    if len(books.num_examples) < run.config.federation.quorum:
+        raise _quorum_not_met(run, round, cohort, books)
+    with books.timed(run, round, "aggregate"):  # 7 step the global adapter (6, central noise: not asked for yet)
+        state = rule.finish(accumulator, state, round)
+    validation = None
+    with books.timed(run, round, "evaluate"):  # 8 evaluate
+        if round % run.config.evaluation.every == 0 or round == run.config.federation.rounds:
+            outcomes = evaluate_at_sites(grid, run, members, state, "validation", round, books)
+            validation = summarise(run.config.task, "validation", outcomes)
+    # 9 checkpoint, then record
+    return state, _finish(run, members, state, before, round, cohort, books, validation)
+
+
+def choose_cohort(run: Run, members: Members, round: int) -> tuple[str, ...]:
+    """Return the sites asked in `round`: all of them, or `sites_per_round` drawn by the seed."""
+    names = sorted(members.nodes)
+    wanted = run.config.federation.sites_per_round
+    if wanted is None or wanted >= len(names):
+        return tuple(names)
+    return tuple(sorted(rng(run.config.seed, "cohort", round).choice(names, wanted, replace=False).tolist()))
+
+
+def request(run: Run, round: int, phase: Phase, site: str, arrays: Adapter, split: Split | None = None) -> RoundRequest:
+    """Return one request of this run."""
+    header = RequestHeader(
+        run_id=run.run_id,
+        round=round,
+        phase=phase,
+        site=site,
+        split=split,
+        run_config=run.config.canonical_json(),
+        config_hash=run.config.content_hash,
+    )
+    return RoundRequest(header, arrays)
+
+
+def evaluate_at_sites(
+    grid: Grid, run: Run, members: Members, state: GlobalState, split: Split, round: int, books: _Books | None = None
+) -> dict[str, Outcomes]:
+    """Have every site measure `state` on its own rows; returns site -> outcomes of those that answered."""
+    federation = run.config.federation
+    answers = Answers(members.by_node, len(members.nodes), federation.timeout_seconds, federation.grace_seconds)
+    arrays = run.config.aggregation.download(state, round)
+    asked = {node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()}
+    outcomes = {
+        site: update.header.outcomes or Outcomes()
+        for site, update in answers.ask(grid, asked, lambda _request, _update: None)
+    }
+    if books is not None:
+        books.take(answers)
+    return outcomes
+
+
+def _trained(
+    grid: Grid, run: Run, members: Members, state: GlobalState, cohort: tuple[str, ...], round: int, books: _Books
+) -> Iterator[tuple[str, Update]]:
+    """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
+    federation, rule = run.config.federation, run.config.aggregation
+    answers = Answers(members.by_node, federation.quorum, federation.timeout_seconds, federation.grace_seconds)
+    schema = rule.upload_schema(members.initial.schema, round)
+
+    def check(_request: RoundRequest, update: Update) -> None:
+        update.arrays.check_schema(schema)
+        norm = update.arrays.minus(state.adapter).l2_norm
+        check_trained(update, schema, norm, federation.max_update_norm)
+        books.norms[update.header.site] = norm
+
+    arrays = rule.download(state, round)
+    asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
+    yield from answers.ask(grid, asked, check)
+    books.take(answers)
+
+
+def _note(books: _Books, site: str, update: Update, weight: float) -> None:
+    books.num_examples[site] = update.header.num_examples
+    books.num_steps[site] = update.header.num_steps
+    books.train[site] = update.header.metrics
+    books.weights[site] = weight
+
+
+def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
+    """Return the state to go on from: the seeded start, or the checkpoint's."""
+    if run.resumed is None:
+        return GlobalState(members.initial), None
+    state, progress = run.resumed
+    if progress.initial_hash != members.initial.content_hash:
+        raise CheckpointError(
+            f"{run.output_dir}: the sites no longer start from the adapter this run began with "
+            "(another base model or library version); resume where it began, or start again in another folder."
+        )
+    return state, progress
+
+
+def _finish(
+    run: Run,
+    members: Members,
+    state: GlobalState,
+    before: Progress | None,
+    round: int,
+    cohort: tuple[str, ...],
+    books: _Books,
+    validation: Evaluation | None,
+) -> Progress:
+    """Step 9: checkpoint, then record."""
+    total = sum(books.weights.values())
+    started = time.monotonic()
+    record = RoundRecord(
+        round=round,
+        cohort=cohort,
+        weights={site: weight / total for site, weight in books.weights.items()},
+        num_examples=books.num_examples,
+        num_steps=books.num_steps,
+        update_norms={site: books.norms[site] for site in books.weights},
+        excluded=books.excluded,
+        bytes_down=books.bytes_down,
+        bytes_up=books.bytes_up,
+        seconds=books.seconds,
+        state_hash=state.pack().content_hash,
+    )
+    metrics = RoundMetrics(round=round, train=books.train, validation=validation)
+    best_round, best_value = _best(run.metric, before, round, validation)
+    progress = Progress(
+        run_id=run.run_id,
+        config_hash=run.config.content_hash,
+        round=round,
+        best_round=best_round,
+        best_value=best_value,
+        initial_hash=members.initial.content_hash,
+        sites=members.sites,
+        refused=members.refused,
+        record=record,
+        metrics=metrics,
+    )
+    run.tell("phase", round, "checkpoint")
+    save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit)
+    seconds = {**books.seconds, "checkpoint": round_seconds(time.monotonic() - started)}
+    record = record.model_copy(update={"seconds": seconds})
+    run.append(record, metrics)
+    run.tell("round", record, metrics)
+    return progress
+
+
+def _best(
+    metric: str, before: Progress | None, round: int, validation: Evaluation | None
+) -> tuple[int | None, float | None]:
+    """Return the best round so far and its value; ties go to the earlier round."""
+    best = (before.best_round, before.best_value) if before else (None, None)
+    value = scalars(validation.pooled).get(metric) if validation else None
+    if value is None or (best[1] is not None and value <= best[1]):
+        return best
+    return round, value
+
+
+def _quorum_not_met(run: Run, round: int, cohort: tuple[str, ...], books: _Books) -> QuorumNotMet:
+    why = "; ".join(f"{site}: {e.reason}" for site, e in sorted(books.excluded.items()))
+    return QuorumNotMet(
+        f"round {round} needs {run.config.federation.quorum} of {len(cohort)} sites, "
+        f"{len(books.num_examples)} gave a good update ({why}); mend those sites or lower federation.quorum, "
+        "then continue with --resume."
+    )
+
+
+def round_seconds(seconds: float) -> float:
+    """Round to milliseconds: more digits are noise."""
+    return round(seconds, 3)

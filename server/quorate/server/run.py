@@ -1,0 +1,123 @@
+"""A run at the coordinator: configuration, output folder, identity, and where it resumes."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, write_file
+from quorate.server.records import RoundMetrics, RoundRecord
+from quorate.server.trackers import Tracker
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.load import dump_yaml, load_run
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import CheckpointError, OutputError
+
+log = logging.getLogger(__name__)
+
+RUN_FILE, RECORD_FILE, METRICS_FILE = "run.yaml", "record.jsonl", "metrics.jsonl"
+
+
+@dataclass
+class Run:
+    """One job.
+
+    Args:
+        config: resolved configuration (with the model's hash).
+        output_dir: everything the run writes.
+        run_id: outlives restarts.
+        resumed: state and progress of the checkpoint to go on from, if any.
+        trackers: told of phases, rounds and the end.
+    """
+
+    config: RunConfig
+    output_dir: Path
+    run_id: str
+    resumed: tuple[GlobalState, Progress] | None = None
+    trackers: Sequence[Tracker] = field(default_factory=tuple)
+
+    @property
+    def metric(self) -> str:
+        """The metric that picks the best round."""
+        return self.config.evaluation.metric_for_best_model or self.config.task.default_metric
+
+    @classmethod
+    def open(
+        cls, config: RunConfig, output_dir: Path, *, resume: bool = False, trackers: Sequence[Tracker] = ()
+    ) -> Run:
+        """Make or reopen the output folder.
+
+        Raises:
+            OutputError: the folder holds a run already and `resume` is off, or cannot be written.
+            CheckpointError: the checkpoint is damaged or of another run.
+        """
+        checkpoints = list_checkpoints(output_dir)
+        used = checkpoints or (output_dir / RUN_FILE).exists()
+        if used and not resume:
+            raise OutputError(
+                f"{output_dir} already holds a run; continue it with --resume, or choose another folder with -o."
+            )
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o.") from error
+        if (output_dir / RUN_FILE).exists():
+            _check_same(load_run(output_dir / RUN_FILE), config, output_dir)
+        resumed = load_checkpoint(output_dir, checkpoints[-1]) if checkpoints else None
+        if resumed and resumed[1].config_hash != config.content_hash:
+            raise CheckpointError(f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml.")
+        write_file(output_dir / RUN_FILE, dump_yaml(config))
+        run_id = resumed[1].run_id if resumed else uuid.uuid4().hex[:16]
+        run = cls(config, output_dir, run_id, resumed, trackers)
+        run._align_logs()
+        return run
+
+    def append(self, record: RoundRecord, metrics: RoundMetrics) -> None:
+        """Add a round's lines to record.jsonl and metrics.jsonl."""
+        for name, line in ((RECORD_FILE, record), (METRICS_FILE, metrics)):
+            with (self.output_dir / name).open("a", encoding="utf-8") as stream:
+                stream.write(line.model_dump_json() + "\n")
+
+    def tell(self, event: str, *arguments: object) -> None:
+        """Call `event` on every tracker; one that fails is logged and does not stop the run."""
+        for tracker in self.trackers:
+            try:
+                getattr(tracker, event)(*arguments)
+            except Exception:
+                log.exception("tracker %s failed in %s", type(tracker).__name__, event)
+
+    def _align_logs(self) -> None:
+        """Bring the JSONL files to the checkpoint: a kill may have come before or in the middle of a line."""
+        progress = self.resumed[1] if self.resumed else None
+        last = progress.round if progress else 0
+        for name, line in (
+            (RECORD_FILE, progress and progress.record),
+            (METRICS_FILE, progress and progress.metrics),
+        ):
+            path = self.output_dir / name
+            kind = RoundRecord if name == RECORD_FILE else RoundMetrics
+            kept = [each for each in read_jsonl(path, kind) if each.round < last]
+            kept += [line] if line else []
+            write_file(path, "".join(each.model_dump_json() + "\n" for each in kept))
+
+
+def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list[RoundRecord | RoundMetrics]:
+    """Read whole lines of a JSONL file; a last line without its end, cut off by a crash, is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [kind.model_validate_json(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _check_same(before: RunConfig, now: RunConfig, output_dir: Path) -> None:
+    if before == now:
+        return
+    old, new = before.model_dump(), now.model_dump()
+    changed = ", ".join(key for key in new if new[key] != old.get(key))
+    raise CheckpointError(
+        f"{output_dir} holds a run with other settings ({changed}); resume it with the same run file, "
+        "or start the new one in another folder with -o."
+    )

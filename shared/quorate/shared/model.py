@@ -1,0 +1,252 @@
+"""The frozen base model with a PEFT LoRA adapter on it.
+
+Weights are safetensors, verified by content hash; remote code is never run. The adapter's start is drawn from
+the run's seed, so every site that holds the same base builds the same start without being sent one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
+from quorate.shared.config.run import AdapterConfig, ModelConfig, RunConfig
+from quorate.shared.errors import ModelError
+from quorate.shared.seeds import derive_seed
+from quorate.shared.sources import resolve_model
+from quorate.shared.tasks import Task
+
+log = logging.getLogger(__name__)
+
+_FILES = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+
+
+@dataclass
+class LoadedModel:
+    """A base with an adapter, ready to train or to evaluate.
+
+    Args:
+        peft: PEFT's model, in eval mode; only adapter arrays require gradients.
+        processor: the tokenizer (or image processor) that the task's `encode` and `collate` take.
+        files: SHA-256 of each file the model was loaded from.
+        sha256: of the weights, as in the run file.
+        initial: the adapter's seeded start.
+    """
+
+    peft: PeftModel
+    processor: Any
+    files: dict[str, str]
+    sha256: str
+    initial: Adapter
+    _pristine: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _residual_hash: str | None = None
+
+    def set_residual(self, residual: Adapter) -> None:
+        """Make the frozen base W0 + s residual_B residual_A, from the untouched W0 each time.
+
+        Args:
+            residual: see GlobalState; layers without arrays go back to W0.
+        Raises: ModelError: a layer is not adapted, or its base weight is quantised.
+        """
+        if residual.content_hash == self._residual_hash:
+            return
+        modules = dict(self.peft.named_modules())
+        for layer, weight in self._pristine.items():
+            base_weight(modules[layer]).data.copy_(weight)
+        for name, b in residual.items():
+            if not name.endswith(RESIDUAL_B):
+                continue
+            layer = name.removesuffix(RESIDUAL_B)
+            module = modules.get(layer)
+            if not isinstance(module, LoraLayer):
+                raise ModelError(f"the residual names layer {layer}, which this run does not adapt.")
+            weight = base_weight(module)
+            self._pristine.setdefault(layer, weight.data.clone())
+            product = torch.from_numpy(b) @ torch.from_numpy(residual[layer + RESIDUAL_A])
+            if getattr(module, "fan_in_fan_out", False):
+                product = product.T
+            weight.data.add_(product.to(weight), alpha=module.scaling["default"])
+        self._residual_hash = residual.content_hash
+
+    def read_adapter(self) -> Adapter:
+        """Return the arrays of PEFT's own adapter."""
+        return adapter_of(self.peft)
+
+    def write_adapter(self, adapter: Adapter) -> None:
+        """Put `adapter` into PEFT's own modules."""
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in adapter.items()}
+        set_peft_model_state_dict(self.peft, tensors)
+
+
+def base_weight(module: nn.Module) -> nn.Parameter:
+    """Return the frozen weight under a LoRA layer.
+
+    Raises: ModelError: the weight is not floating point, so a residual cannot be added exactly.
+    """
+    weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else None
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise ModelError("this rule adds to the base weights, which a quantised base cannot take; use fedavg.")
+    return weight
+
+
+def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
+    """Load the run's base model, verify it and put a freshly seeded adapter on it.
+
+    Raises: ModelError: the model is not there, is not what the run file says, or cannot be adapted as asked.
+    """
+    folder = resolve_model(run.model.model_name_or_path, run.model.revision)
+    files = hash_files(folder)
+    sha256 = weights_sha256(files, folder)
+    if run.model.sha256 not in (None, sha256):
+        raise ModelError(
+            f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
+            f"{run.model.sha256}; get the right model or correct model.sha256."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(run.seed, "initial-adapter"))
+        base = _load_base(folder, run.task)
+        processor = _load_processor(folder, run, base)
+        peft = attach_lora(base, run.adapter, run.task, run.model)
+    peft.eval().to(device or default_device())
+    return LoadedModel(peft, processor, files, sha256, adapter_of(peft))
+
+
+def default_device() -> torch.device:
+    """Return the first GPU that CUDA_VISIBLE_DEVICES leaves us, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def attach_lora(base: nn.Module, config: AdapterConfig, task: Task, model: ModelConfig) -> PeftModel:
+    """Wrap `base` in PEFT.
+
+    Raises: ModelError: target_modules match nothing, or something other than linear layers would be trained.
+    """
+    targets = config.target_modules
+    try:
+        peft = get_peft_model(base, lora_config(config, task, model))  # type: ignore[arg-type]
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: "
+            f"{str(error).splitlines()[0][:200]} Linear modules there: {', '.join(linear)}."
+        ) from error
+    modules = dict(peft.named_modules())
+    for name, parameter in peft.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        if parameter.requires_grad and not isinstance(owner, nn.Linear) and "lora_magnitude_vector" not in name:
+            raise ModelError(
+                f"{name} ({type(owner).__name__}) would be trained, but only linear layers can be; "
+                "narrow adapter.target_modules or adapter.modules_to_save."
+            )
+    return peft  # type: ignore[return-value]
+
+
+def lora_config(config: AdapterConfig, task: Task, model: ModelConfig) -> LoraConfig:
+    """Return PEFT's configuration for the run's adapter."""
+    targets = config.target_modules
+    return LoraConfig(
+        task_type=task.peft_task_type,  # type: ignore[arg-type]
+        base_model_name_or_path=model.model_name_or_path,
+        revision=model.revision,
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def adapter_of(peft: PeftModel) -> Adapter:
+    """Return a copy of the adapter's arrays, named as PEFT saves them."""
+    state = get_peft_model_state_dict(peft)
+    return Adapter({name: tensor.detach().float().cpu().numpy().copy() for name, tensor in state.items()})
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that decides what the model computes."""
+    names = sorted({path.name for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})
+    hashes = {}
+    for name in names:
+        with (folder / name).open("rb") as stream:
+            hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def weights_sha256(files: dict[str, str], folder: Path) -> str:
+    """Return the hash a run file pins: of the one weights file, or of the list of several.
+
+    Raises: ModelError: there are no safetensors weights.
+    """
+    weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+    if not weights:
+        raise ModelError(
+            f"{folder} holds no .safetensors weights; convert the model with save_pretrained "
+            "(other formats can run code when they are loaded, so they are not read)."
+        )
+    if len(weights) == 1:
+        return next(iter(weights.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(weights.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _load_base(folder: Path, task: Task) -> nn.Module:
+    transformers.utils.logging.set_verbosity_error()  # its report of a new head is news to nobody here
+    transformers.utils.logging.disable_progress_bar()
+    auto = getattr(transformers, task.auto_class)
+    try:
+        model = auto.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
+            **task.model_kwargs(),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder.name} cannot be loaded as {task.auto_class}: {str(error).splitlines()[0][:300]}"
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
+    auto = getattr(transformers, run.task.processor_class)
+    try:
+        processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder.name} has no usable tokenizer: {str(error).splitlines()[0][:300]}"
+        ) from error
+    if run.model.pad_token is not None:
+        if processor.convert_tokens_to_ids(run.model.pad_token) in (None, processor.unk_token_id) and (
+            run.model.pad_token != processor.unk_token
+        ):
+            raise ModelError(f"model.pad_token {run.model.pad_token!r} is not in the tokenizer's vocabulary.")
+        processor.pad_token = run.model.pad_token
+    if processor.pad_token is None:
+        known = [t for t in (processor.eos_token, processor.unk_token) if t]
+        raise ModelError(
+            f"{folder.name}: the tokenizer has no pad token, so texts cannot be batched; "
+            f"set model.pad_token (its special tokens: {', '.join(known) or 'none'})."
+        )
+    base.config.pad_token_id = processor.pad_token_id
+    limit = getattr(base.config, "max_position_embeddings", None)
+    asked = getattr(run.task, "max_length", None)
+    if limit is not None and asked is not None and asked > limit:
+        raise ModelError(f"task.max_length {asked} is above the {limit} positions of {folder.name}; lower it.")
+    return processor

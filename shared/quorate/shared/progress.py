@@ -1,0 +1,24 @@
+"""Progress inside a round, for whoever watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimiser step of a stack of sites."""
+
+    sites: tuple[str, ...]
+    round: int
+    step: int
+    steps: int
+    loss: float
+
+
+OnStep = Callable[[StepEvent], None]
+
+
+def ignore_step(event: StepEvent) -> None:
+    """Watch nothing."""

@@ -1,4 +1,4 @@
-"""The sites file of a simulation: what each alias means at each simulated site.
+"""Sources of rows, and the sites file of a simulation: what each alias means at each simulated site.
 
 In production every site has a file of its own that the coordinator never sees; a simulation describes all of
 its sites in one, either as one data set that is partitioned or as a list of site folders.
@@ -6,16 +6,27 @@ its sites in one, either as one data set that is partitioned or as a list of sit
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.run import Name
+from quorate.shared.template import TextTemplate
+
+
+def _unique_names(names: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:
+    if isinstance(names, tuple) and (twice := sorted({name for name in names if names.count(name) > 1})):
+        raise ValueError(f"site name {twice[0]!r} is given twice; every site needs a name of its own")
+    return names
+
+
+SiteNames = Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_unique_names)]
+NumberOrNames = Annotated[int, Field(ge=1, le=100_000)] | SiteNames
 
 
 class SplitConfig(ConfigModel):
-    """How rows are split where the source has one file only."""
+    """Shares of the training rows that become splits for which the source has no file of its own."""
 
     validation: float = Field(0.15, ge=0, lt=1)
     """Share of rows for validation."""
@@ -35,8 +46,8 @@ class SourceConfig(ConfigModel):
     """Where rows come from and how their columns and labels become the task's."""
 
     source: str = Field(min_length=1)
-    """A folder with train, validation and test files; one file (.jsonl, .csv, .parquet); a hub id as
-    `hub:ID`; `package:NAME/FILE`; or `sklearn:NAME` for a data set inside scikit-learn. `${VARIABLE}` is
+    """A folder with train, validation and test files; one file (.jsonl, .csv, .tsv, .parquet); a hub id as
+    `hub:ID`; `package:NAME/PATH`; or `sklearn:NAME` for a data set inside scikit-learn. `${VARIABLE}` is
     replaced from the environment; a relative path starts at the sites file's folder."""
     revision: str | None = None
     """Commit of a hub data set."""
@@ -48,7 +59,38 @@ class SourceConfig(ConfigModel):
     labels: dict[str, str] = {}
     """Value in the data -> label name of the run file, where they differ."""
     split: SplitConfig = SplitConfig()
-    """How to split a source that is one file."""
+    """How to make the splits the source has no files for."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_are_values_too(cls, labels: Any) -> Any:
+        """Take YAML's numbers as keys; refuse its truth values, which may stand for yes, no, on or off."""
+        if not isinstance(labels, dict):
+            return labels
+        for value in labels:
+            if isinstance(value, bool):
+                raise ValueError(
+                    f"YAML reads one of the values as the truth value {value}; "
+                    'write it in quotes ("yes", "true")'
+                )
+        return {str(value) if isinstance(value, int) else value: label for value, label in labels.items()}
+
+    @model_validator(mode="after")
+    def _template_parses(self) -> SourceConfig:
+        if self.template is not None:
+            if "text" in self.columns:
+                raise ValueError("template and columns.text both say where the text comes from; keep one")
+            try:
+                TextTemplate.parse(self.template)
+            except ValueError as error:
+                raise ValueError(f"template: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _revision_of_a_hub_id(self) -> SourceConfig:
+        if self.revision is not None and not self.source.startswith("hub:"):
+            raise ValueError("revision belongs to a hub data set (source: hub:ID); leave it out")
+        return self
 
 
 class Iid(ConfigModel):
@@ -56,18 +98,18 @@ class Iid(ConfigModel):
 
     by: Literal["iid"]
     """The kind of partition."""
-    sites: int | tuple[Name, ...]
+    sites: NumberOrNames
     """Number of sites, or their names."""
     seed: int = 0
     """Seed of the partition."""
 
 
 class Dirichlet(ConfigModel):
-    """Unequal label mixes: each label's rows are shared out by a Dirichlet(alpha) draw."""
+    """Unequal label mixes: each label's rows are shared out by a Dirichlet(alpha) draw (arXiv:1909.06335)."""
 
     by: Literal["dirichlet"]
     """The kind of partition."""
-    sites: int | tuple[Name, ...]
+    sites: NumberOrNames
     """Number of sites, or their names."""
     alpha: float = Field(gt=0)
     """Concentration; small means very unequal mixes."""
@@ -78,25 +120,32 @@ class Dirichlet(ConfigModel):
 
 
 class Column(ConfigModel):
-    """Rows by the value of a column: real origins such as hospitals."""
+    """Rows by the value of a column: real origins such as hospitals. Sites are in alphabetical order."""
 
     by: Literal["column"]
     """The kind of partition."""
-    column: str
-    """The column that names the site."""
+    column: str = Field(min_length=1)
+    """The column of the data that names the site; characters other than letters, digits, `_`, `.` and `-`
+    become `-` in the site's name."""
 
 
 class Sizes(ConfigModel):
-    """Unequal sizes with the same mix: site k gets a share in proportion to `shares[k]`."""
+    """Unequal sizes with about the same mix: site k gets rows at random in proportion to `shares[k]`."""
 
     by: Literal["sizes"]
     """The kind of partition."""
-    sites: tuple[Name, ...] | None = None
+    sites: SiteNames | None = None
     """Names of the sites; site-1, site-2, ... when left out."""
     shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     """Relative sizes."""
     seed: int = 0
     """Seed of the partition."""
+
+    @model_validator(mode="after")
+    def _one_share_per_site(self) -> Sizes:
+        if self.sites is not None and len(self.sites) != len(self.shares):
+            raise ValueError(f"{len(self.shares)} shares for {len(self.sites)} sites; give one for each")
+        return self
 
 
 Partition = Annotated[Iid | Dirichlet | Column | Sizes, Field(discriminator="by")]
@@ -119,19 +168,31 @@ class NamedSource(SourceConfig):
 class SiteList(ConfigModel):
     """A list of sites, each with its own folder."""
 
-    sites: tuple[NamedSource, ...] = Field(min_length=1)
+    sites: tuple[NamedSource, ...]
     """The sites."""
 
     @model_validator(mode="after")
     def _unique(self) -> SiteList:
-        names = [site.name for site in self.sites]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"site name {twice[0]!r} is given twice; every site needs a name of its own")
+        if not self.sites:
+            raise ValueError("the list of sites is empty; name at least one site")
+        _unique_names(tuple(site.name for site in self.sites))
         return self
+
+
+def _kind_of_data(data: Any) -> str:
+    """Tell the two forms apart by the one field that only the second has, so that errors name one form."""
+    listed = "sites" in data if isinstance(data, dict) else isinstance(data, SiteList)
+    return "SiteList" if listed else "PartitionedData"
+
+
+SiteData = Annotated[
+    Annotated[PartitionedData, Tag("PartitionedData")] | Annotated[SiteList, Tag("SiteList")],
+    Discriminator(_kind_of_data),
+]
 
 
 class SitesConfig(ConfigModel):
     """A sites file: for each data alias, where the sites' rows come from."""
 
-    data: dict[Name, PartitionedData | SiteList]
+    data: dict[Name, SiteData] = Field(min_length=1)
     """Data alias of the run file -> one partitioned data set, or a list of sites."""

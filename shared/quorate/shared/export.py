@@ -33,12 +33,9 @@ def as_lora(
     """
     layers = set(lora_layers(state.adapter))
     arrays, ranks, alphas = {}, {}, {}
-    for name, residual_b in state.residual.items():
-        if not name.endswith(RESIDUAL_B):
-            continue
-        layer = name.removesuffix(RESIDUAL_B)
-        residual_a = state.residual.get(layer + RESIDUAL_A)
-        if layer not in layers or residual_a is None:
+    for layer in sorted({name.removesuffix(RESIDUAL_A).removesuffix(RESIDUAL_B) for name in state.residual}):
+        residual_a, residual_b = (state.residual.get(layer + ending) for ending in (RESIDUAL_A, RESIDUAL_B))
+        if layer not in layers or residual_a is None or residual_b is None:
             raise AdapterError(
                 f"residual of layer {layer}: the adapter has no such layer, or a factor is missing."
             )
@@ -47,8 +44,8 @@ def as_lora(
         expected = (r, r, (q, a.shape[-1]), (b.shape[0], q))
         if (a.shape[0], b.shape[-1], residual_a.shape, residual_b.shape) != expected:
             raise AdapterError(
-                f"layer {layer}: A {a.shape}, B {b.shape} and residual {residual_a.shape}, {residual_b.shape} "
-                f"do not fit together at rank {r}."
+                f"layer {layer}: A {a.shape}, B {b.shape}, residual_A {residual_a.shape} and residual_B "
+                f"{residual_b.shape} do not fit together at rank {r}."
             )
         arrays[layer + LORA_A] = np.vstack([a, residual_a])
         arrays[layer + LORA_B] = np.hstack([b, residual_b])

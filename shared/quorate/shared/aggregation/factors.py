@@ -22,16 +22,14 @@ def compress(left: Matrix, right: Matrix, *, floor: float = 0.0) -> tuple[Matrix
     Returns: left' [m, q] and right' [q, n], q the numerical rank (at most min(m, n, R), 0 for a product that
         is numerically zero). Singular values are shared equally between the two, largest first.
     """
-    rows, columns = left.shape[0], right.shape[1]
     if not left.shape[1]:
         return left, right
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, values, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    # Backward error of the two QRs and the product: relative to the norms of the factors, not of the product.
-    noise = (
-        np.finfo(np.float64).eps * max(rows, columns) * float(np.linalg.norm(left) * np.linalg.norm(right))
-    )
+    # Backward error of the QRs and the product: relative to the norms of the factors, not of the product.
+    size = float(np.linalg.norm(left) * np.linalg.norm(right))
+    noise = float(np.finfo(np.float64).eps) * max(*left.shape, *right.shape) * size
     rank = int(np.count_nonzero(values > max(noise, floor)))
     root = np.sqrt(values[:rank])
     return q_left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ q_right.T

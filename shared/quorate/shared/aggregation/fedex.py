@@ -1,8 +1,8 @@
 """FedEx-LoRA: average A and B, and add what the average misses to the frozen base.
 
-Singhal et al. 2024, arXiv:2410.09432. The federation's ideal update is the mean of the products; averaging the
-factors misses  sum p_k B_k A_k - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar),  of rank at most (K - 1) r.
-The residual of all rounds so far is kept as unscaled factors (see GlobalState) and recompressed every round.
+Singhal et al. 2024, arXiv:2410.09432. The federation's ideal update is the mean of the products; averaging
+the factors misses  sum p_k B_k A_k - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar),  of rank <= (K - 1) r.
+The residual of all rounds so far is kept as unscaled factors (see GlobalState), recompressed every round.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class FedEx(Aggregator):
         """Raise ValueError for DoRA."""
         if use_dora:
             raise ValueError(
-                "aggregation fedex adds B A products to the base weights, but DoRA rescales the sum of base and "
-                "product by a trained magnitude, so the result would not be the mean of the sites' models; "
+                "aggregation fedex adds B A products to the base weights, but DoRA rescales base and product "
+                "by a trained magnitude, so the result would not be the mean of the sites' models; "
                 "set adapter.use_dora: false or choose aggregation fedavg"
             )
 
@@ -59,24 +59,22 @@ class FedEx(Aggregator):
         """
         if not isinstance(accumulator, FactorStack):
             raise TypeError(f"fedex finishes what its own init started, not a {type(accumulator).__name__}")
-        mean, arrays = accumulator.mean(), dict(state.residual)
+        mean, residual = accumulator.mean(), dict(state.residual)
         for layer in lora_layers(mean):
             sites = [(weight / accumulator.weight, *_pair(u, layer)) for weight, u in accumulator.factors]
-            old = (
-                _pair(state.residual, layer, RESIDUAL_B, RESIDUAL_A) if layer + RESIDUAL_B in arrays else None
-            )
+            known = layer + RESIDUAL_B in residual
+            old = _pair(state.residual, layer, RESIDUAL_B, RESIDUAL_A) if known else None
             left, right = residual_factors(sites, old)
-            arrays[layer + RESIDUAL_B] = left.astype(np.float32)
-            arrays[layer + RESIDUAL_A] = right.astype(np.float32)
-        return GlobalState(
-            state.adapter.updated(mean),
-            Adapter({name: array for name, array in arrays.items() if array.size}),
-        )
+            residual[layer + RESIDUAL_B] = left.astype(np.float32)
+            residual[layer + RESIDUAL_A] = right.astype(np.float32)
+        kept = Adapter({name: array for name, array in residual.items() if array.size})
+        return GlobalState(state.adapter.updated(mean), kept)
 
     def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
         """Return the bytes held: float64 sums, and a float32 copy of every site's factors.
 
-        `finish` needs besides, one layer at a time, 16 (m + n) (cohort r + q) bytes or so, q the residual's rank.
+        `finish` needs a few times 8 (m + n) (cohort r + q) bytes besides, for one layer after the other, q
+        being the rank of the residual so far.
         """
         factors = sum(prod(shape) for name, shape in schema.items() if is_lora_a(name) or is_lora_b(name))
         return super().memory_bytes(schema, cohort) + 4 * cohort * factors

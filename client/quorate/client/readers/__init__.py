@@ -1,0 +1,49 @@
+"""Readers: from a source to raw rows, split by split, with every row's origin.
+
+A reader gives columns as the data have them; `quorate.client.data` makes task columns of them. Messages name
+files, lines and columns, never the text of a row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quorate.client.readers.files import describe_columns, read_file, read_folder
+from quorate.client.readers.hub import read_hub
+from quorate.client.readers.toy import read_sklearn
+from quorate.shared.config.sites import SourceConfig
+from quorate.shared.errors import DataError
+from quorate.shared.messages import Split
+from quorate.shared.sources import expand, resolve_local
+from quorate.shared.tasks.base import Row
+
+
+def read_source(source: SourceConfig, base_dir: Path) -> dict[Split, list[Row]]:
+    """Read every split a source has files for; one file is all `train`, to be split later.
+
+    Args:
+        source: where rows come from.
+        base_dir: where relative paths start.
+    Returns: raw rows per split, in file order; `train` is always there, no split is empty.
+    Raises: ConfigError: an unset variable. DataError: missing, empty or damaged data.
+    """
+    where = "source"
+    text = expand(source.source, where)
+    kind, _, name = text.partition(":")
+    if kind == "sklearn":
+        return {"train": read_sklearn(name)}
+    if kind == "hub":
+        return _train_first(read_hub(name, source.revision), text)
+    path = resolve_local(source.source, base_dir, where=where)
+    if path.is_dir():
+        return _train_first(read_folder(path), str(path))
+    return {"train": read_file(path)}
+
+
+def _train_first(splits: dict[Split, list[Row]], origin: str) -> dict[Split, list[Row]]:
+    if "train" not in splits:
+        raise DataError(f"{origin} has no training rows: name the split or its file `train`.")
+    return splits
+
+
+__all__ = ["describe_columns", "read_source"]

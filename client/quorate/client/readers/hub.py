@@ -1,0 +1,82 @@
+"""Data sets from a model hub, through the `datasets` library where that is installed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from importlib import import_module, metadata
+from typing import Any
+
+from quorate.client.readers.files import split_of
+from quorate.shared.errors import DataError
+from quorate.shared.messages import Split
+from quorate.shared.tasks.base import Row
+
+log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def read_hub(repo_id: str, revision: str | None) -> dict[Split, list[Row]]:
+    """Read the train, validation and test splits of a hub data set; other splits are left alone.
+
+    Args:
+        repo_id: ORGANISATION/NAME.
+        revision: commit, tag or branch.
+    Returns: raw rows per split; values of class-label columns are label names, for their numbers follow the
+        data set's order and not the run's.
+    Raises: DataError: `datasets` is missing or so old that it would run a data set's own code, or the hub
+        cannot give the data set.
+    """
+    origin = f"hub:{repo_id}"
+    if not _HUB_ID.fullmatch(repo_id):
+        raise DataError(f"{origin} is not hub:ORGANISATION/NAME.")
+    library = _datasets(origin)
+    log.warning("reading %s from the local cache or the hub (HF_HUB_OFFLINE=1 forbids fetching)", origin)
+    try:
+        loaded = library.load_dataset(repo_id, revision=revision)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{origin} cannot be loaded ({type(error).__name__}); check the name, the revision, your access "
+            "and the network. Data sets that need code of their own are not read."
+        ) from error
+    splits: dict[Split, list[Row]] = {}
+    for name, table in loaded.items():
+        if (split := split_of(name)) is not None:
+            splits[split] = list(_rows(table, table.features, f"{origin}/{name}"))
+            if not splits[split]:
+                raise DataError(f"{origin}/{name} is empty: it holds no row.")
+    return splits
+
+
+def _datasets(origin: str) -> Any:
+    try:
+        library = import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"{origin} needs the library datasets: pip install 'datasets>=4', or give a file or folder."
+        ) from error
+    version = metadata.version("datasets")
+    if int(version.split(".")[0]) < 4:
+        raise DataError(f"{origin}: datasets {version} can run a data set's code; pip install 'datasets>=4'.")
+    return library
+
+
+def _rows(table: Iterable[Mapping[str, Any]], features: Mapping[str, Any], origin: str) -> Iterable[Row]:
+    # A list of class labels keeps their names one level further in.
+    names = {
+        column: labels
+        for column, feature in features.items()
+        if (labels := getattr(getattr(feature, "feature", feature), "names", None))
+    }
+    for number, values in enumerate(table, start=1):
+        named = {column: _named(values[column], labels) for column, labels in names.items()}
+        yield Row({**values, **named}, f"{origin}:{number}")
+
+
+def _named(value: Any, labels: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(item, labels) for item in value]
+    # -1 says that a label is held back; it stays, to be refused with the row's number.
+    return value if value is None or value < 0 else labels[value]

@@ -51,7 +51,11 @@ class Site:
     """
 
     def __init__(
-        self, rows: Mapping[str, SiteRows], *, device: torch.device | None = None, on_step: OnStep = ignore_step
+        self,
+        rows: Mapping[str, SiteRows],
+        *,
+        device: torch.device | None = None,
+        on_step: OnStep = ignore_step,
     ) -> None:
         self._rows = rows
         self._device = device
@@ -76,16 +80,20 @@ class Site:
                 answers.update({i: _failed(requests[i], error) for i in group})
         return [answers[i] for i in range(len(requests))]
 
-    def prepare(self, run: RunConfig) -> None:
+    def prepare(self, run: RunConfig) -> RunConfig:
         """Load the base model and make every site's rows ready, so that what is wrong shows before round 1.
 
+        Returns: the run with its model's hash filled in.
         Raises: ModelError, DataError: naming the site.
         """
         resident = self._load(run)
+        pinned = run.model.model_copy(update={"sha256": resident.model.sha256})
+        resident.run = run.model_copy(update={"model": pinned})
         for site in self._rows:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
         log.debug("prepared %d sites on %s", len(self._rows), resident.model.peft.device)
+        return resident.run
 
     def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
         """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
@@ -117,10 +125,15 @@ class Site:
         return resident
 
     def _load(self, run: RunConfig) -> _Resident:
-        if self._resident is None or self._resident.run != run:
+        """Return the base model under this run, loaded again only when the run asks for another one."""
+        resident = self._resident
+        if resident is None or _model_key(resident.run) != _model_key(run):
+            self._resident = None  # let go of the old base before the new one takes its memory
             model = load_model(run, device=self._device)
-            self._resident = _Resident(run, model, AdapterStack.install(model), {})
-        return self._resident
+            resident = _Resident(run, model, AdapterStack.install(model), {})
+        resident.run = run
+        self._resident = resident
+        return resident
 
     def _examples(self, resident: _Resident, site: str, split: Split) -> list[Example]:
         key = (site, split)
@@ -128,7 +141,9 @@ class Site:
             task = resident.run.task
             rows = self._rows[site].get(split, ())
             if split == "train" and not rows:
-                raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
+                raise DataError(
+                    f"site {site} has no training rows; give it data or take it out of the sites."
+                )
             examples = task.encode(rows, resident.model.processor)
             resident.examples[key] = task.weigh(examples) if split == "train" else examples
         return resident.examples[key]
@@ -145,7 +160,9 @@ class Site:
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
-        rows = {split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")}
+        rows = {
+            split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")
+        }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
         notes = (f"has no training row of: {', '.join(lacking)}",) if lacking else ()
@@ -176,18 +193,27 @@ class Site:
         run, round = resident.run, requests[0].header.round
         states = [self._received(resident, request) for request in requests]
         tasks = [
-            SiteTask(request.header.site, self._examples(resident, request.header.site, "train"), state.adapter)
+            SiteTask(
+                request.header.site, self._examples(resident, request.header.site, "train"), state.adapter
+            )
             for request, state in zip(requests, states, strict=True)
         ]
         trainable = run.aggregation.trainable(resident.model.initial, round)
         fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = (time.monotonic() - started) / len(requests)
         return [
-            self._uploaded(run, *answer, seconds) for answer in zip(requests, tasks, states, fitted, strict=True)
+            self._uploaded(run, *answer, seconds)
+            for answer in zip(requests, tasks, states, fitted, strict=True)
         ]
 
     def _uploaded(
-        self, run: RunConfig, request: RoundRequest, task: SiteTask, state: GlobalState, done: Fitted, seconds: float
+        self,
+        run: RunConfig,
+        request: RoundRequest,
+        task: SiteTask,
+        state: GlobalState,
+        done: Fitted,
+        seconds: float,
     ) -> Update:
         arrays = run.aggregation.upload(done.adapter, state, request.header.round)
         return Update.reply(
@@ -207,9 +233,15 @@ class Site:
         return state
 
 
+def _model_key(run: RunConfig) -> tuple[object, ...]:
+    return run.model, run.adapter, run.task, run.seed
+
+
 def _failed(request: RoundRequest, error: Exception) -> Update:
     code = error.code if isinstance(error, QuorateError) else "internal"
-    log.error("site %s, round %d: %s", request.header.site, request.header.round, error, exc_info=code == "internal")
+    log.error(
+        "site %s, round %d: %s", request.header.site, request.header.round, error, exc_info=code == "internal"
+    )
     return Update.reply(request, error=code)
 
 

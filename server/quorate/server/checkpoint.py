@@ -110,14 +110,18 @@ def load_checkpoint(output_dir: Path, round: int) -> tuple[GlobalState, Progress
     """
     folder = output_dir / f"checkpoint-{round}"
     older = [other for other in list_checkpoints(output_dir) if other < round]
-    remedy = f"delete {folder.name} to resume from checkpoint-{older[-1]}" if older else (
-        "restore it from a copy, or start the run again in another folder"
+    remedy = (
+        f"delete {folder.name} to resume from checkpoint-{older[-1]}"
+        if older
+        else ("restore it from a copy, or start the run again in another folder")
     )
     try:
         listed = dict(line.split("  ", 1)[::-1] for line in (folder / _SUMS).read_text().splitlines())
         files = {name: (folder / name).read_bytes() for name in (_STATE, _PROGRESS)}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}.") from error
+        raise CheckpointError(
+            f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}."
+        ) from error
     for name, data in files.items():
         if listed.get(name) != hashlib.sha256(data).hexdigest():
             raise CheckpointError(f"{folder / name} is not what was written (truncated or edited); {remedy}.")

@@ -20,7 +20,9 @@ def check_belongs(request: RoundRequest, update: Update) -> None:
     asked, got = request.header, update.header
     for name in ("run_id", "round", "phase"):
         if getattr(asked, name) != getattr(got, name):
-            raise ProtocolError(f"answered {name} {getattr(got, name)!r}; asked was {getattr(asked, name)!r}.")
+            raise ProtocolError(
+                f"answered {name} {getattr(got, name)!r}; asked was {getattr(asked, name)!r}."
+            )
     if asked.site and asked.site != got.site:
         raise ProtocolError(f"answered for site {got.site!r}; asked was {asked.site!r}.")
     if got.config_hash != asked.config_hash:

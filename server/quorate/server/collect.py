@@ -54,7 +54,9 @@ class Answers:
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
 
-    def ask(self, grid: Grid, requests: Mapping[int, RoundRequest], check: Check) -> Iterator[tuple[str, Update]]:
+    def ask(
+        self, grid: Grid, requests: Mapping[int, RoundRequest], check: Check
+    ) -> Iterator[tuple[str, Update]]:
         """Send `requests` (node -> request) and yield (site, update) for each answer that passes `check`.
 
         Answers are handed on as they arrive, so that a rule that streams never holds two. An answer that
@@ -81,9 +83,7 @@ class Answers:
         for node in missing:
             self.excluded[self.sites[node]] = exclusion("timeout")
 
-    def _checked(
-        self, site: str, request: RoundRequest, answer: Update | str, check: Check
-    ) -> Update | None:
+    def _checked(self, site: str, request: RoundRequest, answer: Update | str, check: Check) -> Update | None:
         if isinstance(answer, str):
             self.excluded[site] = exclusion(answer)
             return None

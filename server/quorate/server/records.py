@@ -17,7 +17,9 @@ from quorate.shared.tasks.base import Metrics
 class Record(BaseModel):
     """Base of everything written to the output folder."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, ser_json_inf_nan="null")
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", use_attribute_docstrings=True, ser_json_inf_nan="null"
+    )
 
 
 class Exclusion(Record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,12 +89,16 @@ def run_rounds(grid: Grid, run: Run) -> Result:
     """
     members = join(grid, run)
     state, progress = _start(run, members)
-    run.tell("start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0)
+    run.tell(
+        "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
+    )
     result = Result(state, progress, members)
     first = progress.round + 1 if progress else 1
     try:
         for round in range(first, run.config.federation.rounds + 1):
-            result.state, result.progress = run_round(grid, run, members, result.state, result.progress, round)
+            result.state, result.progress = run_round(
+                grid, run, members, result.state, result.progress, round
+            )
     except (KeyboardInterrupt, QuorumNotMet) as stop:
         result.stopped = stop
     return result
@@ -118,7 +122,9 @@ def run_round(
             _note(books, site, update, weight)
     if len(books.num_examples) < run.config.federation.quorum:
         raise _quorum_not_met(run, round, cohort, books)
-    with books.timed(run, round, "aggregate"):  # 7 step the global adapter (6, central noise: not asked for yet)
+    with books.timed(
+        run, round, "aggregate"
+    ):  # 7 step the global adapter (6, central noise: not asked for yet)
         state = rule.finish(accumulator, state, round)
     validation = None
     with books.timed(run, round, "evaluate"):  # 8 evaluate
@@ -138,7 +144,9 @@ def choose_cohort(run: Run, members: Members, round: int) -> tuple[str, ...]:
     return tuple(sorted(rng(run.config.seed, "cohort", round).choice(names, wanted, replace=False).tolist()))
 
 
-def request(run: Run, round: int, phase: Phase, site: str, arrays: Adapter, split: Split | None = None) -> RoundRequest:
+def request(
+    run: Run, round: int, phase: Phase, site: str, arrays: Adapter, split: Split | None = None
+) -> RoundRequest:
     """Return one request of this run."""
     header = RequestHeader(
         run_id=run.run_id,
@@ -153,13 +161,23 @@ def request(run: Run, round: int, phase: Phase, site: str, arrays: Adapter, spli
 
 
 def evaluate_at_sites(
-    grid: Grid, run: Run, members: Members, state: GlobalState, split: Split, round: int, books: _Books | None = None
+    grid: Grid,
+    run: Run,
+    members: Members,
+    state: GlobalState,
+    split: Split,
+    round: int,
+    books: _Books | None = None,
 ) -> dict[str, Outcomes]:
     """Have every site measure `state` on its own rows; returns site -> outcomes of those that answered."""
     federation = run.config.federation
-    answers = Answers(members.by_node, len(members.nodes), federation.timeout_seconds, federation.grace_seconds)
+    answers = Answers(
+        members.by_node, len(members.nodes), federation.timeout_seconds, federation.grace_seconds
+    )
     arrays = run.config.aggregation.download(state, round)
-    asked = {node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()}
+    asked = {
+        node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
+    }
     outcomes = {
         site: update.header.outcomes or Outcomes()
         for site, update in answers.ask(grid, asked, lambda _request, _update: None)
@@ -170,11 +188,19 @@ def evaluate_at_sites(
 
 
 def _trained(
-    grid: Grid, run: Run, members: Members, state: GlobalState, cohort: tuple[str, ...], round: int, books: _Books
+    grid: Grid,
+    run: Run,
+    members: Members,
+    state: GlobalState,
+    cohort: tuple[str, ...],
+    round: int,
+    books: _Books,
 ) -> Iterator[tuple[str, Update]]:
     """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
     federation, rule = run.config.federation, run.config.aggregation
-    answers = Answers(members.by_node, federation.quorum, federation.timeout_seconds, federation.grace_seconds)
+    answers = Answers(
+        members.by_node, federation.quorum, federation.timeout_seconds, federation.grace_seconds
+    )
     schema = rule.upload_schema(members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
@@ -204,7 +230,7 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
     if progress.initial_hash != members.initial.content_hash:
         raise CheckpointError(
             f"{run.output_dir}: the sites no longer start from the adapter this run began with "
-            "(another base model or library version); resume where it began, or start again in another folder."
+            "(another base model or library version); resume where it began, or start in another folder."
         )
     return state, progress
 

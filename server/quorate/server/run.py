@@ -58,17 +58,21 @@ class Run:
         used = checkpoints or (output_dir / RUN_FILE).exists()
         if used and not resume:
             raise OutputError(
-                f"{output_dir} already holds a run; continue it with --resume, or choose another folder with -o."
+                f"{output_dir} already holds a run; continue it with --resume, or choose another folder (-o)."
             )
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o.") from error
+            raise OutputError(
+                f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o."
+            ) from error
         if (output_dir / RUN_FILE).exists():
             _check_same(load_run(output_dir / RUN_FILE), config, output_dir)
         resumed = load_checkpoint(output_dir, checkpoints[-1]) if checkpoints else None
         if resumed and resumed[1].config_hash != config.content_hash:
-            raise CheckpointError(f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml.")
+            raise CheckpointError(
+                f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml."
+            )
         write_file(output_dir / RUN_FILE, dump_yaml(config))
         run_id = resumed[1].run_id if resumed else uuid.uuid4().hex[:16]
         run = cls(config, output_dir, run_id, resumed, trackers)

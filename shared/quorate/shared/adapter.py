@@ -114,10 +114,9 @@ class Adapter(Mapping[str, Array]):
                 raise AdapterError(f"array {name} is missing.")
             if name not in expected:
                 raise AdapterError(f"array {name} is not part of this run's adapter.")
-            if self._arrays[name].shape != tuple(expected[name]):
-                raise AdapterError(
-                    f"array {name} has shape {list(self._arrays[name].shape)}; expected {list(expected[name])}."
-                )
+            found, wanted = list(self._arrays[name].shape), list(expected[name])
+            if found != wanted:
+                raise AdapterError(f"array {name} has shape {found}; expected {wanted}.")
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """Serialise as safetensors."""

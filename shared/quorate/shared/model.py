@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
-from quorate.shared.config.run import AdapterConfig, ModelConfig, RunConfig
+from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
@@ -29,7 +29,32 @@ from quorate.shared.tasks import Task
 
 log = logging.getLogger(__name__)
 
-_FILES = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+_FILES = (
+    "*.safetensors",
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.model",
+)
+
+
+@dataclass
+class Base:
+    """A verified base model with the task's head, not yet adapted.
+
+    Args:
+        model: in float32, in eval mode.
+        processor: the tokenizer (or image processor) that the task's `encode` and `collate` take.
+        files: SHA-256 of each file the model was loaded from.
+        sha256: of the weights, as in the run file.
+    """
+
+    model: Any
+    processor: Any
+    files: dict[str, str]
+    sha256: str
 
 
 @dataclass
@@ -69,7 +94,7 @@ class LoadedModel:
                 continue
             layer = name.removesuffix(RESIDUAL_B)
             module = modules.get(layer)
-            if not isinstance(module, LoraLayer):
+            if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
                 raise ModelError(f"the residual names layer {layer}, which this run does not adapt.")
             weight = base_weight(module)
             self._pristine.setdefault(layer, weight.data.clone())
@@ -96,14 +121,16 @@ def base_weight(module: nn.Module) -> nn.Parameter:
     """
     weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else None
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise ModelError("this rule adds to the base weights, which a quantised base cannot take; use fedavg.")
+        raise ModelError(
+            "this rule adds to the base weights, which a quantised base cannot take; use fedavg."
+        )
     return weight
 
 
-def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
-    """Load the run's base model, verify it and put a freshly seeded adapter on it.
+def load_base(run: RunConfig) -> Base:
+    """Find, verify and load the run's base model; a head it lacks is drawn from torch's global generator.
 
-    Raises: ModelError: the model is not there, is not what the run file says, or cannot be adapted as asked.
+    Raises: ModelError: the model is not there, or is not what the run file says.
     """
     folder = resolve_model(run.model.model_name_or_path, run.model.revision)
     files = hash_files(folder)
@@ -113,13 +140,21 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
+    model = _load_weights(folder, run.task)
+    return Base(model, _load_processor(folder, run, model), files, sha256)
+
+
+def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
+    """Load the run's base model and put a freshly seeded adapter on it.
+
+    Raises: ModelError: as `load_base`, or the model cannot be adapted as asked.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, "initial-adapter"))
-        base = _load_base(folder, run.task)
-        processor = _load_processor(folder, run, base)
-        peft = attach_lora(base, run.adapter, run.task, run.model)
+        base = load_base(run)
+        peft = attach_lora(base.model, run.adapter, run.task)
     peft.eval().to(device or default_device())
-    return LoadedModel(peft, processor, files, sha256, adapter_of(peft))
+    return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
 
 
 def default_device() -> torch.device:
@@ -127,14 +162,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def attach_lora(base: nn.Module, config: AdapterConfig, task: Task, model: ModelConfig) -> PeftModel:
+def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel:
     """Wrap `base` in PEFT.
 
     Raises: ModelError: target_modules match nothing, or something other than linear layers would be trained.
     """
     targets = config.target_modules
     try:
-        peft = get_peft_model(base, lora_config(config, task, model))  # type: ignore[arg-type]
+        peft = get_peft_model(base, lora_config(config, task))
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
@@ -144,23 +179,25 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task, model: Model
     modules = dict(peft.named_modules())
     for name, parameter in peft.named_parameters():
         owner = modules[name.rpartition(".")[0]]
-        if parameter.requires_grad and not isinstance(owner, nn.Linear) and "lora_magnitude_vector" not in name:
+        if (
+            parameter.requires_grad
+            and not isinstance(owner, nn.Linear)
+            and "lora_magnitude_vector" not in name
+        ):
             raise ModelError(
                 f"{name} ({type(owner).__name__}) would be trained, but only linear layers can be; "
                 "narrow adapter.target_modules or adapter.modules_to_save."
             )
-    return peft  # type: ignore[return-value]
+    return peft
 
 
-def lora_config(config: AdapterConfig, task: Task, model: ModelConfig) -> LoraConfig:
-    """Return PEFT's configuration for the run's adapter."""
+def lora_config(config: AdapterConfig, task: Task) -> LoraConfig:
+    """Return PEFT's configuration for the run's adapter; it names no base model yet."""
     targets = config.target_modules
     return LoraConfig(
-        task_type=task.peft_task_type,  # type: ignore[arg-type]
-        base_model_name_or_path=model.model_name_or_path,
-        revision=model.revision,
+        task_type=task.peft_task_type,
         r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=config.lora_dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
@@ -202,9 +239,9 @@ def weights_sha256(files: dict[str, str], folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _load_base(folder: Path, task: Task) -> nn.Module:
-    transformers.utils.logging.set_verbosity_error()  # its report of a new head is news to nobody here
-    transformers.utils.logging.disable_progress_bar()
+def _load_weights(folder: Path, task: Task) -> nn.Module:
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = getattr(transformers, task.auto_class)
     try:
         model = auto.from_pretrained(
@@ -248,5 +285,7 @@ def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
     limit = getattr(base.config, "max_position_embeddings", None)
     asked = getattr(run.task, "max_length", None)
     if limit is not None and asked is not None and asked > limit:
-        raise ModelError(f"task.max_length {asked} is above the {limit} positions of {folder.name}; lower it.")
+        raise ModelError(
+            f"task.max_length {asked} is above the {limit} positions of {folder.name}; lower it."
+        )
     return processor

@@ -57,7 +57,12 @@ class InProcessGrid(Grid):
         return list(self._sites)
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Return a message to one site."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -82,7 +87,9 @@ class InProcessGrid(Grid):
         """Hand out the replies to these messages, once."""
         return [self._replies.pop(each) for each in list(message_ids) if each in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push and pull in one go."""
         return self.pull_messages(self.push_messages(messages))
 

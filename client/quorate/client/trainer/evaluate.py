@@ -28,7 +28,7 @@ def forward(
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         batch = run.task.collate([examples[row] for row in rows], model.processor).to(device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
+        with torch.inference_mode():  # full precision also where training is bf16: figures are compared
             logits: Tensor = model.peft(**batch.inputs).logits
         yield rows, batch, logits
 

@@ -132,7 +132,12 @@ def make_optimizer(training: TrainingConfig, parameters: list[nn.Parameter]) -> 
 
 
 def _step(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, members: list[_Member], live: list[int], step: int
+    model: LoadedModel,
+    stack: AdapterStack,
+    run: RunConfig,
+    members: list[_Member],
+    live: list[int],
+    step: int,
 ) -> list[float]:
     """Take one optimiser step with every site that has steps left; return their losses."""
     for parameter in stack.arrays.values():
@@ -170,7 +175,9 @@ def _forward(
     share = max(map(len, examples))
     filled = [e for site in examples for e in (*site, *[site[0]] * (share - len(site)))]
     batch = run.task.collate(filled, model.processor).to(model.peft.device)
-    real = torch.tensor([[r < len(site) for r in range(share)] for site in examples], device=batch.weights.device)
+    real = torch.tensor(
+        [[r < len(site) for r in range(share)] for site in examples], device=batch.weights.device
+    )
     rows_of_step = [sum(map(len, members[i].steps[step])) for i in present]
     _lay_out(stack, run, members, present, examples, batch)
     logits = _logits(model, run, batch)
@@ -217,12 +224,14 @@ def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, posi
 
 
 @contextmanager
-def _training(model: LoadedModel, stack: AdapterStack, run: RunConfig, round: int, sites: Sequence[SiteTask]) -> Any:
+def _training(
+    model: LoadedModel, stack: AdapterStack, run: RunConfig, round: int, sites: Sequence[SiteTask]
+) -> Any:
     """Put the model in training mode and back.
 
-    The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the rows
-    of a batch would leak into one another. The global generator, from which only the base's own dropout draws,
-    is seeded by round and sites and put back.
+    The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the
+    rows of a batch would leak into one another. The global generator, from which only the base's own dropout
+    draws, is seeded by round and sites and put back.
     """
     devices = [model.peft.device] if model.peft.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-
 from quorate.shared.config.run import TrainingConfig
 from quorate.shared.seeds import rng
 
@@ -55,7 +54,9 @@ class Plan:
     def steps(self, round: int) -> list[list[list[int]]]:
         """Return the round's steps (round from 1), each a list of micro-batches of row indices."""
         if self.training.max_steps is None:
-            epochs = range((round - 1) * self.training.num_train_epochs, round * self.training.num_train_epochs)
+            epochs = range(
+                (round - 1) * self.training.num_train_epochs, round * self.training.num_train_epochs
+            )
             batches = [chunk for epoch in epochs for chunk in _chunks(self._epoch(epoch), self.rows_per_step)]
         else:
             start = (round - 1) * self.training.max_steps * self.rows_per_step
@@ -79,5 +80,3 @@ class Plan:
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-

@@ -62,7 +62,8 @@ class StackedLinear(Stacked):
     def __init__(self, linear: nn.Linear, layout: Layout) -> None:
         super().__init__(layout)
         self.weight = nn.Parameter(linear.weight.detach()[None].clone())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach()[None].clone())
+        bias: Tensor | None = linear.bias  # typed as never None, which it is for bias=False
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[None].clone())
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +136,9 @@ class StackedDora(Stacked):
             base_result = nn.functional.linear(x, weight)
         elif bias is not None:
             base_result = base_result - bias
-        return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
+        learnt: Tensor = lora_B(lora_A(x))
+        added: Tensor = (scale - 1) * base_result + scale * learnt * scaling
+        return added
 
 
 @dataclass
@@ -159,7 +162,7 @@ class AdapterStack:
             stacked = (
                 StackedDora(module, layout)
                 if isinstance(module, DoraLinearLayer)
-                else StackedLinear(module, layout)  # type: ignore[arg-type]  # attach_lora admits no others
+                else StackedLinear(module, layout)
             )
             setattr(modules[parent], child, stacked)
             for kind, parameter in stacked.named_parameters(recurse=False):

@@ -81,8 +81,8 @@ class Task(ConfigModel, ABC):
         """Return keyword arguments for `from_pretrained` (number and names of labels, ...)."""
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
-        """Turn rows into examples.
+    def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:
+        """Turn rows into examples; without labels, targets are zeros that nobody reads.
 
         Raises: DataError: naming the row's source, for a row the task cannot use.
         """

@@ -71,9 +71,10 @@ class SequenceClassification(Task):
             "problem_type": self.problem_type,
         }
 
-    def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
+    def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:
         """Tokenise `text` (cut to max_length, not padded) and read `label`."""
-        targets = [self._target(row) for row in rows]
+        blank: int | tuple[float, ...] = (0.0,) * len(self.labels) if self.multi_label else 0
+        targets = [self._target(row) if labelled else blank for row in rows]
         if not rows:
             return []
         encoded = processor([row.values["text"] for row in rows], truncation=True, max_length=self.max_length)
@@ -93,8 +94,8 @@ class SequenceClassification(Task):
                 f"{row.source}: label {label!r} is not {wanted} in 0..{len(self.labels) - 1}; "
                 "check the label column and the labels mapping."
             )
-        if not self.multi_label:
-            return int(ids[0])
+        if isinstance(label, int):
+            return label
         return tuple(float(index in ids) for index in range(len(self.labels)))
 
     def weigh(self, examples: Sequence[Example]) -> list[Example]:
@@ -111,9 +112,7 @@ class SequenceClassification(Task):
             weights = len(examples) / (np.count_nonzero(counts) * np.maximum(counts, 1))
         return [Example(e.features, e.target, self._weight_of(e, weights)) for e in examples]
 
-    def _weight_of(
-        self, example: Example, weights: npt.NDArray[np.float64]
-    ) -> float | tuple[float, ...]:
+    def _weight_of(self, example: Example, weights: npt.NDArray[np.float64]) -> float | tuple[float, ...]:
         if isinstance(example.target, int):
             return float(weights[example.target])
         return tuple(float(w) if t else 1.0 for w, t in zip(weights, example.target, strict=True))
@@ -134,7 +133,9 @@ class SequenceClassification(Task):
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
         """Pad to the longest text of the batch."""
-        inputs = processor.pad({k: [e.features[k] for e in examples] for k in examples[0].features}, return_tensors="pt")
+        inputs = processor.pad(
+            {k: [e.features[k] for e in examples] for k in examples[0].features}, return_tensors="pt"
+        )
         targets = torch.tensor([e.target for e in examples])
         weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)
         return Batch(dict(inputs), targets, weights)
@@ -198,13 +199,13 @@ class SequenceClassification(Task):
         """Return each row's label (or labels) and the probability of every label."""
         logits = logits.float()
         probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
-        shown = []
+        shown: list[dict[str, Any]] = []
         for row in probabilities.tolist():
-            scores = dict(zip(self.labels, row, strict=True))
+            scores: dict[str, float] = dict(zip(self.labels, row, strict=True))
             if self.multi_label:
                 shown.append({"labels": [k for k, p in scores.items() if p > 0.5], "scores": scores})
             else:
-                shown.append({"label": max(scores, key=scores.__getitem__), "scores": scores})
+                shown.append({"label": self.labels[int(np.argmax(row))], "scores": scores})
         return shown
 
 

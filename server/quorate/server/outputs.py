@@ -1,0 +1,170 @@
+"""What a run leaves behind: the adapter for PEFT, the summary, the report."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from quorate.server.card import model_card
+from quorate.server.checkpoint import load_checkpoint, write_file, write_folder
+from quorate.server.evaluation import summarise
+from quorate.server.records import Evaluation, Exclusion, Measured, References, RoundRecord, Summary, Worth
+from quorate.server.report import write_report
+from quorate.server.rounds import Result, evaluate_at_sites
+from quorate.server.run import RECORD_FILE, RUN_FILE, Run, read_jsonl
+from quorate.shared.adapter import lora_layers
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.run import RunConfig
+from quorate.shared.export import as_lora
+from quorate.shared.model import lora_config
+from quorate.shared.outcomes import Outcomes
+
+ADAPTER_DIR, SUMMARY_FILE = "adapter", "summary.json"
+_LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
+
+
+def measure(
+    grid: Grid, run: Run, result: Result
+) -> tuple[Measured | None, Measured | None, dict[str, Outcomes]]:
+    """Measure the last and the best round's model on test rows.
+
+    Returns: final, best, and the best model's outcomes per site. A run that was stopped is not measured
+        again: what its rounds found on validation rows stands.
+    """
+    if result.progress is None:
+        return None, None, {}
+    last, best_round = result.progress.round, result.progress.best_round or result.progress.round
+    if result.stopped is not None:
+        return (
+            Measured(round=last, validation=result.progress.metrics.validation),
+            Measured(round=best_round),
+            {},
+        )
+    run.tell("phase", last, "test")
+    final, outcomes = _measured(grid, run, result, result.state, last, result.progress.metrics.validation)
+    if best_round == last:
+        return final, final, outcomes
+    state, progress = load_checkpoint(run.output_dir, best_round)
+    best, outcomes = _measured(grid, run, result, state, best_round, progress.metrics.validation)
+    return final, best, outcomes
+
+
+def _measured(
+    grid: Grid, run: Run, result: Result, state: GlobalState, round: int, validation: Evaluation | None
+) -> tuple[Measured, dict[str, Outcomes]]:
+    outcomes = evaluate_at_sites(grid, run, result.members, state, "test", round)
+    config = run.config
+    samples = config.evaluation.bootstrap_samples
+    test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+    return Measured(round=round, validation=validation, test=test), outcomes
+
+
+def best_state(run: Run, result: Result) -> GlobalState:
+    """Return the state of the best round (the last, where nothing was validated)."""
+    if result.progress and result.progress.best_round not in (None, result.progress.round):
+        return load_checkpoint(run.output_dir, result.progress.best_round)[0]
+    return result.state
+
+
+def write_outputs(
+    run: Run,
+    result: Result,
+    final: Measured | None,
+    best: Measured | None,
+    *,
+    references: References | None = None,
+    worth: Mapping[str, Worth] | None = None,
+) -> Summary:
+    """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
+    run.tell("phase", result.progress.round if result.progress else 0, "outputs")
+    summary = _summary(run, result, final, best, references, worth or {})
+    if result.progress is not None:
+        export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
+    write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
+    write_report(run.output_dir)
+    run.tell("finish", summary)
+    return summary
+
+
+def export_adapter(config: RunConfig, state: GlobalState, folder: Path, summary: Summary) -> None:
+    """Write the state as one LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
+
+    A residual becomes additional rank of its layer. `run.yaml` goes with it, so that labels and length are
+    known to whoever uses it.
+    """
+    settings = config.adapter
+    adapter, ranks, alphas = as_lora(state, settings.r, settings.lora_alpha, settings.use_rslora)
+    peft_config = lora_config(settings, config.task)
+    peft_config.base_model_name_or_path = config.model.model_name_or_path
+    peft_config.revision = config.model.revision
+    # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
+    peft_config.target_modules = [layer.removeprefix("base_model.model.") for layer in lora_layers(adapter)]
+    peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas
+    peft_config.inference_mode = True
+    with tempfile.TemporaryDirectory() as temporary:
+        peft_config.save_pretrained(temporary)
+        configuration = (Path(temporary) / "adapter_config.json").read_bytes()
+    write_folder(
+        folder,
+        {
+            "adapter_config.json": configuration,
+            "adapter_model.safetensors": adapter.to_bytes(),
+            "README.md": model_card(config, summary).encode(),
+            RUN_FILE: dump_yaml(config).encode(),
+        },
+    )
+
+
+def _summary(
+    run: Run,
+    result: Result,
+    final: Measured | None,
+    best: Measured | None,
+    references: References | None,
+    worth: Mapping[str, Worth],
+) -> Summary:
+    records = [
+        each
+        for each in read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
+        if isinstance(each, RoundRecord)
+    ]
+    excluded: dict[str, dict[int, Exclusion]] = {
+        site: {0: why} for site, why in result.members.refused.items()
+    }
+    seconds: Counter[str] = Counter()
+    for record in records:
+        seconds.update(record.seconds)
+        for site, why in record.excluded.items():
+            excluded.setdefault(site, {})[record.round] = why
+    down = sum(sum(record.bytes_down.values()) for record in records)
+    up = sum(sum(record.bytes_up.values()) for record in records)
+    return Summary(
+        name=run.config.name,
+        run_id=run.run_id,
+        status=result.status,
+        rounds=result.progress.round if result.progress else 0,
+        metric=run.metric,
+        seed=run.config.seed,
+        config_hash=run.config.content_hash,
+        final=final,
+        best=best,
+        references=references,
+        worth=dict(worth),
+        sites=result.members.sites,
+        excluded=excluded,
+        bytes={"down": down, "up": up, "total": down + up},
+        seconds={**seconds, "total": round(sum(seconds.values()), 3)},
+        versions={name: version(name) for name in _LIBRARIES},
+    )
+
+
+def read_summary(output_dir: Path) -> Summary:
+    """Read summary.json."""
+    return Summary.model_validate(json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8")))

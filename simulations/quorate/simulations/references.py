@@ -1,0 +1,152 @@
+"""The two reference runs that say what a federation was worth.
+
+*Local only*: each site alone, from the same start, as many rounds of as many steps, its best round picked on
+its own validation rows. *Centralised*: all rows in one place, with as many steps a round as all sites took
+together, its best round picked on all validation rows. Both go through the sites' own trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quorate.client.site import Site, SiteRows
+from quorate.server.evaluation import summarise, worth
+from quorate.server.records import Measured, References, Worth
+from quorate.server.rounds import request
+from quorate.server.run import Run
+from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import FedAvg
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import QuorateError
+from quorate.shared.messages import RoundRequest, Split, Update
+from quorate.shared.outcomes import Outcomes
+from quorate.shared.tasks.base import Row
+
+POOL = "(all sites)"
+"""The centralised run's name; no real site can have it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site's adapter after some round, with its value on validation rows."""
+
+    round: int
+    adapter: Adapter
+    value: float
+
+
+def run_references(
+    run: Run,
+    rows: Mapping[str, SiteRows],
+    site: Site,
+    initial: Adapter,
+    federated: Mapping[str, Outcomes],
+) -> tuple[References, dict[str, Worth]]:
+    """Run the references that the configuration asks for.
+
+    Args:
+        rows: site name -> split -> rows.
+        site: the process that holds these rows and, under the name POOL, all of them together.
+        initial: the adapter's seeded start.
+        federated: test outcomes of the federated model per site.
+    Returns: the references, and what the federation was worth to each site (with local_only).
+    """
+    wanted = run.config.evaluation.references
+    config, samples = run.config, run.config.evaluation.bootstrap_samples
+    local: dict[str, Measured] = {}
+    gains: dict[str, Worth] = {}
+    centralised = None
+    if "local_only" in wanted:
+        best = train_alone(run, _single(config), site, list(rows), initial, "local only")
+        for name, candidate in best.items():
+            outcomes = _measure(run, site, rows, candidate.adapter)
+            test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+            local[name] = Measured(round=candidate.round, test=test)
+            if federated.get(name, Outcomes()).rows:
+                gains[name] = worth(
+                    config.task,
+                    run.metric,
+                    federated[name],
+                    outcomes[name],
+                    samples=samples,
+                    seed=config.seed,
+                    site=name,
+                )
+    if "centralised" in wanted:
+        candidate = train_alone(run, _all_steps(config, rows), site, [POOL], initial, "centralised")[POOL]
+        outcomes = _measure(run, site, rows, candidate.adapter)
+        test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+        centralised = Measured(round=candidate.round, test=test)
+    return References(local_only=local, centralised=centralised), gains
+
+
+def pool(rows: Mapping[str, SiteRows]) -> dict[Split, Sequence[Row]]:
+    """Return all sites' rows as those of one site."""
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    return {split: [row for site in rows.values() for row in site.get(split, ())] for split in splits}
+
+
+def train_alone(
+    run: Run, config: RunConfig, site: Site, names: Sequence[str], initial: Adapter, what: str
+) -> dict[str, Candidate]:
+    """Train each of `names` on its own rows for all rounds, without anyone else; return its best round.
+
+    The sites share the trainer's passes but no arrays.
+    """
+    current = dict.fromkeys(names, initial)
+    best: dict[str, Candidate] = {}
+    asking = Run(config, run.output_dir, run.run_id)
+    for round in range(1, config.federation.rounds + 1):
+        run.tell("phase", round, what)
+        updates = _answers(site, [request(asking, round, "fit", name, current[name]) for name in names])
+        current = {name: update.arrays for name, update in zip(names, updates, strict=True)}
+        if round % config.evaluation.every and round != config.federation.rounds:
+            continue
+        scored = _answers(
+            site, [request(asking, round, "evaluate", name, current[name], "validation") for name in names]
+        )
+        for name, update in zip(names, scored, strict=True):
+            value = _value(run, update.header.outcomes)
+            if name not in best or value > best[name].value:
+                best[name] = Candidate(round, current[name], value)
+    return best
+
+
+def _value(run: Run, outcomes: Outcomes | None) -> float:
+    """Return the run's metric; without validation rows every later round wins."""
+    if outcomes is None or not outcomes.rows:
+        return float("-inf")
+    return float(run.config.task.metrics(outcomes)[run.metric])
+
+
+def _measure(run: Run, site: Site, rows: Mapping[str, SiteRows], adapter: Adapter) -> dict[str, Outcomes]:
+    """Return test outcomes of one adapter on every site's rows."""
+    asking = Run(_single(run.config), run.output_dir, run.run_id)
+    asked = [request(asking, 0, "evaluate", name, adapter, "test") for name in rows]
+    return {update.header.site: update.header.outcomes or Outcomes() for update in _answers(site, asked)}
+
+
+def _answers(site: Site, requests: list[RoundRequest]) -> list[Update]:
+    updates = site.handle(requests)
+    for update in updates:
+        if update.header.error is not None:
+            raise QuorateError(
+                f"a reference run failed at {update.header.site} ({update.header.error}); the log says why."
+            )
+    return updates
+
+
+def _single(config: RunConfig) -> RunConfig:
+    """Return the configuration for a site alone: with one site every rule reduces to training all factors."""
+    return config.model_copy(update={"aggregation": FedAvg()})
+
+
+def _all_steps(config: RunConfig, rows: Mapping[str, SiteRows]) -> RunConfig:
+    """Return the configuration for all rows in one place, with the steps of all sites together."""
+    training = config.training
+    if training.max_steps is not None:
+        # Sites asked in a round, not sites there are: the budget is that of the federated run.
+        asked = min(config.federation.sites_per_round or len(rows), len(rows))
+        training = training.model_copy(update={"max_steps": training.max_steps * asked})
+    return _single(config.model_copy(update={"training": training}))

@@ -1,0 +1,106 @@
+"""What many tests share: a small real BERT on disk, runs over it, and sites with rows."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports transformers or flwr: tests never ask the outside.
+os.environ.update(HF_HUB_OFFLINE="1", FLWR_TELEMETRY_ENABLED="0", TOKENIZERS_PARALLELISM="false")
+
+WORDS = tuple(
+    "fever cough pain rash dose scan blood heart liver lung bone nerve drug trial cell gene".split()
+)
+LABELS = ("cardiac", "hepatic", "pulmonary")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 2 layers with random weights and a word tokenizer, as `save_pretrained` writes it."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(config)
+    with torch.no_grad():  # BERT's init is so small that attention hardly matters; make errors visible
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_run(tiny_bert: Path) -> Callable[..., Any]:
+    """Build a RunConfig over the tiny BERT; keyword arguments are merged into its sections."""
+    from quorate.shared.config.run import RunConfig
+
+    def make(**sections: Any) -> RunConfig:
+        base: dict[str, Any] = {
+            "name": "test",
+            "seed": 3,
+            "task": {"name": "sequence_classification", "labels": LABELS, "max_length": 24},
+            "data": "notes",
+            "model": {"model_name_or_path": str(tiny_bert)},
+            "adapter": {"r": 4, "lora_alpha": 8},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
+            "federation": {"rounds": 2, "grace_seconds": 0},
+            "evaluation": {"bootstrap_samples": 20},
+        }
+        for name, section in sections.items():
+            if isinstance(section, Mapping) and name in base:
+                base[name] = {**base[name], **section}
+            else:
+                base[name] = section
+        return RunConfig.model_validate(base)
+
+    return make
+
+
+def make_rows(count: int, seed: int, labels: tuple[int, ...] = (0, 1, 2)) -> list[Any]:
+    """Texts of 2 to 16 words in which one word gives the label away."""
+    from quorate.shared.tasks.base import Row
+
+    draw = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label = draw.choice(labels)
+        words = [draw.choice(WORDS) for _ in range(draw.randint(1, 15))]
+        words.insert(draw.randint(0, len(words)), ("heart", "liver", "lung")[label])
+        rows.append(Row({"text": " ".join(words), "label": label}, f"rows-{seed}.jsonl:{index + 1}"))
+    return rows
+
+
+@pytest.fixture
+def make_sites() -> Callable[..., dict[str, dict[str, list[Any]]]]:
+    """Build sites with rows in every split: `make_sites(north=20, south=7)`."""
+
+    def make(**sizes: int) -> dict[str, dict[str, list[Any]]]:
+        return {
+            name: {
+                "train": make_rows(size, seed=10 * index + 1),
+                "validation": make_rows(9, seed=10 * index + 2),
+                "test": make_rows(11, seed=10 * index + 3),
+            }
+            for index, (name, size) in enumerate(sizes.items())
+        }
+
+    return make

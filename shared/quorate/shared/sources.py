@@ -87,6 +87,12 @@ def resolve_local(
     return path
 
 
+def is_hub_id(reference: str, base_dir: Path | None = None) -> bool:
+    """Whether a model reference is a hub id: formed like one, and no folder of that name is there."""
+    folder = (base_dir or Path.cwd()) / reference
+    return not folder.exists() and _HUB_ID.fullmatch(reference) is not None
+
+
 def resolve_model(
     reference: str, revision: str | None, *, base_dir: Path | None = None, where: str = _MODEL_FIELD
 ) -> Path:
@@ -108,9 +114,9 @@ def resolve_model(
     if text.startswith(PACKAGE):
         folder = _in_package(text, where, ModelError)
     else:
-        folder = base_dir / Path(text).expanduser()
-        if not folder.exists() and text == reference and _HUB_ID.fullmatch(text):
+        if text == reference and is_hub_id(text, base_dir):
             return _from_hub(text, revision, where)
+        folder = base_dir / Path(text).expanduser()
     if not folder.exists():
         raise ModelError(
             f"{where}: {folder} does not exist; correct the path, or give a hub id (ORGANISATION/NAME) "

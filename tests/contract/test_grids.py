@@ -1,0 +1,161 @@
+"""One suite for every way a request reaches a site: the cohort at once, or a ClientApp per message.
+
+Also the place that fails loudly when Flower's private names, which the in-process grid uses, move.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+
+from quorate.client.app import app as client_app
+from quorate.client.resident import connect
+from quorate.client.site import Site
+from quorate.server.collect import Answers
+from quorate.server.flower import decode, replies, send
+from quorate.server.rounds import request, run_rounds
+from quorate.server.run import Run
+from quorate.shared.adapter import Adapter
+from quorate.shared.messages import RoundRequest
+from quorate.simulations.grid import InProcessGrid
+
+NOTHING = Adapter({})
+
+
+@pytest.fixture(params=["cohort", "client-app"])
+def grid_over(request: pytest.FixtureRequest) -> Any:
+    """Build a grid over a site, with messages handed over in one push or one by one."""
+
+    def make(site: Site) -> InProcessGrid:
+        connect(site)
+        return InProcessGrid(site, site.names, client_app if request.param == "client-app" else None)
+
+    yield make
+    connect(None)
+
+
+@pytest.fixture
+def opened(make_run: Any, make_sites: Any, tmp_path: Path) -> tuple[Site, Run]:
+    site = Site(make_sites(north=12, south=7, west=4))
+    return site, Run.open(site.prepare(make_run()), tmp_path / "out")
+
+
+def ask(grid: Any, run: Run, requests: dict[int, RoundRequest]) -> dict[int, Any]:
+    sent = send(grid, requests, ttl=60)
+    return {reply[0]: decode(reply[1]) for reply in replies(grid, sent, deadline=1e12) if reply is not None}
+
+
+def test_every_site_answers_for_itself(grid_over: Any, opened: Any) -> None:
+    site, run = opened
+    grid = grid_over(site)
+    nodes = list(grid.get_node_ids())
+    start = ask(grid, run, {nodes[0]: request(run, 0, "join", "", NOTHING)})[nodes[0]].arrays
+    asked = {node: request(run, 1, "fit", name, start) for node, name in zip(nodes, site.names, strict=True)}
+    updates = ask(grid, run, asked)
+    assert [updates[node].header.site for node in nodes] == list(site.names)
+    assert [updates[node].header.num_examples for node in nodes] == [12, 7, 4]
+    for node in nodes:
+        assert updates[node].arrays.minus(start).l2_norm > 0
+        assert updates[node].header.input_hash == start.content_hash
+
+
+def test_a_failing_site_is_named_by_code_and_the_others_go_on(grid_over: Any, opened: Any) -> None:
+    site, run = opened
+    grid = grid_over(site)
+    nodes = list(grid.get_node_ids())
+    start = ask(grid, run, {nodes[0]: request(run, 0, "join", "", NOTHING)})[nodes[0]].arrays
+    broken = start.map(lambda _, array: np.full_like(array, np.nan))
+    asked = {node: request(run, 1, "fit", name, start) for node, name in zip(nodes, site.names, strict=True)}
+    asked[nodes[1]] = request(run, 1, "fit", site.names[1], broken)
+    updates = ask(grid, run, asked)
+    assert updates[nodes[1]] == "non-finite"
+    assert updates[nodes[0]].header.error is None and updates[nodes[2]].header.error is None
+
+
+def test_a_request_for_another_site_is_refused(grid_over: Any, opened: Any) -> None:
+    site, run = opened
+    grid = grid_over(site)
+    first, second, _ = grid.get_node_ids()
+    wrong = request(run, 0, "join", site.names[1], NOTHING)
+    if grid._client_app is None:
+        with pytest.raises(Exception, match="another site"):
+            ask(grid, run, {first: wrong})
+    else:
+        assert ask(grid, run, {first: wrong})[first] == "protocol"
+    assert ask(grid, run, {second: wrong})[second].header.site == site.names[1]
+
+
+def test_a_configuration_that_does_not_match_its_hash_is_refused(grid_over: Any, opened: Any) -> None:
+    site, run = opened
+    grid = grid_over(site)
+    node = next(iter(grid.get_node_ids()))
+    honest = request(run, 0, "join", "", NOTHING)
+    forged = honest.header.model_copy(
+        update={"run_config": honest.header.run_config.replace('"seed":3', '"seed":4')}
+    )
+    assert ask(grid, run, {node: RoundRequest(forged)})[node] == "protocol"
+
+
+def test_a_reply_is_handed_out_once_and_belongs_to_its_message(grid_over: Any, opened: Any) -> None:
+    site, run = opened
+    grid = grid_over(site)
+    nodes = list(grid.get_node_ids())
+    sent = send(grid, {n: request(run, 0, "join", "", NOTHING) for n in nodes}, ttl=60)
+    first = list(grid.pull_messages(list(sent)))
+    assert {m.metadata.reply_to_message_id for m in first} == set(sent)
+    assert list(grid.pull_messages(list(sent))) == []
+
+
+def test_runs_end_in_the_same_adapter_whichever_way_messages_go(
+    make_run: Any, make_sites: Any, tmp_path: Path
+) -> None:
+    states = []
+    # SGD: over several rounds AdamW magnifies the last bit of a gradient near 0 to a whole step.
+    config = make_run(training={"optim": "sgd", "learning_rate": 0.1})
+    for way in (None, client_app):
+        site = Site(make_sites(north=12, south=7, west=4))
+        run = Run.open(site.prepare(config), tmp_path / str(way is None))
+        connect(site)
+        states.append(run_rounds(InProcessGrid(site, site.names, way), run).state.adapter)
+    connect(None)
+    assert states[0].minus(states[1]).l2_norm < 1e-5
+
+
+def test_what_is_not_ours_is_set_aside_by_name(opened: Any) -> None:
+    """A node that answers rubbish, nothing, or for another round does not stop the others."""
+    site, run = opened
+
+    class Faulty(InProcessGrid):
+        def pull_messages(self, message_ids: Any) -> Any:
+            pulled = list(super().pull_messages(message_ids))
+            if len(pulled) < 3:
+                return pulled
+            record = pulled[0].content.array_records["quorate"]
+            record["message"] = Array(dtype="uint8", shape=(4,), stype="safetensors", data=b"oops")
+            pulled[1].content = RecordDict({"other": ArrayRecord()})
+            return pulled
+
+    grid = Faulty(site, site.names)
+    by_node = dict(zip(grid.get_node_ids(), site.names, strict=True))
+    answers = Answers(by_node, quorum=3, timeout=5, grace=0)
+    asked = {node: request(run, 0, "join", name, NOTHING) for node, name in by_node.items()}
+    good = dict(answers.ask(grid, asked, lambda _request, _update: None))
+    assert list(good) == ["west"]
+    assert {site: why.code for site, why in answers.excluded.items()} == {
+        "north": "protocol",
+        "south": "protocol",
+    }
+
+
+def test_flowers_private_names_are_where_the_grid_expects_them() -> None:
+    identity = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
+    assert {"task_id", "run_id", "node_id"} <= set(dir(type(identity)))
+    run = importlib.import_module("flwr.supercore.run").Run.create_empty(7)
+    assert run.run_id == 7
+    message = Message(RecordDict(), 5, MessageType.TRAIN)
+    assert message.metadata.__dict__["_message_id"] == ""

@@ -129,7 +129,7 @@ def _format(field: _Field, value: Any, source: str) -> str:
             "a template takes texts and numbers."
         )
     try:
-        number = float(value)
+        number = value if isinstance(value, int) else float(value)
         whole = field.format.endswith("d") and number.is_integer()
         return format(int(number) if whole else number, field.format)
     except (TypeError, ValueError, OverflowError):

@@ -15,7 +15,7 @@ from quorate.shared.tasks.base import Row
 
 log = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def read_hub(repo_id: str, revision: str | None) -> dict[Split, list[Row]]:
@@ -36,11 +36,11 @@ def read_hub(repo_id: str, revision: str | None) -> dict[Split, list[Row]]:
     log.warning("reading %s from the local cache or the hub (HF_HUB_OFFLINE=1 forbids fetching)", origin)
     try:
         loaded = library.load_dataset(repo_id, revision=revision)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, library.exceptions.DatasetsError) as error:
         raise DataError(
             f"{origin} cannot be loaded ({type(error).__name__}); check the name, the revision, your access "
             "and the network. Data sets that need code of their own are not read."
-        ) from error
+        ) from None  # the library's own message may quote rows
     splits: dict[Split, list[Row]] = {}
     for name, table in loaded.items():
         if (split := split_of(name)) is not None:

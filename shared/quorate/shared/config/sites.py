@@ -64,16 +64,15 @@ class SourceConfig(ConfigModel):
     @field_validator("labels", mode="before")
     @classmethod
     def _numbers_are_values_too(cls, labels: Any) -> Any:
-        """Take YAML's numbers as keys; refuse its truth values, which may stand for yes, no, on or off."""
+        """Take the numbers and truth values of YAML as keys, written as in the data."""
         if not isinstance(labels, dict):
             return labels
-        for value in labels:
-            if isinstance(value, bool):
-                raise ValueError(
-                    f"YAML reads one of the values as the truth value {value}; "
-                    'write it in quotes ("yes", "true")'
-                )
-        return {str(value) if isinstance(value, int) else value: label for value, label in labels.items()}
+        texts = {
+            str(value).lower() if isinstance(value, bool) else str(value): labels[value] for value in labels
+        }
+        if len(texts) < len(labels):
+            raise ValueError("two keys stand for the same value; keep one")
+        return texts
 
     @model_validator(mode="after")
     def _template_parses(self) -> SourceConfig:

@@ -1,0 +1,56 @@
+"""Hub data sets, as far as that goes without a hub: the library reads a local folder of the same shape."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from quorate.client.readers.hub import read_hub
+from quorate.shared.errors import DataError
+
+FEATURES = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: test, path: test.jsonl}
+  - {split: unsupervised, path: test.jsonl}
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': neg, '1': pos}}}}
+  - {name: tags, sequence: {class_label: {names: {'0': a, '1': b}}}}
+---
+"""
+installed = pytest.mark.skipif(find_spec("datasets") is None, reason="the library datasets is not installed")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "csv", "", "a/b/c", "/etc"])
+def test_only_organisation_and_name(name: str) -> None:
+    with pytest.raises(DataError, match=r"is not hub:ORGANISATION/NAME"):
+        read_hub(name, None)
+
+
+@pytest.mark.skipif(find_spec("datasets") is not None, reason="the library datasets is installed")
+def test_without_the_library() -> None:
+    with pytest.raises(
+        DataError, match=r"hub:org/name needs the library datasets: pip install 'datasets>=4'"
+    ):
+        read_hub("org/name", None)
+
+
+@installed
+def test_class_numbers_become_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(FEATURES)
+    rows = [{"text": "good", "label": 1, "tags": [0, 1]}, {"text": "held back", "label": -1, "tags": []}]
+    for name, row in zip(("train", "test"), rows, strict=True):
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    splits = read_hub("org/name", None)
+    assert [(split, dict(row.values)) for split, found in splits.items() for row in found] == [
+        ("train", {"text": "good", "label": "pos", "tags": ["a", "b"]}),
+        ("test", {"text": "held back", "label": -1, "tags": []}),
+    ]

@@ -1,0 +1,117 @@
+"""What several commands share: their options, logging, and finding files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quorate.deploy.terminal import stderr_console
+from quorate.shared.errors import ConfigError
+
+
+class LogLevel(StrEnum):
+    """How much is said on stderr. Progress is shown at `info` and below."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+LogLevelOption = Annotated[
+    LogLevel,
+    typer.Option(
+        "--log-level",
+        help="How much to say on stderr: debug adds tracebacks and other libraries' messages, warning leaves "
+        "out progress, error leaves out warnings too.",
+        case_sensitive=False,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print exactly one JSON object on stdout; all else goes to stderr.")
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run file, or the name of a recipe that comes with Quorate.")
+]
+SitesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sites",
+        metavar="SITES",
+        help="The sites file: where each site's data lie. NAME.sites.yaml beside NAME.yaml when left out.",
+    ),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides of the run file: dotted key, value in YAML, such as training.learning_rate=3e-3.",
+    ),
+]
+
+
+def configure_logging(level: LogLevel) -> None:
+    """Send log messages to stderr: ours from `level` up, other libraries' from warning up."""
+    from rich.logging import RichHandler
+
+    console = stderr_console()
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if console.is_terminal:  # through the console, or messages would break the live bar
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if console.is_terminal else "%(levelname)s %(name)s: %(message)s")
+    )
+    chosen = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(
+        level=chosen if chosen <= logging.DEBUG else max(chosen, logging.WARNING), handlers=[handler]
+    )
+    logging.getLogger("quorate").setLevel(chosen)
+    # Deprecations inside other libraries are for us, who see them as errors in the tests, not for the user.
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(chosen if chosen <= logging.DEBUG else logging.ERROR)
+
+
+def find_run(run: str) -> Path:
+    """Return the run file that RUN names: a file, else a recipe.
+
+    Raises: ConfigError: there is neither; lists the recipes.
+    """
+    from quorate.simulations.sites import find_recipe
+
+    path = Path(run)
+    if path.exists():
+        return path
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_absolute():
+        raise ConfigError(
+            f"{run}: there is no such file; check the path, or name a recipe without its ending."
+        )
+    return find_recipe(run)
+
+
+def find_sites(sites: Path | None, run_path: Path) -> Path:
+    """Return the sites file: the one named, else the one beside the run file.
+
+    Raises: ConfigError: there is none.
+    """
+    from quorate.simulations.sites import default_sites_path
+
+    path = sites or default_sites_path(run_path)
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: there is no such file; a simulation needs a sites file, which says where each "
+            "site's data "
+            "lie: put it there, or name it with --sites."
+        )
+    return path
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,135 @@
+"""Progress of a run for people: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from quorate.server.evaluation import scalars
+from quorate.server.records import RoundMetrics, RoundRecord, Summary
+from quorate.shared.config.run import RunConfig
+from quorate.shared.messages import SiteDescription
+from quorate.shared.progress import StepEvent
+
+_BRIEF = ("cohort", "aggregate", "checkpoint")
+"""Phases that are over at once: a line for each would only hide the others."""
+
+
+class ConsoleTracker:
+    """A tracker that tells a person how far the run is.
+
+    Args:
+        console: where to write, stderr as a rule.
+        quiet: write nothing; the summary is kept all the same.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.summary: Summary | None = None
+        self._console = console
+        self._quiet = quiet
+        self._rounds = 0
+        self._first = 1
+        self._since = time.monotonic()
+        self._where = ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def start(
+        self,
+        run: RunConfig,
+        run_id: str,
+        output_dir: Path,
+        sites: Mapping[str, SiteDescription],
+        resumed_from: int,
+    ) -> None:
+        """Name the run and its sites."""
+        self._rounds, self._first = run.federation.rounds, resumed_from + 1
+        self._since = time.monotonic()
+        again = f", going on after round {resumed_from}" if resumed_from else ""
+        names = ", ".join(
+            f"{name} ({sum(description.rows.values())} rows)" for name, description in sites.items()
+        )
+        self._line(f"{run.name}: {self._rounds} rounds over {len(sites)} sites{again}, into {output_dir}")
+        self._line(f"sites: {names}")
+        for name, description in sites.items():
+            for note in description.notes:
+                self._line(f"note: {name}: {note}")
+        if self._console.is_terminal and not self._quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[detail]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=self._rounds, completed=resumed_from, detail="")
+            self._bar.start()
+
+    def phase(self, round: int, name: str) -> None:
+        """Say which step begins."""
+        # A round after the last is none: the reference runs have rounds of their own.
+        at = f"round {round}/{self._rounds} · " if 0 < round <= self._rounds else ""
+        self._where = f"{at}{name}"
+        if self._bar is None:
+            if name not in _BRIEF:
+                self._line(self._where)
+        else:
+            self._show("")
+
+    def step(self, event: StepEvent) -> None:
+        """Show an optimiser step; on a terminal alone, as there are too many for lines."""
+        if self._bar is None:
+            return
+        names = ", ".join(event.sites[:3]) + (f" +{len(event.sites) - 3}" if len(event.sites) > 3 else "")
+        self._show(f"{names} · step {event.step}/{event.steps} · loss {event.loss:.3f}{self._left()}")
+
+    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
+        """Write the round's line: pooled metrics, training loss, who counted, seconds."""
+        parts = [f"round {record.round}/{self._rounds}"]
+        if metrics.validation:
+            parts += [f"{name} {value:.3f}" for name, value in scalars(metrics.validation.pooled).items()]
+        losses = [figures["train_loss"] for figures in metrics.train.values() if "train_loss" in figures]
+        if losses:
+            parts.append(f"train loss {sum(losses) / len(losses):.3f}")
+        parts.append(f"{len(record.weights)} of {len(record.cohort)} sites")
+        parts.append(f"{sum(record.seconds.values()):.1f} s")
+        self._line(" · ".join(parts))
+        for site, why in record.excluded.items():
+            self._line(f"  set aside: {site}: {why.reason}")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=record.round)
+
+    def finish(self, summary: Summary) -> None:
+        """Keep the summary for whoever prints it."""
+        self.summary = summary
+
+    def close(self) -> None:
+        """Take the live bar off the screen. Safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _left(self) -> str:
+        """Return the seconds left to the last round, from the mean of this session's rounds."""
+        done = 0 if self._bar is None else int(self._bar.tasks[0].completed) - self._first + 1
+        if not done:
+            return ""
+        remaining = self._rounds - self._first + 1 - done
+        elapsed = time.monotonic() - self._since
+        per_round = elapsed / (done + 0.5)  # in the middle of a round, on average
+        return f" · about {max(per_round * (remaining - 0.5), 1):.0f} s left"
+
+    def _show(self, detail: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=escape(self._where), detail=escape(detail))
+
+    def _line(self, text: str) -> None:
+        if not self._quiet:
+            # Long lines stay one line where nobody scrolls: a log is searched by line.
+            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
+            self._console.file.flush()

@@ -1,0 +1,95 @@
+"""The table at the end of a run: what the federation is worth at each site, and where everything lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from quorate.server.records import Evaluation, Measured, Summary
+
+_ENDINGS = {
+    "done": "done",
+    "interrupted": "interrupted; go on with --resume",
+    "quorum-not-met": "stopped, too few sites; mend them and go on with --resume",
+}
+
+
+def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
+    """Print the result of a run.
+
+    Args:
+        summary: as written to summary.json, also of a run that was cut short.
+        output_dir: the run's folder.
+    """
+    measured, evaluation = _evaluated(summary)
+    if measured and evaluation:
+        console.print(_table(summary, evaluation))
+        kind = "best" if measured == summary.best else "last"
+        console.print(
+            f"{summary.metric} on {evaluation.split} rows, {kind} model by validation: after round "
+            f"{measured.round} of {summary.rounds}{_interval(summary, evaluation)}",
+            markup=False,
+        )
+    else:
+        console.print("no round was evaluated, so there is nothing to compare", markup=False)
+    for site, rounds in summary.excluded.items():
+        reasons = "; ".join(sorted({why.code for why in rounds.values()}))
+        listed = ", ".join("joining" if number == 0 else str(number) for number in sorted(rounds))
+        console.print(f"set aside: {site} in round {listed} ({reasons})", markup=False, soft_wrap=True)
+    console.print(
+        f"{_ENDINGS[summary.status]}: {summary.rounds} rounds, {summary.seconds.get('total', 0):.0f} s, "
+        f"{decimal(summary.bytes['total'])} sent and received",
+        markup=False,
+    )
+    for what, path in (("adapter", output_dir / "adapter"), ("report", output_dir / "report.html")):
+        if path.exists():
+            console.print(f"{what:8} {path}", markup=False, soft_wrap=True)
+
+
+def _evaluated(summary: Summary) -> tuple[Measured | None, Evaluation | None]:
+    """Return the model to show and its figures: on test rows where there are any, else on validation rows."""
+    for measured in (summary.best, summary.final):
+        for evaluation in (measured.test, measured.validation) if measured else ():
+            if evaluation and evaluation.pooled:
+                return measured, evaluation
+    return None, None
+
+
+def _table(summary: Summary, evaluation: Evaluation) -> Table:
+    references, metric, split = summary.references, summary.metric, evaluation.split
+    local = references.local_only if references and split == "test" else {}
+    central = (
+        references.centralised.test if references and references.centralised and split == "test" else None
+    )
+    table = Table("site", box=SIMPLE)
+    for name in ("rows", "federated", *["local only"] * bool(local), *["centralised"] * bool(central)):
+        table.add_column(name, justify="right")
+    for site, figures in evaluation.sites.items():
+        row = [_figure(figures, metric)]
+        if local:
+            alone = local[site].test if site in local else None
+            row.append(_figure(alone.sites.get(site, {}) if alone else {}, metric))
+        if central:
+            row.append(_figure(central.sites.get(site, {}), metric))
+        table.add_row(Text(site), str(evaluation.rows.get(site, 0)), *row)
+    table.add_section()
+    # An adapter of one site alone has no figure for all sites together: there are as many as sites.
+    row = [_figure(evaluation.pooled, metric)] + [""] * bool(local)
+    row += [_figure(central.pooled, metric)] if central else []
+    table.add_row("all sites", str(sum(evaluation.rows.values())), *row)
+    return table
+
+
+def _figure(figures: dict[str, object], metric: str) -> str:
+    value = figures.get(metric)
+    return f"{value:.3f}" if isinstance(value, float) else "-"
+
+
+def _interval(summary: Summary, evaluation: Evaluation) -> str:
+    bounds = evaluation.intervals.get("pooled", {}).get(summary.metric)
+    return f", 95 % interval over all sites {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""

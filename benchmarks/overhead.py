@@ -63,9 +63,10 @@ def main() -> None:
             ours.append(seconds)
             bare.append(other)
     ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    print(f"run {statistics.median(ours):.1f} s, bare loop {statistics.median(bare):.1f} s (medians)")
     print(
-        f"run {statistics.median(ours):.1f} s, bare loop {statistics.median(bare):.1f} s (medians of {len(ours)}); "
-        f"overhead {100 * (statistics.median(ratios) - 1):+.1f} % (pairs {min(ratios):.3f} to {max(ratios):.3f}); "
+        f"overhead {100 * (statistics.median(ratios) - 1):+.1f} % "
+        f"(ratio of each of {len(ratios)} pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}); "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}"
     )
 

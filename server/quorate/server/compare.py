@@ -1,0 +1,149 @@
+"""Several runs that differ in their seed alone, side by side: means with intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quorate.server.evaluation import scalars
+from quorate.server.outputs import SUMMARY_FILE, read_summary
+from quorate.server.records import Evaluation, Record, Summary
+from quorate.server.run import RUN_FILE
+from quorate.shared.config.load import load_run
+from quorate.shared.errors import OutputError
+
+# Student's t, 97.5 %, for 1 to 9 degrees of freedom; with 10 runs and more the normal's 1.96 is near enough.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Figure(Record):
+    """One figure over several seeds."""
+
+    mean: float
+    """Mean over seeds."""
+    low: float
+    """Lower end of the 95 % t-interval of the mean."""
+    high: float
+    """Upper end."""
+    values: tuple[float, ...]
+    """One value per seed, in the order of seeds."""
+
+
+class Comparison(Record):
+    """Test figures of several runs that differ in their seed alone, of each run's best round."""
+
+    name: str
+    """Name of the run file."""
+    seeds: tuple[int, ...]
+    """The seeds."""
+    metrics: tuple[str, ...]
+    """Names of the metrics."""
+    pooled: dict[str, dict[str, Figure]]
+    """Model (`federated`, `centralised`, `local only: SITE`) -> metric -> figure on all sites' rows."""
+    sites: dict[str, dict[str, dict[str, Figure]]]
+    """Site -> model (`federated`, `centralised`, `local only`) -> metric -> figure on the site's own rows."""
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Read finished runs and set them side by side.
+
+    Raises: OutputError: a folder holds no finished run, or the runs differ in more than their seed.
+    """
+    summaries = sorted((_read(folder) for folder in folders), key=lambda summary: summary.seed)
+    _check_same_but_seed(folders)
+    tested = [summary.best.test for summary in summaries if summary.best and summary.best.test]
+    metrics = tuple(scalars(tested[0].pooled))
+    models = [_models(summary) for summary in summaries]
+    everywhere = {
+        model: {metric: _figure([m[model].pooled[metric] for m in models]) for metric in metrics}
+        for model in models[0]
+    }
+    sites = {
+        site: {
+            label: {metric: _figure([m[model].sites[site][metric] for m in models]) for metric in metrics}
+            for model, label in _at_home(list(models[0]), site)
+        }
+        for site in tested[0].sites
+    }
+    seeds = tuple(summary.seed for summary in summaries)
+    return Comparison(name=summaries[0].name, seeds=seeds, metrics=metrics, pooled=everywhere, sites=sites)
+
+
+def markdown(comparison: Comparison, metrics: Sequence[str] = ()) -> str:
+    """Return the comparison as two Markdown tables: on all sites' rows, and at home."""
+    chosen = list(metrics) or [metric for metric in comparison.metrics if metric != "loss"]
+    lines = [f"| tested on all sites' rows | {' | '.join(chosen)} |", "|---" * (len(chosen) + 1) + "|"]
+    for model, figures in comparison.pooled.items():
+        lines.append(f"| {model} | {' | '.join(_shown(figures[metric]) for metric in chosen)} |")
+    first = chosen[0]
+    labels = list(next(iter(comparison.sites.values())))
+    lines += ["", f"| tested at home ({first}) | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|"]
+    for site, models in comparison.sites.items():
+        lines.append(f"| {site} | {' | '.join(_shown(models[label][first]) for label in labels)} |")
+    seeds = ", ".join(map(str, comparison.seeds))
+    return "\n".join(
+        [*lines, "", f"Mean over seeds {seeds}, with the 95 % t-interval where there are several."]
+    )
+
+
+def _shown(figure: Figure) -> str:
+    if len(figure.values) < 2:
+        return f"{figure.mean:.3f}"
+    return f"{figure.mean:.3f} ± {figure.high - figure.mean:.3f}"
+
+
+def _figure(values: Sequence[float]) -> Figure:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Figure(mean=mean, low=mean, high=mean, values=tuple(values))
+    t = _T[len(values) - 2] if len(values) <= len(_T) + 1 else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return Figure(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
+
+
+def _models(summary: Summary) -> dict[str, Evaluation]:
+    """Return model name -> its test evaluation."""
+    models = {"federated": summary.best}
+    if summary.references:
+        models["centralised"] = summary.references.centralised
+        models |= {f"local only: {site}": each for site, each in summary.references.local_only.items()}
+    return {name: measured.test for name, measured in models.items() if measured and measured.test}
+
+
+def _at_home(models: Sequence[str], site: str) -> list[tuple[str, str]]:
+    """Return (model, column) of the models that are compared on a site's own rows."""
+    local = f"local only: {site}"
+    return [
+        (model, "local only" if model == local else model)
+        for model in models
+        if ":" not in model or model == local
+    ]
+
+
+def _read(folder: Path) -> Summary:
+    try:
+        summary = read_summary(folder)
+    except (OSError, ValidationError, ValueError) as error:
+        raise OutputError(
+            f"{folder} has no readable {SUMMARY_FILE}; give folders of finished runs."
+        ) from error
+    if summary.best is None or summary.best.test is None:
+        raise OutputError(
+            f"{folder} holds a run that did not finish ({summary.status}); continue it with --resume."
+        )
+    return summary
+
+
+def _check_same_but_seed(folders: Sequence[Path]) -> None:
+    first = load_run(folders[0] / RUN_FILE)
+    for folder in folders[1:]:
+        other = load_run(folder / RUN_FILE)
+        if other.model_copy(update={"seed": first.seed}) != first:
+            raise OutputError(
+                f"{folder} and {folders[0]} differ in more than their seed, so a mean over them means "
+                "nothing; compare runs of one run file."
+            )

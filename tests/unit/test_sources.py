@@ -128,6 +128,16 @@ def test_offline_nothing_is_fetched(hub_cache: Path) -> None:
         resolve_model("org/absent", None)
 
 
+def test_a_hub_that_does_not_answer(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(ModelError, match=r"'org/absent' is no folder, and the hub could not give it .*check"):
+        resolve_model("org/absent", None)
+    assert "fetching model org/absent from the hub (HF_HUB_OFFLINE=1 forbids it)" in caplog.text
+
+
 @pytest.mark.parametrize("reference", ["./models/absent", "/no/such/model", "a/b/c"])
 def test_a_path_is_never_taken_for_a_hub_id(hub_cache: Path, reference: str) -> None:
     with pytest.raises(ModelError, match=r"model\.model_name_or_path: .* does not exist; correct the path"):

@@ -154,7 +154,13 @@ def _in_package(text: str, where: str, error: type[BadInput]) -> Path:
 def _from_hub(repo_id: str, revision: str | None, where: str) -> Path:
     """Return the cached snapshot of a hub model, fetching it first where that is needed and allowed."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # Taken from there because the HTTP library under the hub's client has changed and may change again.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=list(MODEL_FILES))
     at = f" at revision {revision}" if revision else ""
@@ -171,7 +177,7 @@ def _from_hub(repo_id: str, revision: str | None, where: str) -> Path:
     log.warning("fetching model %s%s from the hub (HF_HUB_OFFLINE=1 forbids it)", repo_id, at)
     try:
         return Path(fetch())
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+    except (HTTPError, OSError) as problem:
         raise ModelError(
             f"{where}: {repo_id!r} is no folder, and the hub could not give it{at} "
             f"({type(problem).__name__}); check the name, the revision, your access and the network, "

@@ -104,9 +104,8 @@ def find_sites(sites: Path | None, run_path: Path) -> Path:
     path = sites or default_sites_path(run_path)
     if not path.exists():
         raise ConfigError(
-            f"{path}: there is no such file; a simulation needs a sites file, which says where each "
-            "site's data "
-            "lie: put it there, or name it with --sites."
+            f"{path}: there is no such file; a simulation needs a sites file, which says where the data of "
+            "each site lie: put it there, or name it with --sites."
         )
     return path
 

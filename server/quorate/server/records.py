@@ -6,12 +6,16 @@ Files in `output_dir`: `record.jsonl` holds one RoundRecord a line, `metrics.jso
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from quorate.shared.messages import SiteDescription
 from quorate.shared.tasks.base import Metrics
+
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A measured number; JSON has no NaN, so that is written as null and read back."""
 
 
 class Record(BaseModel):
@@ -65,7 +69,7 @@ class Evaluation(Record):
     """Which rows."""
     pooled: Metrics
     """All sites' rows together."""
-    mean: dict[str, float]
+    mean: dict[str, Figure]
     """Unweighted mean over sites of each scalar metric."""
     sites: dict[str, Metrics]
     """Each site's own rows."""
@@ -81,7 +85,7 @@ class RoundMetrics(Record):
 
     round: int
     """Round, from 1."""
-    train: dict[str, dict[str, float]]
+    train: dict[str, dict[str, Figure]]
     """Site -> figures of its training (`train_loss`, `grad_norm`, `learning_rate`)."""
     validation: Evaluation | None = None
     """The new global model on validation rows, in rounds that evaluate."""
@@ -113,13 +117,13 @@ class Worth(Record):
 
     metric: str
     """The metric compared."""
-    federated: float
+    federated: Figure
     """The federated model (best round)."""
-    local_only: float
+    local_only: Figure
     """The site's own adapter."""
-    gain: float
+    gain: Figure
     """federated - local_only."""
-    interval: tuple[float, float] | None = None
+    interval: tuple[Figure, Figure] | None = None
     """95 % interval of the gain, from resampling the site's test rows of both independently (so it is on the
     wide side: the same rows were scored twice)."""
 

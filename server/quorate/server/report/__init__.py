@@ -1,0 +1,72 @@
+"""`report.html`: a run's result in one self-contained page, made from its output folder alone.
+
+The page asks nothing of the network, holds no script, follows light and dark mode, prints, and is the same
+byte for byte when made again from the same files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quorate.server.report.comparison import worth_section
+from quorate.server.report.cost import cost_section
+from quorate.server.report.files import RunFiles
+from quorate.server.report.headline import headline
+from quorate.server.report.learning import data_section, learning_section
+from quorate.server.report.origin import limits_section, origin_section
+from quorate.server.report.quality import quality_section
+from quorate.server.report.rounds import participation_section
+from quorate.shared.errors import OutputError
+
+__all__ = ["REPORT_FILE", "write_report"]
+
+REPORT_FILE = "report.html"
+_SECTIONS = (
+    worth_section,
+    learning_section,
+    quality_section,
+    data_section,
+    participation_section,
+    cost_section,
+    limits_section,
+    origin_section,
+)
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write `report.html` into a run's output folder, from run.yaml, the JSONL records and summary.json.
+
+    Returns: the page's path.
+
+    Raises:
+        OutputError: the folder holds no run, a file in it is damaged, or the page cannot be written.
+        ConfigError: run.yaml does not validate.
+    """
+    page = render(RunFiles.read(output_dir))
+    path = output_dir / REPORT_FILE
+    temporary = path.with_name(f".{REPORT_FILE}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror}; free space or mend its rights."
+        ) from error
+    return path
+
+
+def render(files: RunFiles) -> str:
+    """Return the page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("quorate.server", "templates"),
+        autoescape=True,  # site names and labels come from outside
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = [make(files) for make in _SECTIONS]
+    return environment.get_template("report.html.j2").render(
+        name=files.config.name, headline=headline(files), sections=sections
+    )

@@ -1,0 +1,149 @@
+"""What the report is made from: the files of one output folder, and what follows from them directly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Summary
+from quorate.server.report.figures import bounds, number
+from quorate.shared.config.load import load_run
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import OutputError
+
+_R = TypeVar("_R", bound=Record)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its output folder tells it.
+
+    Args:
+        config: run.yaml.
+        config_text: the same, as written.
+        records: lines of record.jsonl, by round.
+        metrics: lines of metrics.jsonl, by round.
+        summary: summary.json; None while the run goes on, or where it was killed.
+    """
+
+    config: RunConfig
+    config_text: str
+    records: list[RoundRecord]
+    metrics: list[RoundMetrics]
+    summary: Summary | None
+
+    @classmethod
+    def read(cls, output_dir: Path) -> RunFiles:
+        """Read the folder.
+
+        Raises:
+            OutputError: it holds no run, or a file of it is damaged.
+            ConfigError: run.yaml does not validate.
+        """
+        path = output_dir / "run.yaml"
+        if not path.is_file():
+            raise OutputError(
+                f"{output_dir} holds no run (there is no run.yaml in it); name the output folder of a run."
+            )
+        summary = output_dir / "summary.json"
+        return cls(
+            config=load_run(path),
+            config_text=path.read_text(encoding="utf-8"),
+            records=_lines(output_dir / "record.jsonl", RoundRecord),
+            metrics=_lines(output_dir / "metrics.jsonl", RoundMetrics),
+            summary=_parse(Summary, _text(summary), str(summary)) if summary.is_file() else None,
+        )
+
+    @property
+    def metric(self) -> str:
+        """The metric that picks the best round."""
+        config = self.config
+        return config.evaluation.metric_for_best_model or config.task.default_metric
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """All sites that the files know of, those that could not join included."""
+        names: set[str] = set()
+        if self.summary:
+            names |= {*self.summary.sites, *self.summary.excluded}
+        for record in self.records:
+            names |= {*record.cohort, *record.excluded, *record.weights}
+        return sorted(names)
+
+    @cached_property
+    def members(self) -> list[str]:
+        """Sites that joined the run."""
+        if self.summary and self.summary.sites:
+            return sorted(self.summary.sites)
+        return sorted({site for record in self.records for site in record.cohort})
+
+    @cached_property
+    def best(self) -> Measured | None:
+        """The best round's model, with its validation figures looked up where the summary lacks them."""
+        best = self.summary.best if self.summary else None
+        validated = {each.round: each.validation for each in self.metrics if each.validation}
+        if best is None:
+            scored = {r: number(v.pooled.get(self.metric)) for r, v in validated.items()}
+            values = {r: v for r, v in scored.items() if v is not None}
+            if not values:
+                return None
+            best = Measured(round=max(values, key=lambda r: (values[r], -r)))
+        return best.model_copy(update={"validation": best.validation or validated.get(best.round)})
+
+    @cached_property
+    def result(self) -> Evaluation | None:
+        """The best model's figures: on test rows, else on validation rows; None where none were taken."""
+        best = self.best
+        found = [each for each in (best.test, best.validation) if each and each.pooled] if best else []
+        return found[0] if found else None
+
+
+def value_of(evaluation: Evaluation | None, metric: str, site: str | None = None) -> float | None:
+    """Return a metric on all rows, or on those of `site`; None where it was not measured."""
+    if evaluation is None:
+        return None
+    return number((evaluation.pooled if site is None else evaluation.sites.get(site, {})).get(metric))
+
+
+def interval_of(
+    evaluation: Evaluation | None, metric: str, site: str | None = None
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of `value_of`, where there is one."""
+    if evaluation is None:
+        return None
+    found = evaluation.intervals.get("pooled", {})
+    if site is not None:
+        found = evaluation.intervals.get("sites", {}).get(site, {})
+    return bounds(found.get(metric))
+
+
+def _lines(path: Path, kind: type[_R]) -> list[_R]:
+    """Read a JSONL file; a last line that a crash cut off is left out."""
+    if not path.is_file():
+        return []
+    # Not splitlines(): JSON text may hold line separators of other scripts unescaped.
+    lines = _text(path).split("\n")
+    return [_parse(kind, line, f"{path}: line {i}") for i, line in enumerate(lines[:-1], 1)]
+
+
+def _parse(kind: type[_R], text: str, where: str) -> _R:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        raise OutputError(
+            f"{where}: {field} is not what a run writes; the file was edited or damaged. Restore it, or "
+            "resume the run, which writes it again."
+        ) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}); restore it, or resume the run.") from error

@@ -1,0 +1,230 @@
+"""The result in words: what a person who reads nothing else should know, also where it is not good news."""
+
+from __future__ import annotations
+
+from quorate.server.records import Evaluation, Worth
+from quorate.server.report import figures
+from quorate.server.report.figures import count, listed, metric_in_sentence, show, show_gain, show_interval
+from quorate.server.report.files import RunFiles, interval_of, value_of
+from quorate.server.report.page import Headline, Tile
+
+FEW_ROWS = 200
+"""Below this many test rows the reader is told that the interval is wide."""
+
+
+def headline(files: RunFiles) -> Headline:
+    """Say the result, what it compares to, and what to beware of."""
+    more = [_against_alone(files), _against_centralised(files), _against_guessing(files)]
+    return Headline(
+        text=_result(files),
+        more=[sentence for sentence in more if sentence],
+        tiles=_tiles(files),
+        warnings=_warnings(files),
+    )
+
+
+def rounds_done(files: RunFiles) -> int:
+    """Return how many rounds the record shows."""
+    return files.records[-1].round if files.records else 0
+
+
+def whose_rows(files: RunFiles, evaluation: Evaluation) -> str:
+    """Write whose rows an evaluation is over."""
+    measured, members = len(evaluation.rows), max(len(files.members), len(evaluation.rows))
+    if members == 1:
+        return "the only site"
+    return f"all {members} sites" if measured == members else f"{measured} of the {members} sites"
+
+
+def _result(files: RunFiles) -> str:
+    result = files.result
+    if not files.records:
+        return "No round of this run was finished, so there is no federated model yet."
+    if result is None:
+        rounds = count(rounds_done(files), "round")
+        return f"The federated model was trained for {rounds}, but not measured: no site has rows for that."
+    rows = f"{count(sum(result.rows.values()), f'{result.split} row')} of {whose_rows(files, result)}"
+    for metric, words in (
+        ("accuracy", "gets {} of the {} right"),
+        ("exact_match", "gets all labels right on {} of the {}"),
+    ):
+        value = value_of(result, metric)
+        if value is not None:
+            interval = show_interval(metric, interval_of(result, metric))
+            said = words.format(show(metric, value), rows)
+            return f"The federated model {said}" + (f" (95\u00a0% interval {interval})." if interval else ".")
+    metric = files.metric
+    interval = show_interval(metric, interval_of(result, metric))
+    said = f"reaches a {metric_in_sentence(metric)} of {show(metric, value_of(result, metric))} on the {rows}"
+    return f"The federated model {said}" + (f" (95\u00a0% interval {interval})." if interval else ".")
+
+
+def worths(files: RunFiles) -> dict[str, Worth]:
+    """Return what the federation was worth to each site, where that is a number."""
+    found = files.summary.worth if files.summary else {}
+    return {site: found[site] for site in sorted(found) if figures.number(found[site].gain) is not None}
+
+
+def _against_alone(files: RunFiles) -> str:
+    found = worths(files)
+    if not found:
+        if files.result is None:
+            return ""
+        if len(files.members) == 1:
+            return "With a single site there is nobody to learn from: this equals training alone."
+        return (
+            "Whether it was worth it for each site is not known: the run was made without the local-only "
+            "reference (evaluation.references: [local_only, centralised])."
+        )
+    metric, total = next(iter(found.values())).metric, len(found)
+    unit, gains = metric_in_sentence(metric), {site: each.gain for site, each in found.items()}
+    better = [site for site in gains if gains[site] > 0]
+    sure = sum(1 for each in found.values() if (b := figures.bounds(each.interval)) and b[0] > 0)
+    if total == 1:
+        site = next(iter(gains))
+        return (
+            f"On {site}'s own rows that is {show_gain(metric, gains[site])} of {unit} against training alone."
+        )
+    compared = "than the adapter the site trains alone, both tested on the site's own rows"
+    if len(better) == total:
+        low, high = show_gain(metric, min(gains.values()), unit=False), show_gain(metric, max(gains.values()))
+        said = f"It is better for every one of the {total} sites {compared} ({low} to {high} of {unit})"
+    elif better:
+        rest = [f"{site} ({_shortfall(found[site])})" for site in gains if site not in better]
+        said = f"By {unit} it is better for {len(better)} of {total} sites {compared}; not for {listed(rest)}"
+    else:
+        said = f"By {unit} it is not better for any of the {total} sites {compared}: it was not worth it"
+    if any(each.interval for each in found.values()):
+        said += f". Beyond chance (the gain's 95\u00a0% interval is above zero) it is for {sure} of {total}"
+    return said + "."
+
+
+def _shortfall(worth: Worth) -> str:
+    """Write a gain that is none, and whether that may be chance."""
+    interval = figures.bounds(worth.interval)
+    chance = interval is not None and interval[1] >= 0
+    return show_gain(worth.metric, worth.gain) + (", which may be chance" if chance else "")
+
+
+def best_alone(files: RunFiles, metric: str) -> tuple[str, float] | None:
+    """Return the site whose own adapter does best on everybody's rows, and how well."""
+    references = files.summary.references if files.summary else None
+    values = {
+        site: value
+        for site, each in (references.local_only if references else {}).items()
+        if (value := value_of(each.test, metric)) is not None
+    }
+    return max(values.items(), key=lambda each: each[1]) if values else None
+
+
+def _against_centralised(files: RunFiles) -> str:
+    metric = files.metric
+    references = files.summary.references if files.summary else None
+    ours = value_of(files.result, metric)
+    if references is None or ours is None or files.result is None or files.result.split != "test":
+        return ""
+    alone, sentences = best_alone(files, metric), []
+    unit = metric_in_sentence(metric)
+    if alone and len(references.local_only) > 1:
+        sentences.append(
+            f"On everybody's rows the federated model reaches {show(metric, ours)} {unit}, the best adapter "
+            f"of a single site ({alone[0]}) {show(metric, alone[1])}."
+        )
+    central = value_of(references.centralised.test, metric) if references.centralised else None
+    if central is not None:
+        gap = ours - central
+        shown = show_gain(metric, abs(gap)).lstrip("+±")
+        sentences.append(
+            f"Training on all rows in one place reaches {show(metric, central)} {unit}: "
+            + (
+                f"leaving the rows where they are costs {shown}."
+                if gap < 0
+                else f"leaving the rows where they are costs nothing (the federated model is {shown} above)."
+            )
+        )
+    return " ".join(sentences)
+
+
+def _against_guessing(files: RunFiles) -> str:
+    """Say what always guessing the most common class would give, so that a high accuracy is not overrated."""
+    pooled = files.result.pooled if files.result else {}
+    accuracy, per_class = figures.number(pooled.get("accuracy")), pooled.get("per_class")
+    if accuracy is None or not isinstance(per_class, dict) or not per_class:
+        return ""
+    supports = {label: int(each.get("support", 0)) for label, each in per_class.items()}
+    label = max(supports, key=lambda each: supports[each])
+    share = supports[label] / max(sum(supports.values()), 1)
+    return f"Always answering \u201c{label}\u201d would get {show('accuracy', share)} right."
+
+
+def _warnings(files: RunFiles) -> list[str]:
+    summary, result, done = files.summary, files.result, rounds_done(files)
+    asked = files.config.federation.rounds
+    found = []
+    if summary is None:
+        found.append(
+            f"The run has not finished: {done} of {asked} rounds are done. It is still going, or it was "
+            "killed; --resume continues it."
+        )
+    elif summary.rounds < done:
+        found.append(
+            f"The run went on to round {done} after its summary was written (round {summary.rounds}); "
+            "the figures of the result are those of the summary."
+        )
+    elif summary.status == "interrupted":
+        found.append(f"The run was interrupted after {done} of {asked} rounds; --resume continues it.")
+    elif summary.status == "quorum-not-met":
+        found.append(
+            f"The run stopped after {done} of {asked} rounds: in the next one fewer than "
+            f"{files.config.federation.quorum} sites gave a good update (the quorum). --resume continues "
+            "it once they can."
+        )
+    if result and result.split != "test":
+        found.append(
+            f"No figures on test rows: these are on {result.split} rows, on which the best round was also "
+            "picked, so they flatter the model a little."
+        )
+    elif result and sum(result.rows.values()) < FEW_ROWS:
+        rows = count(sum(result.rows.values()), "test row")
+        found.append(f"There are only {rows}: small differences mean little, as the wide intervals show.")
+    return found
+
+
+def _tiles(files: RunFiles) -> list[Tile]:
+    metric, result, summary = files.metric, files.result, files.summary
+    tiles = []
+    if result is not None:
+        interval = show_interval(metric, interval_of(result, metric))
+        tiles.append(
+            Tile(
+                show(metric, value_of(result, metric)),
+                f"{figures.metric_name(metric)}, federated",
+                f"95\u00a0% interval {interval}" if interval else f"on {result.split} rows",
+                strong=True,
+            )
+        )
+    if alone := best_alone(files, metric):
+        tiles.append(Tile(show(metric, alone[1]), "Best single site", f"{alone[0]}, on everybody's rows"))
+    references = summary.references if summary else None
+    if references and references.centralised:
+        central = references.centralised.test
+        interval = show_interval(metric, interval_of(central, metric))
+        detail = f"95\u00a0% interval {interval}" if interval else "all rows in one place"
+        tiles.append(Tile(show(metric, value_of(central, metric)), "Centralised", detail))
+    best = f"round {files.best.round} is the best" if files.best else ""
+    tiles.append(Tile(f"{rounds_done(files)} of {files.config.federation.rounds}", "Rounds", best))
+    if files.records:
+        total = sum(sum(r.bytes_down.values()) + sum(r.bytes_up.values()) for r in files.records)
+        seconds = sum(sum(r.seconds.values()) for r in files.records)
+        each = total / max(sum(len(r.cohort) for r in files.records), 1)
+        tiles.append(
+            Tile(figures.show_bytes(total), "Traffic", f"{figures.show_bytes(each)} a site and round")
+        )
+        tiles.append(
+            Tile(
+                figures.show_seconds(seconds),
+                "Time in rounds",
+                f"{figures.show_seconds(seconds / len(files.records))} a round",
+            )
+        )
+    return tiles

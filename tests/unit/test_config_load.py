@@ -1,4 +1,5 @@
 """Reading run and sites files: what is written is read back, and what is wrong is said in words."""
+# ruff: noqa: E501 - tables of messages, one a line
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""A made-up run's output folder, through the code that measures real runs; `python report_data.py DIR` shows it.
+"""A made-up run's output folder, through the code that measures real runs.
+
+`python tests/helpers/report_data.py DIR` writes it there, report included.
 
 The figures are invented (five institutes, five kinds of medical question), their shapes those of real runs.
 """

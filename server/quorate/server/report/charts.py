@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 WIDE, HALF = 960.0, 460.0
 """Widths of charts [px]."""
-NAMED_LINES = len(SERIES)
-"""More lines than this are drawn grey and are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,6 @@ class Bar:
     colour: str
     value: float
     interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve: (round, value) points."""
-
-    label: str
-    points: Sequence[tuple[int, float]]
-    colour: str = OTHER
-    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ def bars(
                 _bar(axes, bar, top + thick / 2, thick - 3, metric)
                 top += thick
             top += gap
-        axes.set_yticks(centres, [_short(label) for label, _ in groups], color=INK)
+        axes.set_yticks(centres, [short(label) for label, _ in groups], color=INK)
         axes.set_ylim(top - gap + 4, -6)
         plain_axes(axes, grid="x")
         if share:
@@ -119,92 +107,8 @@ def _bar(axes: Axes, bar: Bar, y: float, thick: float, metric: str) -> None:
     )
 
 
-def curves(
-    lines: Sequence[Line],
-    *,
-    name: str,
-    title: str,
-    description: str,
-    metric: str,
-    mark: tuple[int, str] | None = None,
-) -> Markup:
-    """Draw values over rounds; lines that have a colour of their own carry their name at the right end.
-
-    Args:
-        mark: (round, words) of a round to point at.
-    """
-    with drawing(HALF, 300) as figure:
-        axes = figure.subplots()
-        plain_axes(axes, grid="y")
-        for line in sorted(lines, key=lambda each: each.strong):
-            x, y = zip(*line.points, strict=True)
-            axes.plot(
-                x,
-                y,
-                color=line.colour,
-                linewidth=2.8 if line.strong else 1.4,
-                marker="o" if len(x) == 1 else None,
-            )
-        _round_axis(axes, [r for line in lines for r, _ in line.points])
-        if metric in figures.SHARES:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        if mark is not None:
-            axes.axvline(mark[0], color=MUTED, linewidth=1, linestyle=(0, (2, 3)), zorder=0.5)
-            axes.annotate(
-                mark[1],
-                (mark[0], 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=FONT - 2,
-                color=MUTED,
-                annotation_clip=False,
-            )
-        _end_labels(axes, [line for line in lines if line.colour != OTHER])
-        return to_svg(figure, name, title, description)
-
-
-def _end_labels(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write names to the right of the lines' ends, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    ends = sorted(((line.points[-1], line) for line in lines), key=lambda end: end[0][1])
-    places = spread([value for (_, value), _ in ends], (high - low) * 0.07, high)
-    for (point, line), place in zip(ends, places, strict=True):
-        axes.annotate(
-            _short(line.label, 16),
-            point,
-            xytext=(1.04, place),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=FONT - 1,
-            color=INK,
-            weight="bold" if line.strong else "normal",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": line.colour,
-                "linewidth": 1,
-                "shrinkA": 2,
-                "shrinkB": 3,
-                "relpos": (0, 0.5),  # from the middle of the name's left edge
-            },
-        )
-
-
-def spread(values: Sequence[float], step: float, high: float) -> list[float]:
-    """Move ascending `values` so that neighbours are at least `step` apart and none is above `high`."""
-    places = list(values)
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + step)
-    ceiling = high
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], ceiling)
-        ceiling = places[i] - step
-    return places
-
-
-def _round_axis(axes: Axes, rounds: Sequence[int]) -> None:
+def round_axis(axes: Axes, rounds: Sequence[int]) -> None:
+    """Number an x axis by rounds."""
     from matplotlib.ticker import MaxNLocator
 
     first, last = min(rounds), max(rounds)
@@ -240,9 +144,7 @@ def shares(
                 color=MUTED,
                 annotation_clip=False,
             )
-        axes.set_yticks(
-            [i * (thick + gap) for i in range(len(rows))], [_short(r[0]) for r in rows], color=INK
-        )
+        axes.set_yticks([i * (thick + gap) for i in range(len(rows))], [short(r[0]) for r in rows], color=INK)
         axes.set_ylim((len(rows) - 1) * (thick + gap) + thick / 2 + 2, -thick / 2 - 2)
         axes.set_xlim(0, 1)
         plain_axes(axes, grid="x")
@@ -268,7 +170,7 @@ def stacked_rounds(
             axes.bar(rounds, values, bottom=base, width=0.8, color=colour)
             base = [low + value for low, value in zip(base, values, strict=True)]
         plain_axes(axes, grid="y")
-        _round_axis(axes, rounds)
+        round_axis(axes, rounds)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         return to_svg(figure, name, title, description)
 
@@ -296,7 +198,7 @@ def participation(grid: Grid, *, name: str, title: str, description: str) -> Mar
         columns = max(len(grid.rounds), 12)  # a few rounds stay squares and do not become bands
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(len(grid.sites) - 0.5, -0.5)
-        axes.set_yticks(range(len(grid.sites)), [_short(site) for site in grid.sites], color=INK)
+        axes.set_yticks(range(len(grid.sites)), [short(site) for site in grid.sites], color=INK)
         every = max(1, -(-len(grid.rounds) // 20))
         axes.set_xticks(range(0, len(grid.rounds), every), [str(r) for r in grid.rounds[::every]])
         axes.set_xlabel("Round", loc="left")
@@ -305,6 +207,6 @@ def participation(grid: Grid, *, name: str, title: str, description: str) -> Mar
         return to_svg(figure, name, title, description)
 
 
-def _short(label: str, limit: int = 24) -> str:
+def short(label: str, limit: int = 24) -> str:
     """Cut a long name; tables have it whole."""
     return label if len(label) <= limit else label[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -7,11 +7,12 @@ from quorate.server.report import charts, figures
 from quorate.server.report.figures import metric_name, show, show_gain, show_interval
 from quorate.server.report.files import RunFiles, interval_of, value_of
 from quorate.server.report.headline import worths
-from quorate.server.report.page import Cell, Chart, Section, Table
+from quorate.server.report.page import Cell, Chart, Section, Table, Tone
 from quorate.server.report.svg import CENTRALISED, FEDERATED, LOCAL, variable
 
 MOST_SITES = 24
 """Charts and matrices stop at this many sites; tables list them all."""
+_TONES: dict[int, Tone] = {1: "good", 0: "", -1: "bad"}
 MOST_COLUMNS = 8
 """Beyond this many sites the table of every adapter on every site's rows keeps the totals alone."""
 
@@ -23,7 +24,7 @@ def worth_section(files: RunFiles) -> Section:
     if result is None:
         section.say("There are no figures to compare: nothing was measured on test or validation rows.")
         return section
-    references = (files.summary.references if files.summary else None) or References()
+    references = _references(files, result)
     meaning = figures.metric_meaning(metric)
     section.say(
         f"{metric_name(metric)} on each site's own {result.split} rows"
@@ -58,6 +59,18 @@ def worth_section(files: RunFiles) -> Section:
     if references.local_only and len(sites) > 1:
         section.blocks.append(_everywhere(files, result, references, sites))
     return section
+
+
+def _references(files: RunFiles, result: Evaluation) -> References:
+    """Return the references that were measured on the same split as the federated model."""
+    found = files.summary.references if files.summary else None
+    if found is None or result.split != "test":
+        return References()
+    local = {site: each for site, each in found.local_only.items() if each.test and each.test.pooled}
+    central = found.centralised
+    return References(
+        local_only=local, centralised=central if central and central.test and central.test.pooled else None
+    )
 
 
 def _chart(files: RunFiles, result: Evaluation, references: References, sites: list[str]) -> Chart:
@@ -126,7 +139,7 @@ def _gain(files: RunFiles, site: str) -> Cell:
     small = " to ".join(show_gain(worth.metric, bound, unit=False) for bound in interval or ())
     return Cell(
         show_gain(worth.metric, worth.gain),
-        "good" if worth.gain > 0 else "bad" if worth.gain < 0 else "",
+        _TONES[figures.sign(worth.metric, worth.gain)],
         small,
     )
 

@@ -81,13 +81,18 @@ def show_interval(metric: str, interval: tuple[float, float] | None) -> str:
     return f"{low:.3g}{DASH}{high:.3g}"
 
 
+def sign(metric: str, gain: float) -> int:
+    """Return -1, 0 or 1; a difference that is shown as 0.0 points is none."""
+    seen = round(100 * gain, 1) if metric in SHARES else gain
+    return (seen > 0) - (seen < 0)
+
+
 def show_gain(metric: str, gain: float, *, unit: bool = True) -> str:
     """Write a difference with its sign; for shares in percentage points."""
-    if metric in SHARES:
-        points = round(100 * gain, 1)
-        sign = MINUS if points < 0 else "+" if points > 0 else "±"
-        return f"{sign}{abs(points):.1f}" + (" points" if unit else "")
-    return f"{MINUS if gain < 0 else '+'}{abs(gain):.3g}"
+    mark = {-1: MINUS, 0: "±", 1: "+"}[sign(metric, gain)]
+    if metric not in SHARES:
+        return f"{mark}{abs(gain):.3g}"
+    return f"{mark}{100 * abs(gain):.1f}" + (" points" if unit else "")
 
 
 def show_bytes(count: float) -> str:

@@ -78,7 +78,7 @@ def _against_alone(files: RunFiles) -> str:
         )
     metric, total = next(iter(found.values())).metric, len(found)
     unit, gains = metric_in_sentence(metric), {site: each.gain for site, each in found.items()}
-    better = [site for site in gains if gains[site] > 0]
+    better = [site for site in gains if figures.sign(metric, gains[site]) > 0]
     sure = sum(1 for each in found.values() if (b := figures.bounds(each.interval)) and b[0] > 0)
     if total == 1:
         site = next(iter(gains))
@@ -132,17 +132,21 @@ def _against_centralised(files: RunFiles) -> str:
         )
     central = value_of(references.centralised.test, metric) if references.centralised else None
     if central is not None:
-        gap = ours - central
-        shown = show_gain(metric, abs(gap)).lstrip("+±")
         sentences.append(
             f"Training on all rows in one place reaches {show(metric, central)} {unit}: "
-            + (
-                f"leaving the rows where they are costs {shown}."
-                if gap < 0
-                else f"leaving the rows where they are costs nothing (the federated model is {shown} above)."
-            )
+            + _cost_of_federating(metric, ours - central)
         )
     return " ".join(sentences)
+
+
+def _cost_of_federating(metric: str, gap: float) -> str:
+    shown = show_gain(metric, abs(gap)).lstrip("+±")
+    words = {
+        -1: f"leaving the rows where they are costs {shown}.",
+        0: "leaving the rows where they are costs nothing.",
+        1: f"leaving the rows where they are costs nothing (the federated model is {shown} above).",
+    }
+    return words[figures.sign(metric, gap)]
 
 
 def _against_guessing(files: RunFiles) -> str:
@@ -196,21 +200,15 @@ def _tiles(files: RunFiles) -> list[Tile]:
     if result is not None:
         interval = show_interval(metric, interval_of(result, metric))
         tiles.append(
-            Tile(
-                show(metric, value_of(result, metric)),
-                f"{figures.metric_name(metric)}, federated",
-                f"95\u00a0% interval {interval}" if interval else f"on {result.split} rows",
-                strong=True,
-            )
+            Tile(show(metric, value_of(result, metric)), "Federated", _detail(metric, interval), strong=True)
         )
     if alone := best_alone(files, metric):
-        tiles.append(Tile(show(metric, alone[1]), "Best single site", f"{alone[0]}, on everybody's rows"))
+        tiles.append(Tile(show(metric, alone[1]), "Best site alone", f"{alone[0]}, on all rows"))
     references = summary.references if summary else None
-    if references and references.centralised:
-        central = references.centralised.test
+    central = references.centralised.test if references and references.centralised else None
+    if value_of(central, metric) is not None:
         interval = show_interval(metric, interval_of(central, metric))
-        detail = f"95\u00a0% interval {interval}" if interval else "all rows in one place"
-        tiles.append(Tile(show(metric, value_of(central, metric)), "Centralised", detail))
+        tiles.append(Tile(show(metric, value_of(central, metric)), "Centralised", _detail(metric, interval)))
     best = f"round {files.best.round} is the best" if files.best else ""
     tiles.append(Tile(f"{rounds_done(files)} of {files.config.federation.rounds}", "Rounds", best))
     if files.records:
@@ -218,7 +216,7 @@ def _tiles(files: RunFiles) -> list[Tile]:
         seconds = sum(sum(r.seconds.values()) for r in files.records)
         each = total / max(sum(len(r.cohort) for r in files.records), 1)
         tiles.append(
-            Tile(figures.show_bytes(total), "Traffic", f"{figures.show_bytes(each)} a site and round")
+            Tile(figures.show_bytes(total), "Traffic", f"{figures.show_bytes(each)} per site, round")
         )
         tiles.append(
             Tile(
@@ -228,3 +226,7 @@ def _tiles(files: RunFiles) -> list[Tile]:
             )
         )
     return tiles
+
+
+def _detail(metric: str, interval: str) -> str:
+    return metric_in_sentence(metric) + (f" ({interval})" if interval else "")

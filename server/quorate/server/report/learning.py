@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from quorate.server.records import RoundMetrics
 from quorate.server.report import charts, figures
+from quorate.server.report.curves import Line, curves
 from quorate.server.report.figures import DASH, count, metric_name, show
 from quorate.server.report.files import RunFiles, value_of
 from quorate.server.report.page import Cell, Chart, Section, Table
@@ -52,12 +53,12 @@ def _colours(sites: list[str]) -> dict[str, str]:
     return dict(zip(sites, SERIES, strict=False))
 
 
-def _lines(points: Mapping[str, list[tuple[int, float]]]) -> list[charts.Line]:
+def _lines(points: Mapping[str, list[tuple[int, float]]]) -> list[Line]:
     colours = _colours(sorted(points))
-    return [charts.Line(site, points[site], colours[site]) for site in sorted(points)]
+    return [Line(site, points[site], colours[site]) for site in sorted(points)]
 
 
-def _grey(lines: list[charts.Line], what: str) -> list[tuple[str, str]]:
+def _grey(lines: list[Line], what: str) -> list[tuple[str, str]]:
     """Explain grey lines, which carry no names."""
     return [(variable(OTHER), what)] if any(line.colour == OTHER for line in lines) else []
 
@@ -75,8 +76,8 @@ def _validation_chart(files: RunFiles, validated: list[RoundMetrics]) -> Chart:
                 sites.setdefault(site, []).append((each.round, own))
     lines = _lines(sites) if len(sites) > 1 else []
     mark = (files.best.round, f"best: round {files.best.round}") if files.best and len(pooled) > 1 else None
-    svg = charts.curves(
-        [charts.Line("all rows", pooled, FEDERATED, strong=True), *lines],
+    svg = curves(
+        [Line("all rows", pooled, FEDERATED, strong=True), *lines],
         name="validation",
         title=f"{metric_name(metric)} on validation rows, by round",
         description=f"All rows together: from {show(metric, pooled[0][1])} after round {pooled[0][0]} to "
@@ -100,7 +101,7 @@ def _train_losses(trained: list[RoundMetrics]) -> dict[str, list[tuple[int, floa
 
 def _loss_chart(losses: Mapping[str, list[tuple[int, float]]]) -> Chart:
     lines = _lines(losses)
-    svg = charts.curves(
+    svg = curves(
         lines,
         name="loss",
         title="Training loss of each site, by round",

@@ -28,7 +28,8 @@ def participation_section(files: RunFiles) -> Section:
         counted = sum(len(record.weights) for record in records)
         section.say(
             f"In {count(len(records), 'round')} sites were asked {count(asked, 'time')} to train; "
-            f"{counted:,} of the answers counted. A round needs {count(federation.quorum, 'good update')} (the quorum)."
+            f"{counted:,} of the answers counted. "
+            f"A round needs {count(federation.quorum, 'good update')} (the quorum)."
         )
         section.blocks.append(_chart(files))
         section.blocks.append(_table(files))

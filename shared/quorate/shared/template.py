@@ -130,7 +130,7 @@ def _format(field: _Field, value: Any, source: str) -> str:
         )
     try:
         number = value if isinstance(value, int) else float(value)
-        whole = field.format.endswith("d") and number.is_integer()
+        whole = field.format.endswith("d") and (isinstance(number, int) or number.is_integer())
         return format(int(number) if whole else number, field.format)
     except (TypeError, ValueError, OverflowError):
         # `from None`: Python's own message quotes the value.

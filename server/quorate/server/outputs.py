@@ -22,6 +22,7 @@ from quorate.shared.adapter import lora_layers
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.load import dump_yaml
 from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import QuorumNotMet
 from quorate.shared.export import as_lora
 from quorate.shared.model import lora_config
 from quorate.shared.outcomes import Outcomes
@@ -150,6 +151,7 @@ def _summary(
         run_id=run.run_id,
         status=result.status,
         rounds=result.progress.round if result.progress else 0,
+        stopped=str(result.stopped) if isinstance(result.stopped, QuorumNotMet) else None,
         metric=run.metric,
         seed=run.config.seed,
         config_hash=run.config.content_hash,

@@ -145,6 +145,8 @@ class Summary(Record):
     """The run's seed."""
     config_hash: str
     """SHA-256 of the resolved run configuration."""
+    stopped: str | None = None
+    """What ended the run early, in words (status `quorum-not-met`): sites and reasons, never text of data."""
     final: Measured | None = None
     """The model after the last round."""
     best: Measured | None = None

@@ -70,7 +70,8 @@ def _cut(count: int, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Cut `count` into whole numbers in proportion to `shares`; rounded running totals keep the sum."""
     edges = np.floor(np.cumsum(shares) / shares.sum() * count + 0.5).astype(np.int64)
     edges[-1] = count
-    return np.diff(edges, prepend=0).astype(np.int64)
+    cut: npt.NDArray[np.int64] = np.diff(edges, prepend=0)
+    return cut
 
 
 def _deal(count: int, shares: npt.NDArray[np.float64], seed: int, *path: str) -> npt.NDArray[np.int64]:

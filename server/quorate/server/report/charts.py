@@ -177,24 +177,27 @@ def stacked_rounds(
 
 def participation(grid: Grid, *, name: str, title: str, description: str) -> Markup:
     """Draw a square per site and round: filled by weight, crossed where set aside, empty where not asked."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
     row = 26.0
     heaviest = max(grid.weights.values(), default=1.0)
+    squares, colours = [], []
+    for y, site in enumerate(grid.sites):
+        for x, round in enumerate(grid.rounds):
+            squares.append(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84))
+            weight = grid.weights.get((site, round))
+            tint = GRID if weight is None else FEDERATED
+            colours.append(to_rgba(tint, 0.5 if weight is None else 0.25 + 0.75 * weight / heaviest))
+    places = {site: y for y, site in enumerate(grid.sites)}
+    columns_of = {round: x for x, round in enumerate(grid.rounds)}
+    crosses = [(columns_of[r], places[s]) for s, r in sorted(grid.aside) if s in places and r in columns_of]
     with drawing(WIDE, len(grid.sites) * row + 50) as figure:
         axes = figure.subplots()
-        for y, site in enumerate(grid.sites):
-            for x, round in enumerate(grid.rounds):
-                corner = (x - 0.46, y - 0.42)
-                weight = grid.weights.get((site, round))
-                axes.add_patch(Rectangle(corner, 0.92, 0.84, facecolor=GRID, alpha=0.5, linewidth=0))
-                if weight is not None:
-                    alpha = 0.25 + 0.75 * weight / heaviest
-                    axes.add_patch(
-                        Rectangle(corner, 0.92, 0.84, facecolor=FEDERATED, alpha=alpha, linewidth=0)
-                    )
-                if (site, round) in grid.aside:
-                    axes.plot(x, y, marker="x", color=BAD, markersize=9, markeredgewidth=2.6)
+        axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))
+        if crosses:
+            axes.plot(*zip(*crosses, strict=True), "x", color=BAD, markersize=9, markeredgewidth=2.6)
         columns = max(len(grid.rounds), 12)  # a few rounds stay squares and do not become bands
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(len(grid.sites) - 0.5, -0.5)

@@ -6,7 +6,7 @@ from quorate.server.records import Evaluation, References
 from quorate.server.report import charts, figures
 from quorate.server.report.figures import metric_name, show, show_gain, show_interval
 from quorate.server.report.files import RunFiles, interval_of, value_of
-from quorate.server.report.headline import worths
+from quorate.server.report.headline import why_no_reference, worths
 from quorate.server.report.page import Cell, Chart, Section, Table, Tone
 from quorate.server.report.svg import CENTRALISED, FEDERATED, LOCAL, variable
 
@@ -41,6 +41,14 @@ def worth_section(files: RunFiles) -> Section:
             "muted",
         )
     section.blocks.append(_table(files, result, references, sites))
+    if metric == "macro_f1" and len(sites) > 1:
+        values = [value for site in sites if (value := value_of(result, metric, site)) is not None]
+        if max(values, default=1.0) < (value_of(result, metric) or 0.0):
+            section.say(
+                "Why is every site below the figure for all rows? A class of which a site has few or no rows "
+                "counts as much as any other in its average, so single mistakes there weigh a lot.",
+                "muted",
+            )
     unmeasured = [site for site in files.members if site not in result.sites]
     if unmeasured:
         section.say(f"Without {result.split} figures: {figures.listed(unmeasured)}.", "note")
@@ -48,7 +56,7 @@ def worth_section(files: RunFiles) -> Section:
         section.say("With one site there is nothing to share: the federated model is the site's own.", "note")
     elif not references.local_only and not references.centralised:
         section.say(
-            "No reference was trained, so the bars have nothing beside them to be compared with.", "note"
+            f"The bars have nothing beside them to be compared with: {why_no_reference(files)}.", "note"
         )
     elif references.local_only:
         section.say(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from quorate.server.records import Evaluation, Worth
 from quorate.server.report import figures
 from quorate.server.report.figures import count, listed, metric_in_sentence, show, show_gain, show_interval
@@ -72,14 +74,10 @@ def _against_alone(files: RunFiles) -> str:
             return ""
         if len(files.members) == 1:
             return "With a single site there is nobody to learn from: this equals training alone."
-        return (
-            "Whether it was worth it for each site is not known: the run was made without the local-only "
-            "reference (evaluation.references: [local_only, centralised])."
-        )
+        return f"Whether it was worth it for each site is not known: {why_no_reference(files)}."
     metric, total = next(iter(found.values())).metric, len(found)
     unit, gains = metric_in_sentence(metric), {site: each.gain for site, each in found.items()}
     better = [site for site in gains if figures.sign(metric, gains[site]) > 0]
-    sure = sum(1 for each in found.values() if (b := figures.bounds(each.interval)) and b[0] > 0)
     if total == 1:
         site = next(iter(gains))
         return (
@@ -94,15 +92,35 @@ def _against_alone(files: RunFiles) -> str:
         said = f"By {unit} it is better for {len(better)} of {total} sites {compared}; not for {listed(rest)}"
     else:
         said = f"By {unit} it is not better for any of the {total} sites {compared}: it was not worth it"
-    if any(each.interval for each in found.values()):
-        said += f". Beyond chance (the gain's 95\u00a0% interval is above zero) it is for {sure} of {total}"
-    return said + "."
+    return said + "." + _beyond_chance(found, 1 if better else -1)
+
+
+def why_no_reference(files: RunFiles) -> str:
+    """Say why there is nothing that the federated model can be compared with."""
+    if "local_only" in files.config.evaluation.references:
+        return "the run ended before the reference runs could be trained and tested"
+    return (
+        "the run was made without the local-only reference (evaluation.references: [local_only, centralised])"
+    )
+
+
+def _beyond_chance(found: Mapping[str, Worth], direction: int) -> str:
+    """Say for how many sites the whole interval of the gain lies above (1) or below (-1) zero."""
+    intervals = [interval for each in found.values() if (interval := figures.bounds(each.interval))]
+    if not intervals:
+        return ""
+    sure = sum(1 for low, high in intervals if (low > 0 if direction > 0 else high < 0))
+    words = ("above", "better") if direction > 0 else ("below", "worse")
+    return (
+        f" Beyond chance (the gain's 95\u00a0% interval is {words[0]} zero) it is {words[1]} for "
+        f"{sure} of {len(found)}."
+    )
 
 
 def _shortfall(worth: Worth) -> str:
     """Write a gain that is none, and whether that may be chance."""
     interval = figures.bounds(worth.interval)
-    chance = interval is not None and interval[1] >= 0
+    chance = interval is not None and interval[1] >= 0 and figures.sign(worth.metric, worth.gain) < 0
     return show_gain(worth.metric, worth.gain) + (", which may be chance" if chance else "")
 
 
@@ -122,6 +140,8 @@ def _against_centralised(files: RunFiles) -> str:
     references = files.summary.references if files.summary else None
     ours = value_of(files.result, metric)
     if references is None or ours is None or files.result is None or files.result.split != "test":
+        return ""
+    if len(files.members) == 1:
         return ""
     alone, sentences = best_alone(files, metric), []
     unit = metric_in_sentence(metric)
@@ -179,9 +199,8 @@ def _warnings(files: RunFiles) -> list[str]:
         found.append(f"The run was interrupted after {done} of {asked} rounds; --resume continues it.")
     elif summary.status == "quorum-not-met":
         found.append(
-            f"The run stopped after {done} of {asked} rounds: in the next one fewer than "
-            f"{files.config.federation.quorum} sites gave a good update (the quorum). --resume continues "
-            "it once they can."
+            f"The run stopped after {done} of {asked} rounds for want of a quorum. "
+            + (summary.stopped or "--resume continues it once enough sites can take part.")
         )
     if result and result.split != "test":
         found.append(
@@ -209,7 +228,7 @@ def _tiles(files: RunFiles) -> list[Tile]:
     if value_of(central, metric) is not None:
         interval = show_interval(metric, interval_of(central, metric))
         tiles.append(Tile(show(metric, value_of(central, metric)), "Centralised", _detail(metric, interval)))
-    best = f"round {files.best.round} is the best" if files.best else ""
+    best = f"round {files.best.round} is the best" if files.best and result else ""
     tiles.append(Tile(f"{rounds_done(files)} of {files.config.federation.rounds}", "Rounds", best))
     if files.records:
         total = sum(sum(r.bytes_down.values()) + sum(r.bytes_up.values()) for r in files.records)
@@ -229,4 +248,6 @@ def _tiles(files: RunFiles) -> list[Tile]:
 
 
 def _detail(metric: str, interval: str) -> str:
-    return metric_in_sentence(metric) + (f" ({interval})" if interval else "")
+    # Word joiners: a narrow tile may break before the interval, not inside.
+    unbroken = interval.replace(figures.DASH, f"\u2060{figures.DASH}\u2060")
+    return metric_in_sentence(metric) + (f" ({unbroken})" if interval else "")

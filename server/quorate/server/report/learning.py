@@ -132,6 +132,9 @@ def _table(files: RunFiles, trained: list[RoundMetrics]) -> Table:
                 Cell(f"{sum(losses) / len(losses):.3g}" if losses else DASH),
             ]
         )
+    if not sites:
+        rows = [[row[0], row[-1]] for row in rows]
+        return Table("The same in figures", ["Round", "Mean training loss"], rows, folded=True)
     columns = ["Round", "All rows", *named, "Mean training loss"]
     return Table(f"The same in figures: {metric_name(metric)} on validation rows", columns, rows, folded=True)
 

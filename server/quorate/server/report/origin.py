@@ -19,7 +19,8 @@ def limits_section(files: RunFiles) -> Section:
         "adapter, or the updates the coordinator saw, reveal nothing of single rows. Treat the adapter as "
         "derived from the data."
     )
-    if files.summary and files.summary.references:
+    references = files.summary.references if files.summary else None
+    if references and (references.local_only or references.centralised):
         section.say(
             "The reference runs (local only, centralised) had all sites' rows on one machine, "
             "as a simulation does."

@@ -35,7 +35,7 @@ def participation_section(files: RunFiles) -> Section:
         section.blocks.append(_table(files))
     if excluded:
         section.blocks.append(_exclusions(excluded))
-    else:
+    elif records:
         section.say("No answer was set aside: every site that was asked counted.")
     if records:
         section.blocks.append(_weights(files))

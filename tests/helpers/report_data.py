@@ -38,6 +38,7 @@ MIX = {
     "kidney": (150, 130, 210, 0, 20),
     "neuro": (90, 110, 130, 60, 240),
 }
+STOPPED = "round 1 needs 3 of 5 sites, 2 gave a good update (neuro: did not reply in time)."
 TIMEOUT = Exclusion(code="timeout", reason="did not reply in time")
 
 
@@ -231,6 +232,7 @@ def make_summary(
         run_id="0f3a9c1d2b4e5f60",
         status=shape.status,
         rounds=len(records),
+        stopped=STOPPED if shape.status == "quorum-not-met" else None,
         metric=metric,
         seed=run.seed,
         config_hash=run.content_hash,

@@ -176,5 +176,5 @@ def _everywhere(files: RunFiles, result: Evaluation, references: References, sit
         ["Model", *(site or "all rows" for site in columns)],
         rows,
         spanner=f"tested on the {result.split} rows of" if len(columns) > 1 else "",
-        hint=f"{metric_name(metric)}; the darker, the better.",
+        hint=f"{metric_name(metric)}; the stronger the tint, the better.",
     )

@@ -9,7 +9,7 @@ from quorate.server.report import charts
 from quorate.server.report.figures import show_bytes, show_seconds
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Chart, Section, Table
-from quorate.server.report.svg import FEDERATED, SERIES, variable
+from quorate.server.report.svg import FEDERATED, OTHER, SERIES, variable
 
 _STEPS = {
     "cohort": "choosing whom to ask",
@@ -51,13 +51,13 @@ def _by_step(records: list[RoundRecord]) -> dict[str, list[float]]:
 def _traffic(records: list[RoundRecord], down: list[int], up: list[int]) -> Chart:
     divisor, unit = (1e6, "MB") if max(down + up) >= 1e6 else (1e3, "kB")
     svg = charts.stacked_rounds(
-        [(SERIES[3], [b / divisor for b in down]), (FEDERATED, [b / divisor for b in up])],
+        [(OTHER, [b / divisor for b in down]), (FEDERATED, [b / divisor for b in up])],
         [record.round for record in records],
         name="traffic",
         title="Traffic of each round",
         description=f"To the sites {show_bytes(sum(down))}, from them {show_bytes(sum(up))} over all rounds.",
     )
-    legend = [(variable(FEDERATED), "from the sites"), (variable(SERIES[3]), "to the sites")]
+    legend = [(variable(FEDERATED), "from the sites"), (variable(OTHER), "to the sites")]
     return Chart(svg, legend, wide=False, title=f"Traffic of each round [{unit}]")
 
 

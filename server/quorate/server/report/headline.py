@@ -199,7 +199,7 @@ def _warnings(files: RunFiles) -> list[str]:
         found.append(f"The run was interrupted after {done} of {asked} rounds; --resume continues it.")
     elif summary.status == "quorum-not-met":
         found.append(
-            f"The run stopped after {done} of {asked} rounds for want of a quorum. "
+            f"The run stopped after {done} of {asked} rounds for want of a quorum: "
             + (summary.stopped or "--resume continues it once enough sites can take part.")
         )
     if result and result.split != "test":

@@ -59,7 +59,7 @@ def _matrix(confusion: list[list[int]], labels: list[str]) -> Table:
         ["True class", *labels, "rows"],
         rows,
         spanner="the model says",
-        hint="Right answers are on the diagonal; the darker, the larger the share of the true class.",
+        hint="Right answers are on the diagonal. Tint: share of the true class.",
     )
 
 

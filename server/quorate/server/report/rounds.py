@@ -65,7 +65,7 @@ def _chart(files: RunFiles) -> Chart:
         weights={(site, r.round): weight for r in records for site, weight in r.weights.items()},
         aside=frozenset(aside),
     )
-    legend = [(variable(FEDERATED), "counted (the darker, the more weight)")]
+    legend = [(variable(FEDERATED), "counted (the stronger, the more weight)")]
     legend += [(variable(BAD), "\N{MULTIPLICATION SIGN} set aside")] if aside else []
     if any(set(everyone) - set(record.cohort) for record in records):
         legend.append((variable(GRID), "not asked"))

@@ -1,0 +1,75 @@
+"""Every command of the README runs as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+
+
+def shell(command: str, folder: Path, **environment: str) -> str:
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": binaries, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def write_example(folder: Path) -> None:
+    """Put the README's run and sites file, and rows for its two sites, into a folder."""
+    for kind, text in BLOCKS:
+        if kind == "yaml":
+            (folder / text.split()[1]).write_text(text)
+    words = {"routine": "check-up booked for next month", "urgent": "chest pain and short of breath now"}
+    rows = [(f"{words[label]}, case {n}", label) for n in range(15) for label in words]
+    (folder / "north.jsonl").write_text(
+        "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    )
+    (folder / "south.csv").write_text(
+        "letter,label\n" + "".join(f'"{text}",{label[0]}\n' for text, label in rows)
+    )
+
+
+def test_the_readme_has_the_commands_this_file_knows() -> None:
+    known = {"make demo", "make test", ". .venv/bin/activate"}
+    others = [c for c in COMMANDS if c not in known]
+    assert known <= set(COMMANDS)
+    assert others and all(c.startswith(("quorate ", "for ", "  quorate ", "done", "export ")) for c in others)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_runs_as_a_newcomer_types_it(tmp_path: Path) -> None:
+    said = shell("make demo", ROOT, OUT=str(tmp_path / "demo"))
+    assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").exists()
+    assert str(tmp_path / "demo" / "report.html") in said
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["best"]["test"]["pooled"]["accuracy"] > 0.7  # 0.63 are benign
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_on_own_data_run_in_their_order(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    mine = [c for c in COMMANDS if c.startswith("quorate ") and "triage" in c]
+    assert len(mine) == 4
+    said = [shell(command, tmp_path) for command in mine]
+    assert "routine" in said[2] or "urgent" in said[2]
+    assert (tmp_path / "runs/triage/report.html").stat().st_size > 10_000
+    summary = json.loads((tmp_path / "runs/triage/summary.json").read_text())
+    assert set(summary["worth"]) == {"north", "south"}

@@ -17,7 +17,7 @@ from report_data import config as run_config
 from quorate.server.records import RoundMetrics
 from quorate.server.report import write_report
 from quorate.server.report.curves import spread
-from quorate.server.report.figures import listed, show_bytes, show_gain, show_seconds, spans
+from quorate.server.report.figures import DASH, MINUS, listed, show_bytes, show_gain, show_seconds, spans
 from quorate.server.report.svg import FEDERATED, drawing, to_svg
 from quorate.shared.errors import ConfigError, OutputError
 
@@ -47,8 +47,12 @@ class Page(HTMLParser):
         values = {key: value or "" for key, value in attrs}
         if "id" in values:
             self.ids.append(values["id"])
-        self.references += [values[key] for key in ("href", "src", "srcset", "data", "action") if key in values]
-        self.references += re.findall(r"url\(([^)]*)\)", values.get("style", "") + values.get("clip-path", ""))
+        self.references += [
+            values[key] for key in ("href", "src", "srcset", "data", "action") if key in values
+        ]
+        self.references += re.findall(
+            r"url\(([^)]*)\)", values.get("style", "") + values.get("clip-path", "")
+        )
         if tag == "section":
             self._section = values["id"]
             self.sections[self._section] = ""
@@ -127,7 +131,7 @@ def test_the_headline_says_what_the_summary_says(whole: tuple[Path, Page]) -> No
     assert f"{100 * test['pooled']['accuracy']:.1f}\u00a0%" in page.header
     assert f"{sum(test['rows'].values()):,}\u00a0test rows of all 5 sites" in page.header
     low, high = test["intervals"]["pooled"]["accuracy"]
-    assert f"{100 * low:.1f}–{100 * high:.1f}" in page.header
+    assert f"{100 * low:.1f}{DASH}{100 * high:.1f}" in page.header
     gains = {site: round(100 * each["gain"], 1) for site, each in summary["worth"].items()}
     better = sum(gain > 0 for gain in gains.values())
     assert 0 < better < 5, "the example should show both"
@@ -139,7 +143,7 @@ def test_the_headline_says_what_the_summary_says(whole: tuple[Path, Page]) -> No
 
 def test_who_was_set_aside_and_why(whole: tuple[Path, Page]) -> None:
     text = whole[1].sections["sites"]
-    assert "did not reply in time" in text and "5–6" in text
+    assert "did not reply in time" in text and f"5{DASH}6" in text
     assert "sent an update with NaN or infinity" in text and "non-finite" in text
 
 
@@ -222,7 +226,7 @@ def test_one_round_many_labels_several_labels(tmp_path: Path) -> None:
 
 def test_many_sites_are_cut_in_charts_and_whole_in_tables(tmp_path: Path) -> None:
     sites = tuple(f"site-{i:02d}" for i in range(30))
-    shape = replace(FAST, rounds=2, planned=2, sites=sites, local=dict.fromkeys(sites, 0.7), samples=5)
+    shape = replace(FAST, rounds=1, planned=1, sites=sites, local=dict.fromkeys(sites, 0.7), samples=2)
     page = report(tmp_path, shape)
     assert "the table has all 30" in page.sections["worth"]
     assert "one grey line per site" in page.sections["learning"]
@@ -311,10 +315,11 @@ def test_numbers_in_words() -> None:
         "0\u00a0B", "999\u00a0B", "1.0\u00a0kB", "123\u00a0kB", "999\u00a0kB", "1.0\u00a0MB", "2.5\u00a0GB",
     ]  # fmt: skip
     assert [show_seconds(s) for s in (0, 0.02, 1, 59.6, 130, 7260)] == [
-        "0\u00a0ms", "20\u00a0ms", "1.0\u00a0s", "1\u00a0min 0\u00a0s", "2\u00a0min 10\u00a0s", "2\u00a0h 1\u00a0min",
+        "0\u00a0ms", "20\u00a0ms", "1.0\u00a0s",
+        "1\u00a0min 0\u00a0s", "2\u00a0min 10\u00a0s", "2\u00a0h 1\u00a0min",
     ]  # fmt: skip
     assert show_gain("accuracy", 0.0312) == "+3.1 points" and show_gain("accuracy", -0.0004) == "±0.0 points"
-    assert show_gain("accuracy", -0.5, unit=False) == "−50.0"
-    assert spans([6, 1, 5, 4]) == "1, 4–6"
+    assert show_gain("accuracy", -0.5, unit=False) == f"{MINUS}50.0"
+    assert spans([6, 1, 5, 4]) == f"1, 4{DASH}6"
     assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
     assert listed(list("abcdefgh"), limit=3) == "a, b and 6 more"

@@ -136,7 +136,8 @@ def _loading(run: RunConfig) -> Mapping[str, Any]:
     """
     model = run.model.model_name_or_path
     on_hub = is_hub_id(model)
-    arguments = {"revision": run.model.revision} if on_hub and run.model.revision else {}
+    revision = run.model.revision if on_hub else None
+    arguments = {"revision": revision} if revision else {}
     # Python literals: quoted by repr, so that no label can end the line or the code block.
     keywords = "".join(
         f",\n    {name}={pprint.pformat(value, width=90, sort_dicts=False, compact=True)}"
@@ -145,6 +146,7 @@ def _loading(run: RunConfig) -> Mapping[str, Any]:
     return {
         "base": repr(model if on_hub else "FOLDER_OF_THE_BASE_MODEL"),
         "on_hub": on_hub,
+        "at": f", revision={revision!r}" if revision else "",
         "auto_class": run.task.auto_class,
         "processor": run.task.processor_class,
         "keywords": keywords.replace("`", "\\x60"),

@@ -170,6 +170,18 @@ def test_an_internal_error_keeps_its_words_in_a_private_log(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_exhausted_gpu_says_what_to_lower(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert report_failure(caught.value, show_traceback=False) == 1
+    assert "lower training.per_device_train_batch_size or training.max_stack" in capsys.readouterr().err
+
+
 def test_telemetry_is_off_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")

@@ -66,6 +66,7 @@ class ConsoleTracker:
                 TextColumn("{task.fields[detail]}"),
                 console=self._console,
                 transient=True,
+                refresh_per_second=2,  # steps take longer than this, and drawing takes time from them
             )
             self._task = self._bar.add_task("", total=self._rounds, completed=resumed_from, detail="")
             self._bar.start()

@@ -29,11 +29,12 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
     measured, evaluation = _evaluated(summary)
     if measured and evaluation:
         console.print(_table(summary, evaluation))
-        kind = "best" if measured == summary.best else "last"
+        kind = "best model by validation" if measured == summary.best else "last model"
         console.print(
-            f"{summary.metric} on {evaluation.split} rows, {kind} model by validation: after round "
+            f"{summary.metric} on {evaluation.split} rows, {kind}: after round "
             f"{measured.round} of {summary.rounds}{_interval(summary, evaluation)}",
             markup=False,
+            soft_wrap=True,
         )
     else:
         console.print("no round was evaluated, so there is nothing to compare", markup=False)

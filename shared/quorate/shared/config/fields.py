@@ -18,7 +18,6 @@ _WORDS = {
     "boolean": "true or false",
     "array": "a list",
     "object": "a section of `field: value` lines",
-    "null": "null",
 }
 
 

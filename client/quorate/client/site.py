@@ -7,6 +7,7 @@ holds every site, and the whole cohort is trained in one pass over the frozen ba
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import DataError, ProtocolError, QuorateError, RequestRefused
+from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, QuorateError, RequestRefused
 from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
@@ -215,6 +216,9 @@ class Site:
         done: Fitted,
         seconds: float,
     ) -> Update:
+        if not all(map(math.isfinite, done.metrics.values())):
+            # Only this site's answer: those it was stacked with never saw its numbers.
+            return _failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
         arrays = run.aggregation.upload(done.adapter, state, request.header.round)
         return Update.reply(
             request,

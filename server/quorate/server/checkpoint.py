@@ -11,7 +11,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.errors import CheckpointError, QuorateError
+from quorate.shared.errors import CheckpointError, OutputError, QuorateError
 from quorate.shared.messages import SiteDescription
 
 _STATE, _PROGRESS, _SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
@@ -54,31 +55,57 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
 
     An existing folder is replaced. Everything is on disk (fsync) before the name appears.
+
+    Raises: OutputError: the disk is full, or the place cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    for name, content in files.items():
-        with (temporary / name).open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    _sync_directory(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _sync_directory(folder.parent)
+    with writing(folder):
+        try:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            for name, content in files.items():
+                _write_synced(temporary / name, content)
+            _sync_directory(temporary)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            _sync_directory(folder.parent)
+        finally:  # on a full disk half a checkpoint would take the room that the rest needs
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically.
+
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with writing(path):
+        try:
+            _write_synced(temporary, content.encode())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError while `path` is written into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or type(error).__name__}; make room or get the right to "
+            "write there, then continue with --resume."
+        ) from error
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def save_checkpoint(output_dir: Path, state: GlobalState, progress: Progress, keep: int) -> Path:
@@ -127,9 +154,12 @@ def load_checkpoint(output_dir: Path, round: int) -> tuple[GlobalState, Progress
             raise CheckpointError(f"{folder / name} is not what was written (truncated or edited); {remedy}.")
     try:
         progress = Progress.model_validate_json(files[_PROGRESS])
-        return GlobalState.unpack(Adapter.from_bytes(files[_STATE])), progress
+        state = GlobalState.unpack(Adapter.from_bytes(files[_STATE]))
     except (ValidationError, QuorateError) as error:
         raise CheckpointError(f"{folder} was written by another version of Quorate; {remedy}.") from error
+    if progress.round != round:
+        raise CheckpointError(f"{folder} holds round {progress.round}: it was renamed; {remedy}.")
+    return state, progress
 
 
 def _sync_directory(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from quorate.shared.errors import AdapterError, ConfigError, NonFiniteUpdate, ProtocolError
 from quorate.shared.messages import RoundRequest, Update
+from quorate.shared.tasks import Task
 
 
 class UpdateTooLarge(AdapterError):
@@ -29,6 +30,16 @@ def check_belongs(request: RoundRequest, update: Update) -> None:
         raise ConfigError("worked under another run configuration than the one it was sent.")
     if got.input_hash != request.arrays.content_hash:
         raise ProtocolError("started from other arrays than it was sent.")
+
+
+def check_measured(task: Task, update: Update) -> None:
+    """Raise ProtocolError unless `update` says what the task's evaluation of that many rows can say."""
+    outcomes = update.header.outcomes
+    if outcomes is None:
+        raise ProtocolError("sent an evaluation without outcomes.")
+    if outcomes.rows != update.header.num_examples:
+        raise ProtocolError("sent outcomes of another number of rows than it names.")
+    task.check_outcomes(outcomes)
 
 
 def check_trained(

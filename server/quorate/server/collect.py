@@ -18,11 +18,12 @@ Check = Callable[[RoundRequest, Update], None]
 
 REASONS = {
     "timeout": "did not reply in time",
+    "unreachable": "could not be reached, or its ClientApp failed; the logs of Flower say why",
     "data": "could not use its own data; its log says why",
     "model": "could not load or adapt the base model; its log says why",
     "refused": "refused the request; its log says which rule",
     "protocol": "sent something that is not an answer to the request",
-    "non-finite": "sent an update with NaN or infinity",
+    "non-finite": "sent an update with NaN or infinity, or its training diverged: lower the learning rate",
     "adapter": "sent arrays with other names or shapes than were asked for",
     "norm": "moved further than federation.max_update_norm",
     "config": "worked under another run configuration",
@@ -76,9 +77,10 @@ class Answers:
                 update = self._checked(self.sites[node], requests[node], decode(content), check)
                 if update is not None:
                     yield self.sites[node], update
-            if self.good >= self.quorum:
+            # Only between two looks at the grid: what has arrived counts, however long it takes to add up.
+            elif self.good >= self.quorum:
                 enough_since = enough_since or time.monotonic()
-                if time.monotonic() - enough_since > self.grace:
+                if time.monotonic() - enough_since >= self.grace:
                     break
         for node in missing:
             self.excluded[self.sites[node]] = exclusion("timeout")

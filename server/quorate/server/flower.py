@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 
@@ -9,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from quorate.shared.errors import ProtocolError
-from quorate.shared.messages import ARRAY, RECORD, Phase, RoundRequest, Update
+from quorate.shared.messages import ARRAY, ERROR_CODE, RECORD, Phase, RoundRequest, Update
 
 _TYPES: Mapping[Phase, str] = {
     "join": MessageType.QUERY,
@@ -50,15 +51,18 @@ def replies(grid: Grid, sent: Mapping[str, int], deadline: float) -> Iterator[tu
         for message in grid.pull_messages(list(waiting)):
             node = waiting.pop(message.metadata.reply_to_message_id)
             yield node, _content(message)
-        if not waiting or time.monotonic() >= deadline:
+        left = deadline - time.monotonic()
+        if not waiting or left <= 0:
             return
         yield None
-        time.sleep(POLL_SECONDS)
+        time.sleep(min(POLL_SECONDS, left))
 
 
 def _content(message: Message) -> bytes | str:
     if message.has_error():
-        return str(message.error.reason or "unreachable")
+        # Our ClientApp gives a code as the reason; Flower gives sentences, or the text of an exception.
+        reason = message.error.reason or ""
+        return reason if re.fullmatch(ERROR_CODE, reason) else "unreachable"
     record = message.content.array_records.get(RECORD)
     return "protocol" if record is None or ARRAY not in record else bytes(record[ARRAY].data)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from quorate.server.collect import Answers, exclusion
 from quorate.server.records import Exclusion
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
+from quorate.shared.config.run import NAME
 from quorate.shared.errors import ProtocolError, QuorumNotMet
 from quorate.shared.messages import RequestHeader, RoundRequest, SiteDescription, Update
 
@@ -71,23 +73,29 @@ def join(grid: Grid, run: Run) -> Members:
 
 
 def _check(request: RoundRequest, update: Update) -> None:
-    if update.header.description is None or not update.header.site:
+    if update.header.description is None:
         raise ProtocolError("joined without a description of itself.")
+    if not re.fullmatch(NAME, update.header.site):
+        raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
     update.arrays.check_finite()
 
 
 def _agreeing(run: Run, replied: list[tuple[int, Update]]) -> Members:
     """Keep the sites whose base model and seeded start are the most common ones."""
     members = Members({}, {}, Adapter({}))
+    replied = sorted(replied, key=lambda each: (each[1].header.site, each[0]))  # who came first is chance
     keys = {node: _identity(update) for node, update in replied}
     common = Counter(keys.values()).most_common(1)[0][0] if keys else None
-    for node, update in sorted(replied, key=lambda each: each[1].header.site):
+    names = Counter(update.header.site for _, update in replied)
+    for node, update in replied:
         site, description = update.header.site, update.header.description
         assert description is not None  # _check
-        if keys[node] != common:
+        if names[site] > 1:  # nothing says which of them is who it claims to be
+            members.refused[site] = exclusion(
+                "refused", f"{names[site]} nodes call themselves by this name; give each site its own"
+            )
+        elif keys[node] != common:
             members.refused[site] = exclusion("model", "holds another base model than most sites")
-        elif site in members.nodes:
-            members.refused[site] = exclusion("refused", "two nodes call themselves by this name")
         else:
             members.nodes[site], members.sites[site] = node, description
             members.initial = update.arrays

@@ -12,7 +12,7 @@ from typing import Literal
 from flwr.serverapp import Grid
 
 from quorate.server.checkpoint import Progress, save_checkpoint
-from quorate.server.checks import check_trained
+from quorate.server.checks import check_measured, check_trained
 from quorate.server.collect import Answers
 from quorate.server.evaluation import scalars, summarise
 from quorate.server.joining import Members, join
@@ -79,7 +79,8 @@ class _Books:
         for total, part in ((self.bytes_down, answers.bytes_down), (self.bytes_up, answers.bytes_up)):
             for site, count in part.items():
                 total[site] = total.get(site, 0) + count
-        self.excluded.update(answers.excluded)
+        # Why a site's training did not count says more than why it was not measured after that.
+        self.excluded = {**answers.excluded, **self.excluded}
 
 
 def run_rounds(grid: Grid, run: Run) -> Result:
@@ -180,7 +181,9 @@ def evaluate_at_sites(
     }
     outcomes = {
         site: update.header.outcomes or Outcomes()
-        for site, update in answers.ask(grid, asked, lambda _request, _update: None)
+        for site, update in answers.ask(
+            grid, asked, lambda _request, update: check_measured(run.config.task, update)
+        )
     }
     if books is not None:
         books.take(answers)

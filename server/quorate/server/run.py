@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, write_file
+from pydantic import ValidationError
+
+from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, write_file, writing
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
@@ -80,9 +82,13 @@ class Run:
         return run
 
     def append(self, record: RoundRecord, metrics: RoundMetrics) -> None:
-        """Add a round's lines to record.jsonl and metrics.jsonl."""
+        """Add a round's lines to record.jsonl and metrics.jsonl.
+
+        Raises: OutputError: they cannot be written; the next resume mends half a line.
+        """
         for name, line in ((RECORD_FILE, record), (METRICS_FILE, metrics)):
-            with (self.output_dir / name).open("a", encoding="utf-8") as stream:
+            path = self.output_dir / name
+            with writing(path), path.open("a", encoding="utf-8") as stream:
                 stream.write(line.model_dump_json() + "\n")
 
     def tell(self, event: str, *arguments: object) -> None:
@@ -109,11 +115,24 @@ class Run:
 
 
 def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list[RoundRecord | RoundMetrics]:
-    """Read whole lines of a JSONL file; a last line without its end, cut off by a crash, is left out."""
+    """Read whole lines of a JSONL file; a last line without its end, cut off by a crash, is left out.
+
+    Raises: OutputError: naming a line that was not written by a run.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [kind.model_validate_json(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    # Bytes: a crash may cut a character in two, and text has more line ends than this one.
+    *lines, _cut_off = path.read_bytes().split(b"\n")
+    read: list[RoundRecord | RoundMetrics] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            read.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise OutputError(
+                f"{path}, line {number}: not a {kind.__name__} as a run writes it (edited or damaged); "
+                "take the line out, then try again."
+            ) from error
+    return read
 
 
 def _check_same(before: RunConfig, now: RunConfig, output_dir: Path) -> None:

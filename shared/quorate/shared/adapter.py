@@ -133,6 +133,8 @@ class Adapter(Mapping[str, Array]):
             return cls(load(data))
         except SafetensorError as error:
             raise AdapterError(f"these bytes are not a safetensors file: {error}") from error
+        except KeyError as error:  # safetensors looks the dtype up in a table without bfloat16 and float8
+            raise AdapterError(f"an array has dtype {error}; expected float32.") from error
 
 
 def is_lora_a(name: str) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Generic, Literal, Self, TypeVar
+from typing import Annotated, Generic, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.base import ConfigModel
@@ -22,6 +22,11 @@ Phase = Literal["join", "fit", "evaluate"]
 Split = Literal["train", "validation", "test"]
 RECORD, ARRAY = "quorate", "message"
 """Where a Flower RecordDict carries a message: the name of its array record, and of the array in it."""
+ERROR_CODE = r"^[a-z][a-z-]{0,39}$"
+"""What may leave a site of an error: too short to hold its text."""
+ErrorCode = Annotated[str, StringConstraints(pattern=ERROR_CODE)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of rows or steps; up to 2**53 a float64 weight holds it exactly."""
 _HEADER = "quorate"
 H = TypeVar("H", bound=ConfigModel)
 
@@ -81,11 +86,11 @@ class UpdateHeader(ConfigModel):
     """Hash of the run configuration the site worked under."""
     input_hash: str
     """Content hash of the arrays the site started from."""
-    error: str | None = None
+    error: ErrorCode | None = None
     """Error code when the site could not do what was asked; all other fields are then empty."""
-    num_examples: int = Field(0, ge=0)
+    num_examples: Count = 0
     """Training rows of the site (fit) or rows evaluated (evaluate)."""
-    num_steps: int = Field(0, ge=0)
+    num_steps: Count = 0
     """Optimiser steps taken."""
     metrics: dict[str, float] = {}
     """Figures of the training, such as `train_loss` and `grad_norm`."""

@@ -86,6 +86,7 @@ class LoadedModel:
         """
         if residual.content_hash == self._residual_hash:
             return
+        self._residual_hash = None  # so that a failure half way is not taken for the residual before it
         modules = dict(self.peft.named_modules())
         for layer, weight in self._pristine.items():
             base_weight(modules[layer]).data.copy_(weight)
@@ -168,13 +169,15 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
     Raises: ModelError: target_modules match nothing, or something other than linear layers would be trained.
     """
     targets = config.target_modules
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    _check_all_found("target_modules", targets, base, linear)
+    _check_all_found("modules_to_save", config.modules_to_save, base, linear)
     try:
         peft = get_peft_model(base, lora_config(config, task))
     except ValueError as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
             f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: "
-            f"{str(error).splitlines()[0][:200]} Linear modules there: {', '.join(linear)}."
+            f"{str(error).splitlines()[0][:200]} Linear modules there: {_endings(linear)}."
         ) from error
     modules = dict(peft.named_modules())
     for name, parameter in peft.named_parameters():
@@ -189,6 +192,23 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
                 "narrow adapter.target_modules or adapter.modules_to_save."
             )
     return peft
+
+
+def _check_all_found(
+    field: str, wanted: tuple[str, ...] | str | None, base: nn.Module, linear: list[str]
+) -> None:
+    """Raise ModelError for a name that no module ends in; PEFT passes over it when another one matches."""
+    names = [name for name, _ in base.named_modules()]
+    for each in wanted if isinstance(wanted, tuple) else ():
+        if not any(name == each or name.endswith(f".{each}") for name in names):
+            raise ModelError(
+                f"adapter.{field}: {type(base).__name__} has no module {each!r}. "
+                f"Linear modules there: {_endings(linear)}."
+            )
+
+
+def _endings(names: list[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def lora_config(config: AdapterConfig, task: Task) -> LoraConfig:
@@ -282,9 +302,11 @@ def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
             f"set model.pad_token (its special tokens: {', '.join(known) or 'none'})."
         )
     base.config.pad_token_id = processor.pad_token_id
-    limit = getattr(base.config, "max_position_embeddings", None)
+    # RoBERTa's first positions are never used, which its tokenizer alone knows.
+    limits = (getattr(base.config, "max_position_embeddings", None), processor.model_max_length)
+    limit = min(limit for limit in limits if limit is not None)
     asked = getattr(run.task, "max_length", None)
-    if limit is not None and asked is not None and asked > limit:
+    if asked is not None and asked > limit:
         raise ModelError(
             f"task.max_length {asked} is above the {limit} positions of {folder.name}; lower it."
         )

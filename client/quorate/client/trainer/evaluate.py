@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.model import LoadedModel
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example
@@ -36,7 +38,10 @@ def forward(
 def evaluate(
     model: LoadedModel, stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
 ) -> Outcomes:
-    """Return the counts of outcomes and the summed loss of `adapter` on `examples`."""
+    """Return the counts of outcomes and the summed loss of `adapter` on `examples`.
+
+    Raises: NonFiniteUpdate: the loss is NaN or infinite.
+    """
     outcomes = []
     loss = 0.0
     for _, batch, logits in forward(model, stack, run, adapter, examples):
@@ -44,4 +49,6 @@ def evaluate(
         loss += float(run.task.loss(logits, batch).double().sum())
     if not outcomes:
         return Outcomes()
+    if not math.isfinite(loss):
+        raise NonFiniteUpdate("the loss of this adapter is NaN or infinite; lower training.learning_rate.")
     return Outcomes.of_rows(np.concatenate(outcomes), loss)

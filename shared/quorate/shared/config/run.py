@@ -14,7 +14,8 @@ from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.tasks import TaskConfig
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -154,6 +155,16 @@ class RunConfig(ConfigModel):
     @model_validator(mode="after")
     def _rule_fits_adapter(self) -> RunConfig:
         self.aggregation.check_compatible(use_dora=self.adapter.use_dora)
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_the_tasks(self) -> RunConfig:
+        metric, known = self.evaluation.metric_for_best_model, self.task.metrics_for_best_model
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f"evaluation.metric_for_best_model {metric!r} cannot pick the best round of this task; "
+                f"choose one of {', '.join(known)}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -68,13 +68,18 @@ class Task(ConfigModel, ABC):
     columns: ClassVar[tuple[str, ...]]
     """Columns every row must have."""
     default_metric: ClassVar[str]
-    """Metric that picks the best round, larger is better."""
+    """Metric that picks the best round."""
     peft_task_type: ClassVar[str]
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head."""
     auto_class: ClassVar[str]
     """Name of the transformers Auto class that loads the base model with this task's head."""
     processor_class: ClassVar[str] = "AutoTokenizer"
     """Name of the transformers Auto class that loads what `encode` and `collate` take."""
+
+    @property
+    @abstractmethod
+    def metrics_for_best_model(self) -> tuple[str, ...]:
+        """Metrics that may pick the best round: scalars of `metrics` of which larger is better."""
 
     @abstractmethod
     def model_kwargs(self) -> dict[str, Any]:
@@ -110,6 +115,10 @@ class Task(ConfigModel, ABC):
     @abstractmethod
     def outcomes(self, logits: Tensor, batch: Batch) -> npt.NDArray[np.int64]:
         """Return the outcome of each example, [rows, width]; see `quorate.shared.outcomes`."""
+
+    @abstractmethod
+    def check_outcomes(self, outcomes: Outcomes) -> None:
+        """Raise ProtocolError unless `outcomes`, which come from a site, can be outcomes of this task."""
 
     @abstractmethod
     def metrics(self, outcomes: Outcomes) -> Metrics:

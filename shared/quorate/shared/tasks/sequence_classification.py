@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from quorate.shared.errors import DataError
+from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Metrics, Row, Task
 
@@ -61,6 +61,11 @@ class SequenceClassification(Task):
     def multi_label(self) -> bool:
         """Whether a text may carry several labels."""
         return self.problem_type == "multi_label_classification"
+
+    @property
+    def metrics_for_best_model(self) -> tuple[str, ...]:
+        """Return the rates; loss is better when smaller."""
+        return ("exact_match", "micro_f1", "macro_f1") if self.multi_label else ("accuracy", "macro_f1")
 
     def model_kwargs(self) -> dict[str, Any]:
         """Return the head's size and label names for `from_pretrained`."""
@@ -156,6 +161,15 @@ class SequenceClassification(Task):
         else:
             pairs = torch.cat([batch.targets > 0.5, logits > 0], dim=1)
         return pairs.cpu().numpy().astype(np.int64)
+
+    def check_outcomes(self, outcomes: Outcomes) -> None:
+        """Raise ProtocolError unless outcomes are pairs of label ids, or true and predicted bits."""
+        width, below = (2 * len(self.labels), 2) if self.multi_label else (2, len(self.labels))
+        for value in outcomes.values:
+            if len(value) != width or not all(0 <= each < below for each in value):
+                raise ProtocolError(
+                    f"sent outcomes that are not {width} numbers in 0..{below - 1}, as this task has them."
+                )
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return accuracy or exact_match and micro_f1, macro_f1, loss, per_class and the confusion matrix.

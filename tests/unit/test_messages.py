@@ -1,0 +1,168 @@
+"""Messages: what goes in comes out, and bytes that are not a message say so without quoting themselves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from quorate.shared.adapter import Adapter
+from quorate.shared.errors import ProtocolError
+from quorate.shared.messages import RequestHeader, RoundRequest, SiteDescription, Update
+from quorate.shared.outcomes import Outcomes
+
+SECRET = "patient-4711"
+ARRAYS = Adapter(
+    {"b.lora_B.weight": np.eye(3, dtype=np.float32), "a.lora_A.weight": np.ones((1, 2), np.float32)}
+)
+
+
+def a_request(arrays: Adapter | None = ARRAYS, **fields: Any) -> RoundRequest:
+    header: dict[str, Any] = {
+        "run_id": "r1",
+        "round": 3,
+        "phase": "fit",
+        "site": "north",
+        "run_config": "{}",
+        "config_hash": "0" * 64,
+        **fields,
+    }
+    return RoundRequest(RequestHeader.model_validate(header), arrays)
+
+
+def an_update(**fields: Any) -> Update:
+    return Update.reply(a_request(), ARRAYS, num_examples=7, metrics={"train_loss": 0.1 + 0.2}, **fields)
+
+
+def packed(header: dict[str, Any], arrays: Any = None) -> bytes:
+    """A message as a stranger could write it."""
+    return save(arrays or {}, metadata={"quorate": json.dumps(header)})
+
+
+def header_of(message: Update) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(message.header.model_dump_json())
+    return fields
+
+
+def test_a_request_comes_back_as_it_went() -> None:
+    sent = a_request(split="test", phase="evaluate")
+    got = RoundRequest.decode(sent.encoded)
+    assert got.header == sent.header
+    assert got.arrays.content_hash == ARRAYS.content_hash
+    assert got.encoded == sent.encoded
+
+
+def test_an_update_comes_back_as_it_went() -> None:
+    sent = an_update(
+        outcomes=Outcomes.of_rows(np.array([[0, 1], [0, 1], [2, 2]]), 1.25),
+        description=SiteDescription(
+            rows={"train": 1, "validation": 0, "test": 2},
+            label_counts={"krank, ja": 1},
+            model_files={"model.safetensors": "ab"},
+            model_sha256="ab",
+            versions={"torch": "2"},
+        ),
+    )
+    got = Update.decode(sent.encoded)
+    assert got.header == sent.header and got.arrays.content_hash == ARRAYS.content_hash
+    assert got.header.metrics["train_loss"] == 0.1 + 0.2, "floats keep their last bit"
+    assert got.header.input_hash == ARRAYS.content_hash
+
+
+@given(st.dictionaries(st.text("abc.", min_size=1, max_size=8), st.lists(st.floats(width=32), max_size=4)))
+def test_arrays_travel_bit_for_bit(values: dict[str, list[float]]) -> None:
+    arrays = Adapter({name: np.array(value, dtype=np.float32) for name, value in values.items()})
+    got = RoundRequest.decode(a_request(arrays).encoded).arrays
+    assert got.schema == arrays.schema
+    assert all(got[name].tobytes() == arrays[name].tobytes() for name in arrays)
+
+
+def test_a_request_is_for_one_site() -> None:
+    assert a_request().addressed_to("north").header.site == "north"
+    assert a_request(site="").addressed_to("south").header.site == "south"
+    with pytest.raises(ProtocolError, match="another site reached south"):
+        a_request().addressed_to("south")
+
+
+def test_every_truncation_is_refused() -> None:
+    data = an_update().encoded
+    for length in [*range(0, len(data), 7), len(data) - 1]:
+        with pytest.raises(ProtocolError):
+            Update.decode(data[:length])
+    with pytest.raises(ProtocolError):
+        Update.decode(data + b"more")
+
+
+@given(st.data())
+def test_an_edited_byte_is_refused_or_gives_another_whole_message(data: Any) -> None:
+    """No edit raises anything but ProtocolError. Values may change: `input_hash` and the checks see to that."""
+    message = bytearray(an_update().encoded)
+    place = data.draw(st.integers(0, len(message) - 1))
+    message[place] ^= data.draw(st.integers(1, 255))
+    try:
+        got = Update.decode(bytes(message))
+    except ProtocolError:
+        return
+    again = Update.decode(got.encoded)
+    assert again.header == got.header and again.arrays.content_hash == got.arrays.content_hash
+
+
+@given(st.binary(max_size=200))
+def test_foreign_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        RoundRequest.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"protocol": 2}, "check protocol"),
+        ({"round": SECRET}, "check round"),
+        ({"num_examples": -1}, "check num_examples"),
+        ({"num_examples": 10**400}, "check num_examples"),
+        ({"phase": SECRET}, "check phase"),
+        ({"metrics": {"train_loss": None}}, "check metrics.train_loss"),
+        ({"error": f"ValueError: {SECRET} is not a number"}, "check error"),
+        ({"outcomes": {"values": [[1, 2]], "counts": []}}, "check outcomes"),
+        ({"note": SECRET}, "check note"),
+    ],
+)
+def test_a_wrong_header_is_named_by_its_field_alone(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProtocolError, match=said) as raised:
+        Update.decode(packed({**header_of(an_update()), **change}))
+    assert SECRET not in str(raised.value)
+
+
+def test_a_missing_field_is_named() -> None:
+    header = header_of(an_update())
+    del header["config_hash"]
+    with pytest.raises(ProtocolError, match="of protocol 1: check config_hash"):
+        Update.decode(packed(header))
+
+
+def test_a_request_is_no_update_and_the_other_way_round() -> None:
+    with pytest.raises(ProtocolError, match="not a Update"):
+        Update.decode(a_request().encoded)
+    with pytest.raises(ProtocolError, match="not a RoundRequest"):
+        RoundRequest.decode(an_update().encoded)
+
+
+def test_arrays_that_are_not_float32_are_refused() -> None:
+    for array in (np.zeros(2, np.float64), np.zeros(2, np.int64), np.zeros(2, np.float16)):
+        with pytest.raises(ProtocolError, match="float32"):
+            Update.decode(packed(header_of(an_update()), {"a": array}))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_dtypes_that_numpy_lacks_are_refused(dtype: str) -> None:
+    meta = {"quorate": json.dumps(header_of(an_update()))}
+    size = 2 if dtype == "BF16" else 1
+    header = {"__metadata__": meta, "a": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    with pytest.raises(ProtocolError, match=dtype):
+        Update.decode(len(text).to_bytes(8, "little") + text + b"\0" * size)

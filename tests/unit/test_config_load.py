@@ -239,6 +239,11 @@ def test_long_values_are_cut_short(tmp_path: Path) -> None:
     assert len(line) < 200
 
 
+def test_a_problem_is_one_line_whatever_a_key_holds(tmp_path: Path) -> None:
+    (line,) = problems(write(tmp_path, {**BASE, "a\x85b": None}))
+    assert "a\\x85b: there is no such field" in line
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_is_written_is_a_run_or_a_list_of_problems(

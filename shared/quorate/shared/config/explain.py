@@ -54,8 +54,13 @@ def explain(
         path, text = _problem(top, place, details)
         origin = " (set on the command line)" if any(path[: len(key)] == key for key in overridden) else ""
         field = f"{dotted(path)}{origin}: " if path else ""
-        lines.append(f"{where}: {field}{text}")
+        lines.append(_printable(f"{where}: {field}{text}"))
     return "\n".join(dict.fromkeys(lines))
+
+
+def _printable(text: str) -> str:
+    """Escape control characters and foreign line ends, which a file's keys may hold: one problem, one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _telling(located: list[tuple[_Place, ErrorDetails]]) -> list[tuple[_Place, ErrorDetails]]:

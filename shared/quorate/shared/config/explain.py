@@ -59,7 +59,7 @@ def explain(
 
 
 def _printable(text: str) -> str:
-    """Escape control characters and foreign line ends, which a file's keys may hold: one problem, one line."""
+    """Escape control characters and foreign line ends, which keys may hold: one problem, one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

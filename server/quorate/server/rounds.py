@@ -102,6 +102,7 @@ def run_rounds(grid: Grid, run: Run) -> Result:
             )
     except (KeyboardInterrupt, QuorumNotMet) as stop:
         result.stopped = stop
+        result.state, result.progress = run.reload() or (result.state, result.progress)
     return result
 
 

@@ -81,6 +81,17 @@ class Run:
         run._align_logs()
         return run
 
+    def reload(self) -> tuple[GlobalState, Progress] | None:
+        """Return the newest checkpoint, with the JSONL files brought to it; None before the first.
+
+        For the end of a run that was interrupted: a round counts once its checkpoint is on disk, even if the
+        interrupt came before anybody was told.
+        """
+        rounds = list_checkpoints(self.output_dir)
+        self.resumed = load_checkpoint(self.output_dir, rounds[-1]) if rounds else None
+        self._align_logs()
+        return self.resumed
+
     def append(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Add a round's lines to record.jsonl and metrics.jsonl.
 

@@ -123,3 +123,38 @@ def make_sites() -> Callable[..., dict[str, dict[str, list[Any]]]]:
         }
 
     return make
+
+
+@pytest.fixture
+def plain_peft_loop() -> Callable[..., Any]:
+    """The reference: PEFT's own model, with nothing of the trainer but the order of site `north`'s rows."""
+    import torch
+
+    from quorate.client.trainer.fit import make_optimizer
+    from quorate.client.trainer.schedule import Plan, lr_factor
+    from quorate.shared.model import load_model
+
+    def loop(run: Any, rows: list[Any], start: Any, round: int) -> Any:
+        model = load_model(run)
+        model.write_adapter(start)
+        examples = run.task.weigh(run.task.encode(rows, model.processor))
+        parameters = [p for p in model.peft.parameters() if p.requires_grad]
+        optimizer = make_optimizer(run.training, parameters)
+        plan = Plan(len(rows), run.training, run.seed, "north")
+        total = run.federation.rounds * plan.steps_per_round
+        for step, micro_batches in enumerate(plan.steps(round)):
+            optimizer.zero_grad()
+            count = sum(map(len, micro_batches))
+            for micro in micro_batches:
+                batch = run.task.collate([examples[row] for row in micro], model.processor)
+                loss = run.task.loss(model.peft(**batch.inputs).logits, batch).sum() / count
+                loss.backward()
+            if run.training.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, run.training.max_grad_norm)
+            for group in optimizer.param_groups:
+                done = (round - 1) * plan.steps_per_round + step
+                group["lr"] = run.training.learning_rate * lr_factor(run.training, done, total)
+            optimizer.step()
+        return model.read_adapter()
+
+    return loop

@@ -10,7 +10,7 @@ import torch
 from transformers import get_scheduler
 
 from quorate.client.site import Site
-from quorate.client.trainer.fit import SiteTask, fit, make_optimizer
+from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
@@ -34,31 +34,6 @@ def noisy(adapter: Adapter, seed: int) -> Adapter:
     """The adapter with lora_B moved off zero, where A would get no gradient."""
     draw = np.random.default_rng(seed)
     return adapter.map(lambda _, a: (a + 0.1 * draw.standard_normal(a.shape)).astype(np.float32))
-
-
-def plain_peft_loop(run: Any, rows: list[Any], start: Adapter, round: int) -> Adapter:
-    """Train PEFT's own model with nothing of the trainer but the order of rows: the reference."""
-    model = load_model(run)
-    model.write_adapter(start)
-    examples = examples_of(run, model, rows)
-    parameters = [p for p in model.peft.parameters() if p.requires_grad]
-    optimizer = make_optimizer(run.training, parameters)
-    plan = Plan(len(rows), run.training, run.seed, "north")
-    total = run.federation.rounds * plan.steps_per_round
-    for step, micro_batches in enumerate(plan.steps(round)):
-        optimizer.zero_grad()
-        count = sum(map(len, micro_batches))
-        for micro in micro_batches:
-            batch = run.task.collate([examples[row] for row in micro], model.processor)
-            loss = run.task.loss(model.peft(**batch.inputs).logits, batch).sum() / count
-            loss.backward()
-        if run.training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, run.training.max_grad_norm)
-        for group in optimizer.param_groups:
-            done = (round - 1) * plan.steps_per_round + step
-            group["lr"] = run.training.learning_rate * lr_factor(run.training, done, total)
-        optimizer.step()
-    return model.read_adapter()
 
 
 def train(run: Any, sites: dict[str, list[Any]], starts: list[Adapter], round: int = 1) -> list[Any]:
@@ -88,7 +63,9 @@ def train(run: Any, sites: dict[str, list[Any]], starts: list[Adapter], round: i
     ids=["adamw", "sgd", "accumulation", "epochs-clipped", "unclipped"],
 )
 @pytest.mark.parametrize("round", [1, 2])
-def test_one_site_is_a_plain_peft_loop(make_run: Any, make_sites: Any, training: Any, round: int) -> None:
+def test_one_site_is_a_plain_peft_loop(
+    make_run: Any, make_sites: Any, plain_peft_loop: Any, training: Any, round: int
+) -> None:
     run = make_run(training=training)
     rows = make_sites(north=14)["north"]["train"]
     start = noisy(load_model(run).initial, 0)
@@ -100,7 +77,9 @@ def test_one_site_is_a_plain_peft_loop(make_run: Any, make_sites: Any, training:
 @pytest.mark.parametrize(
     "adapter", [{"use_dora": True}, {"use_rslora": True}, {"target_modules": "all-linear"}]
 )
-def test_variants_train_as_in_peft(make_run: Any, make_sites: Any, adapter: Any) -> None:
+def test_variants_train_as_in_peft(
+    make_run: Any, make_sites: Any, plain_peft_loop: Any, adapter: Any
+) -> None:
     run = make_run(adapter=adapter)
     rows = make_sites(north=14)["north"]["train"]
     start = noisy(load_model(run).initial, 1)

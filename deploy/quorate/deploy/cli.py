@@ -15,6 +15,7 @@ from typing import Annotated
 import click
 import typer
 
+from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.schema import schema
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (simulate, validate, schema, report, predict):
+for command in (simulate, validate, schema, report, compare, predict):
     app.command()(command)
 
 

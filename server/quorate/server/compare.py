@@ -51,7 +51,8 @@ class Comparison(Record):
 def compare(folders: Sequence[Path]) -> Comparison:
     """Read finished runs and set them side by side.
 
-    Raises: OutputError: a folder holds no finished run, or the runs differ in more than their seed.
+    Raises: OutputError: a folder holds no finished run, the runs differ in more than their seed, or two have
+        the same seed.
     """
     summaries = sorted((_read(folder) for folder in folders), key=lambda summary: summary.seed)
     _check_same_but_seed(folders)
@@ -61,13 +62,15 @@ def compare(folders: Sequence[Path]) -> Comparison:
     everywhere = {
         model: {metric: _figure([m[model].pooled[metric] for m in models]) for metric in metrics}
         for model in models[0]
+        if all(model in each for each in models)
     }
     sites = {
         site: {
             label: {metric: _figure([m[model].sites[site][metric] for m in models]) for metric in metrics}
-            for model, label in _at_home(list(models[0]), site)
+            for model, label in _at_home(list(everywhere), site)
         }
         for site in tested[0].sites
+        if all(site in each.sites for each in tested)  # one that was set aside in a run has no mean
     }
     seeds = tuple(summary.seed for summary in summaries)
     return Comparison(name=summaries[0].name, seeds=seeds, metrics=metrics, pooled=everywhere, sites=sites)
@@ -140,8 +143,15 @@ def _read(folder: Path) -> Summary:
 
 def _check_same_but_seed(folders: Sequence[Path]) -> None:
     first = load_run(folders[0] / RUN_FILE)
+    seen = {first.seed: folders[0]}
     for folder in folders[1:]:
         other = load_run(folder / RUN_FILE)
+        if other.seed in seen:
+            raise OutputError(
+                f"{folder} and {seen[other.seed]} both have seed {other.seed}, so they say nothing about "
+                "chance; give runs with different seeds."
+            )
+        seen[other.seed] = folder
         if other.model_copy(update={"seed": first.seed}) != first:
             raise OutputError(
                 f"{folder} and {folders[0]} differ in more than their seed, so a mean over them means "

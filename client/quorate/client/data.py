@@ -21,7 +21,7 @@ from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.messages import Split
 from quorate.shared.seeds import rng
 from quorate.shared.tasks.base import Row
-from quorate.shared.template import TextTemplate, is_missing
+from quorate.shared.template import TextTemplate, is_missing, is_text
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class _Mapper:
             if column not in row.values:
                 raise DataError(
                     f"{row.source}: column {column!r} is missing; this row has: "
-                    f"{describe_columns(row.values)}."
+                    f"{describe_columns(row.values)}. Fill it in or remove the row."
                 )
             values[name] = row.values[column]
         for name, value in values.items():
@@ -158,6 +158,11 @@ class _Mapper:
                 raise DataError(
                     f"{where} holds a {type(value).__name__}, not a text; "
                     "use `template` to write texts from columns."
+                )
+            elif name == TEXT and not is_text(value):
+                raise DataError(
+                    f"{where} holds half of a character (a lone \\ud800 to \\udfff); the text was cut there: "
+                    "mend it or remove the row."
                 )
         return LoadedRow(values, row.source, row.values)
 
@@ -172,7 +177,8 @@ class _Labels:
         for value, label in mapping.items():
             if label not in self.index:
                 raise ConfigError(
-                    f"labels: {value!r} is mapped to {label!r}, which the run does not list; {self._listed()}"
+                    f"labels: {value!r} is mapped to {label!r}, which the run does not list; "
+                    f"{self._listed()} Correct the mapping, or add the label to task.labels of the run file."
                 )
 
     def ids(self, value: Any, where: str) -> int | list[int]:

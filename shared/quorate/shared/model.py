@@ -49,12 +49,14 @@ class Base:
         processor: the tokenizer (or image processor) that the task's `encode` and `collate` take.
         files: SHA-256 of each file the model was loaded from.
         sha256: of the weights, as in the run file.
+        drawn: names of the parameters that the files do not hold, such as the task's head.
     """
 
     model: Any
     processor: Any
     files: dict[str, str]
     sha256: str
+    drawn: frozenset[str]
 
 
 @dataclass
@@ -141,8 +143,8 @@ def load_base(run: RunConfig) -> Base:
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
-    model = _load_weights(folder, run.task)
-    return Base(model, _load_processor(folder, run, model), files, sha256)
+    model, drawn = _load_weights(folder, run.task)
+    return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
 
 
 def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
@@ -154,6 +156,7 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
         torch.manual_seed(derive_seed(run.seed, "initial-adapter"))
         base = load_base(run)
         peft = attach_lora(base.model, run.adapter, run.task)
+        _check_drawn_is_saved(peft, base.drawn, run)
     peft.eval().to(device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
 
@@ -205,6 +208,32 @@ def _check_all_found(
                 f"adapter.{field}: {type(base).__name__} has no module {each!r}. "
                 f"Linear modules there: {_endings(linear)}."
             )
+
+
+def _check_drawn_is_saved(peft: PeftModel, drawn: frozenset[str], run: RunConfig) -> None:
+    """Raise ModelError for a drawn parameter outside the adapter.
+
+    Who loads the exported adapter would draw another one, and get other answers than the run did.
+    """
+    base = peft.get_base_model()
+    modules = dict(base.named_modules())
+    # PEFT renames what it trains whole (it is in the adapter then), and puts LoRA around `base_layer`.
+    frozen = {name.replace(".base_layer.", "."): name for name, _ in base.named_parameters()}
+    owners = {name.rpartition(".")[0]: frozen[name].rpartition(".")[0] for name in drawn & frozen.keys()}
+    if not owners:
+        return
+    lost = sorted(owners)
+    names = ", ".join([*(run.adapter.modules_to_save or ()), *lost])
+    trainable = all(isinstance(modules[owner], nn.Linear) for owner in owners.values())
+    remedy = (
+        f"train them with it: adapter.modules_to_save: [{names}]"
+        if trainable
+        else "take a base model that holds them"
+    )
+    raise ModelError(
+        f"{run.model.model_name_or_path} holds no weights of {', '.join(lost)}, which {type(base).__name__} "
+        f"has: they were drawn at random, and nobody who loads the adapter would have them; {remedy}."
+    )
 
 
 def _endings(names: list[str]) -> str:
@@ -259,13 +288,15 @@ def weights_sha256(files: dict[str, str], folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _load_weights(folder: Path, task: Task) -> nn.Module:
+def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
+    """Return the model, and the names of parameters that were drawn because the files do not hold them."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = getattr(transformers, task.auto_class)
     try:
-        model = auto.from_pretrained(
+        model, loading = auto.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -278,7 +309,8 @@ def _load_weights(folder: Path, task: Task) -> nn.Module:
             f"{folder.name} cannot be loaded as {task.auto_class}: {str(error).splitlines()[0][:300]}"
         ) from error
     assert isinstance(model, nn.Module)
-    return model
+    mismatched = {name for name, *_shapes in loading["mismatched_keys"]}
+    return model, frozenset(mismatched | set(loading["missing_keys"]))
 
 
 def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:

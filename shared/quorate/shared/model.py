@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from quorate.shared.errors import ModelError
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
 from quorate.shared.tasks import Task
+from quorate.shared.tasks.base import Example
+from quorate.shared.weights import check_files, check_finite, in_brief, weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,16 @@ class LoadedModel:
             weight.data.add_(product.to(weight), alpha=module.scaling["default"])
         self._residual_hash = residual.content_hash
 
+    def check_tokens(self, examples: Sequence[Example]) -> None:
+        """Raise ModelError if a text has a token for which the model has no embedding."""
+        largest = max((max(each.features.get("input_ids", ()), default=0) for each in examples), default=0)
+        known = getattr(self.peft.get_input_embeddings(), "num_embeddings", None) if largest else None
+        if known is not None and largest >= known:
+            raise ModelError(
+                f"{self.peft.get_base_model().name_or_path}: the tokenizer gives a text token {largest}, the "
+                f"model has embeddings for {known}; they do not belong together: get the model's tokenizer."
+            )
+
     def read_adapter(self) -> Adapter:
         """Return the arrays of PEFT's own adapter."""
         return adapter_of(self.peft)
@@ -138,6 +152,7 @@ def load_base(run: RunConfig) -> Base:
     folder = resolve_model(run.model.model_name_or_path, run.model.revision)
     files = hash_files(folder)
     sha256 = weights_sha256(files, folder)
+    check_files(folder, files)
     if run.model.sha256 not in (None, sha256):
         raise ModelError(
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
@@ -178,9 +193,12 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
     try:
         peft = get_peft_model(base, lora_config(config, task))
     except ValueError as error:
+        why = str(error).splitlines()[0][:200]
+        if why.startswith("No modules were targeted"):  # PEFT goes on about settings that a run does not have
+            why = "they name the head alone, which is trained whole."
         raise ModelError(
-            f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: "
-            f"{str(error).splitlines()[0][:200]} Linear modules there: {_endings(linear)}."
+            f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: {why} "
+            f"Linear modules there: {_endings(linear)}; name some of them."
         ) from error
     modules = dict(peft.named_modules())
     for name, parameter in peft.named_parameters():
@@ -202,11 +220,19 @@ def _check_all_found(
 ) -> None:
     """Raise ModelError for a name that no module ends in; PEFT passes over it when another one matches."""
     names = [name for name, _ in base.named_modules()]
+    if isinstance(wanted, str) and not (
+        wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in names)
+    ):
+        raise ModelError(
+            f"adapter.{field}: the regular expression {wanted!r} matches no module's whole name in "
+            f"{type(base).__name__}; write name endings as a list, [query, value]. "
+            f"Linear modules there: {_endings(linear)}."
+        )
     for each in wanted if isinstance(wanted, tuple) else ():
         if not any(name == each or name.endswith(f".{each}") for name in names):
             raise ModelError(
                 f"adapter.{field}: {type(base).__name__} has no module {each!r}. "
-                f"Linear modules there: {_endings(linear)}."
+                f"Linear modules there: {_endings(linear)}; name some of them."
             )
 
 
@@ -230,8 +256,9 @@ def _check_drawn_is_saved(peft: PeftModel, drawn: frozenset[str], run: RunConfig
         if trainable
         else "take a base model that holds them"
     )
+    shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     raise ModelError(
-        f"{run.model.model_name_or_path} holds no weights of {', '.join(lost)}, which {type(base).__name__} "
+        f"{run.model.model_name_or_path} holds no weights of {shown}, which {type(base).__name__} "
         f"has: they were drawn at random, and nobody who loads the adapter would have them; {remedy}."
     )
 
@@ -271,23 +298,6 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def weights_sha256(files: dict[str, str], folder: Path) -> str:
-    """Return the hash a run file pins: of the one weights file, or of the list of several.
-
-    Raises: ModelError: there are no safetensors weights.
-    """
-    weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-    if not weights:
-        raise ModelError(
-            f"{folder} holds no .safetensors weights; convert the model with save_pretrained "
-            "(other formats can run code when they are loaded, so they are not read)."
-        )
-    if len(weights) == 1:
-        return next(iter(weights.values()))
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(weights.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
     """Return the model, and the names of parameters that were drawn because the files do not hold them."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
@@ -304,11 +314,13 @@ def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers stumbles over in files that it does not expect
         raise ModelError(
-            f"{folder.name} cannot be loaded as {task.auto_class}: {str(error).splitlines()[0][:300]}"
+            f"{folder} cannot be loaded as {task.auto_class}: {in_brief(error)}; get the model's files "
+            "again, or name a model that has this head."
         ) from error
     assert isinstance(model, nn.Module)
+    check_finite(folder, model)
     mismatched = {name for name, *_shapes in loading["mismatched_keys"]}
     return model, frozenset(mismatched | set(loading["missing_keys"]))
 
@@ -317,21 +329,26 @@ def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
     auto = getattr(transformers, run.task.processor_class)
     try:
         processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ModelError(
-            f"{folder.name} has no usable tokenizer: {str(error).splitlines()[0][:300]}"
+            f"{folder} has no usable tokenizer: {in_brief(error)}; get the tokenizer's files again."
         ) from error
+    # Without a vocabulary transformers makes a tokenizer to which every word is unknown.
+    if processor.vocab_size <= len(processor.all_special_tokens):
+        raise ModelError(f"{folder} holds no vocabulary (tokenizer.json); put the model's tokenizer there.")
     if run.model.pad_token is not None:
         if processor.convert_tokens_to_ids(run.model.pad_token) in (None, processor.unk_token_id) and (
             run.model.pad_token != processor.unk_token
         ):
-            raise ModelError(f"model.pad_token {run.model.pad_token!r} is not in the tokenizer's vocabulary.")
+            raise ModelError(
+                f"model.pad_token {run.model.pad_token!r} is not in the tokenizer's vocabulary; "
+                f"name one of its special tokens: {', '.join(processor.all_special_tokens)}."
+            )
         processor.pad_token = run.model.pad_token
     if processor.pad_token is None:
-        known = [t for t in (processor.eos_token, processor.unk_token) if t]
         raise ModelError(
-            f"{folder.name}: the tokenizer has no pad token, so texts cannot be batched; "
-            f"set model.pad_token (its special tokens: {', '.join(known) or 'none'})."
+            f"{folder}: the tokenizer has no pad token, so texts cannot be batched; set model.pad_token "
+            f"(its special tokens: {', '.join(processor.all_special_tokens) or 'none'})."
         )
     base.config.pad_token_id = processor.pad_token_id
     # RoBERTa's first positions are never used, which its tokenizer alone knows.
@@ -339,7 +356,5 @@ def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
     limit = min(limit for limit in limits if limit is not None)
     asked = getattr(run.task, "max_length", None)
     if asked is not None and asked > limit:
-        raise ModelError(
-            f"task.max_length {asked} is above the {limit} positions of {folder.name}; lower it."
-        )
+        raise ModelError(f"task.max_length {asked} is above the {limit} positions of {folder}; lower it.")
     return processor

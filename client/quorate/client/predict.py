@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,11 @@ def _with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
     try:
         stored = Adapter.from_bytes(weights.read_bytes())
         stored.check_finite()
-        model = PeftModel.from_pretrained(base.model, adapter_dir)
-        # PEFT passes over names that it does not know.
+        with (
+            warnings.catch_warnings()
+        ):  # PEFT only warns of names that it does not find, and passes over others
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(base.model, adapter_dir)
         taken = get_peft_model_state_dict(model, save_embedding_layers=False)
         stored.check_schema({name: tuple(tensor.shape) for name, tensor in taken.items()})
     except AdapterError as error:

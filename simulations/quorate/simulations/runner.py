@@ -13,7 +13,7 @@ from quorate.client.site import Site, SiteRows
 from quorate.server.outputs import measure, write_outputs
 from quorate.server.records import References, Summary, Worth
 from quorate.server.rounds import Result, run_rounds
-from quorate.server.run import Run
+from quorate.server.run import Run, alone_in
 from quorate.server.trackers import Tracker
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
@@ -53,12 +53,17 @@ def simulate(
     pooled = {POOL: pool(rows)} if "centralised" in config.evaluation.references else {}
     site = Site({**rows, **pooled}, on_step=on_step)
     config = site.prepare(config)
-    run = Run.open(config, output_dir, resume=resume, trackers=trackers)
+    with alone_in(output_dir):
+        return _carry_out(Run.open(config, output_dir, resume=resume, trackers=trackers), rows, site)
+
+
+def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site) -> Summary:
+    """Run the rounds, measure what came of them, and write it."""
     grid = InProcessGrid(site, list(rows))
     result = _serve(grid, run)
 
     def compare() -> tuple[References | None, dict[str, Worth]]:
-        if not config.evaluation.references or result.stopped is not None:
+        if not run.config.evaluation.references or result.stopped is not None:
             return None, {}
         return run_references(run, rows, site, result.members.initial, outcomes)
 

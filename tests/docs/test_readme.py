@@ -73,3 +73,17 @@ def test_the_commands_on_own_data_run_in_their_order(tmp_path: Path) -> None:
     assert (tmp_path / "runs/triage/report.html").stat().st_size > 10_000
     summary = json.loads((tmp_path / "runs/triage/summary.json").read_text())
     assert set(summary["worth"]) == {"north", "south"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif("QUORATE_DATA" not in os.environ, reason="QUORATE_DATA is not set")
+def test_the_commands_of_the_table_make_it(tmp_path: Path) -> None:
+    (block,) = [text for kind, text in BLOCKS if kind == "sh" and "quorate compare" in text]
+    # The commands as they stand, for a run so small that its figures mean nothing.
+    little = "federation.rounds=1 training.max_steps=1 task.max_length=8 evaluation.bootstrap_samples=0"
+    assert block.count("simulate medquad ") == 1 and "in 0 1 2;" in block
+    said = shell(block.replace("simulate medquad ", f"simulate medquad {little} "), tmp_path)
+    rows = ("federated", "centralised", *(f"local only: {site}" for site in ("CancerGov", "GARD", "NIDDK")))
+    assert all(f"| {row} | 0." in said for row in rows)
+    assert "Mean over seeds 0, 1, 2" in said

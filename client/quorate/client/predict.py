@@ -37,5 +37,6 @@ def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) ->
         examples = run.task.encode(rows, base.processor, labelled=False)
         batch = run.task.collate(examples, base.processor).to(model.device)
         with torch.inference_mode():
-            answers.extend(run.task.predictions(model(**batch.inputs).logits))
+            logits = run.task.forward(model, batch)
+        answers.extend(run.task.predictions(logits, batch, base.processor))
     return answers

@@ -166,7 +166,9 @@ class Site:
         }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
-        notes = (f"has no training row of: {', '.join(lacking)}",) if lacking else ()
+        notes = task.notes(self._rows[site].get("train", ()), self._examples(resident, site, "train"))
+        if lacking:
+            notes = (f"has no training row of: {', '.join(lacking)}", *notes)
         description = SiteDescription(
             rows=rows,
             label_counts=counts,

@@ -56,6 +56,8 @@ def summarise(
 def resample(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str) -> dict[str, list[float]]:
     """Return each scalar metric over `samples` bootstrap resamples of the rows."""
     draws: dict[str, list[float]] = {}
+    if not outcomes.units:  # a task that says sums alone
+        return draws
     generator = rng(seed, "bootstrap", name)
     for _ in range(samples):
         for metric, value in scalars(task.metrics(outcomes.resampled(generator))).items():
@@ -76,13 +78,16 @@ def worth(
     """Return what the federation brought `site` on its own test rows.
 
     The two models' rows are resampled independently: pairing them would need both predictions of each row,
-    which do not leave a site. The interval is therefore wider than a paired one.
+    which do not leave a site. The interval is therefore wider than a paired one. A gain is positive where the
+    federated model is the better one, also by a metric of which less is better.
     """
     ours, theirs = task.metrics(federated)[metric], task.metrics(local)[metric]
+    sign = task.sign(metric)
     bounds = None
-    if samples:
-        a = resample(task, federated, samples, seed, f"{site}/federated")[metric]
-        b = resample(task, local, samples, seed, f"{site}/local")[metric]
-        low, high = np.percentile(np.subtract(a, b), _LEVELS).tolist()
+    a = resample(task, federated, samples, seed, f"{site}/federated").get(metric)
+    b = resample(task, local, samples, seed, f"{site}/local").get(metric)
+    if a and b:
+        low, high = np.percentile(sign * np.subtract(a, b), _LEVELS).tolist()
         bounds = (low, high)
-    return Worth(metric=metric, federated=ours, local_only=theirs, gain=ours - theirs, interval=bounds)
+    gain = sign * (ours - theirs)
+    return Worth(metric=metric, federated=ours, local_only=theirs, gain=gain, interval=bounds)

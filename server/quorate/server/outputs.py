@@ -18,7 +18,7 @@ from quorate.server.records import Evaluation, Exclusion, Measured, References, 
 from quorate.server.report import write_report
 from quorate.server.rounds import Result, evaluate_at_sites
 from quorate.server.run import RECORD_FILE, RUN_FILE, Run, read_jsonl
-from quorate.shared.adapter import lora_layers
+from quorate.shared.adapter import lora_layers, saved_modules
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.load import dump_yaml
 from quorate.shared.config.run import RunConfig
@@ -107,6 +107,7 @@ def export_adapter(config: RunConfig, state: GlobalState, folder: Path, summary:
     peft_config.revision = config.model.revision
     # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
     peft_config.target_modules = [layer.removeprefix("base_model.model.") for layer in lora_layers(adapter)]
+    peft_config.modules_to_save = saved_modules(adapter) or None
     peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas
     peft_config.inference_mode = True
     with tempfile.TemporaryDirectory() as temporary:

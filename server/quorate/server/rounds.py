@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -266,7 +267,7 @@ def _finish(
         state_hash=state.pack().content_hash,
     )
     metrics = RoundMetrics(round=round, train=books.train, validation=validation)
-    best_round, best_value = _best(run.metric, before, round, validation)
+    best_round, best_value = _best(run, before, round, validation)
     progress = Progress(
         run_id=run.run_id,
         config_hash=run.config.content_hash,
@@ -289,12 +290,13 @@ def _finish(
 
 
 def _best(
-    metric: str, before: Progress | None, round: int, validation: Evaluation | None
+    run: Run, before: Progress | None, round: int, validation: Evaluation | None
 ) -> tuple[int | None, float | None]:
     """Return the best round so far and its value; ties go to the earlier round."""
     best = (before.best_round, before.best_value) if before else (None, None)
-    value = scalars(validation.pooled).get(metric) if validation else None
-    if value is None or (best[1] is not None and value <= best[1]):
+    value = scalars(validation.pooled).get(run.metric) if validation else None
+    sign = run.config.task.sign(run.metric)
+    if value is None or math.isnan(value) or (best[1] is not None and sign * value <= sign * best[1]):
         return best
     return round, value
 

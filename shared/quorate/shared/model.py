@@ -37,7 +37,12 @@ _FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "*.model",
+    "preprocessor_config.json",
+    "chat_template*",
 )
+_PROCESSORS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+TRAINABLE = (nn.Linear, nn.Conv2d)
+"""Layers that can be trained: those the trainer can stack."""
 
 
 @dataclass
@@ -166,36 +171,41 @@ def default_device() -> torch.device:
 def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel:
     """Wrap `base` in PEFT.
 
-    Raises: ModelError: target_modules match nothing, or something other than linear layers would be trained.
+    Raises: ModelError: target_modules match nothing, or other layers than TRAINABLE would be trained.
     """
     targets = config.target_modules
-    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    _check_all_found("target_modules", targets, base, linear)
-    _check_all_found("modules_to_save", config.modules_to_save, base, linear)
+    able = [name for name, module in base.named_modules() if isinstance(module, TRAINABLE)]
+    _check_all_found("target_modules", targets, base, able)
+    _check_all_found("modules_to_save", config.modules_to_save, base, able)
+    settings = lora_config(config, task)
+    if settings.target_modules is None and (found := task.default_targets(base)) is not None:
+        settings.target_modules = found if isinstance(found, str) else list(found)
+    if settings.modules_to_save is None and (head := task.head_modules(base)) is not None:
+        settings.modules_to_save = list(head)
     try:
-        peft = get_peft_model(base, lora_config(config, task))
+        peft = get_peft_model(base, settings)
     except ValueError as error:
         raise ModelError(
             f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: "
-            f"{str(error).splitlines()[0][:200]} Linear modules there: {_endings(linear)}."
+            f"{str(error).splitlines()[0][:200]} Layers that can be adapted: {_endings(able)}."
         ) from error
     modules = dict(peft.named_modules())
     for name, parameter in peft.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         if (
             parameter.requires_grad
-            and not isinstance(owner, nn.Linear)
+            and not isinstance(owner, TRAINABLE)
             and "lora_magnitude_vector" not in name
         ):
             raise ModelError(
-                f"{name} ({type(owner).__name__}) would be trained, but only linear layers can be; "
-                "narrow adapter.target_modules or adapter.modules_to_save."
+                f"{name} ({type(owner).__name__}) would be trained, but only linear layers and convolutions "
+                "can be; narrow adapter.target_modules or adapter.modules_to_save."
             )
     return peft
 
 
 def _check_all_found(
-    field: str, wanted: tuple[str, ...] | str | None, base: nn.Module, linear: list[str]
+    field: str, wanted: tuple[str, ...] | str | None, base: nn.Module, able: list[str]
 ) -> None:
     """Raise ModelError for a name that no module ends in; PEFT passes over it when another one matches."""
     names = [name for name, _ in base.named_modules()]
@@ -203,12 +213,14 @@ def _check_all_found(
         if not any(name == each or name.endswith(f".{each}") for name in names):
             raise ModelError(
                 f"adapter.{field}: {type(base).__name__} has no module {each!r}. "
-                f"Linear modules there: {_endings(linear)}."
+                f"Layers that can be adapted: {_endings(able)}."
             )
 
 
 def _endings(names: list[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    """List layer names by their last part; those of a Sequential, which are numbers, by their last two."""
+    parts = [name.split(".") for name in names]
+    return ", ".join(sorted({".".join(p[-2:] if p[-1].isdigit() else p[-1:]) for p in parts}))
 
 
 def lora_config(config: AdapterConfig, task: Task) -> LoraConfig:
@@ -287,27 +299,7 @@ def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
         processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder.name} has no usable tokenizer: {str(error).splitlines()[0][:300]}"
+            f"{folder.name} has no usable {_PROCESSORS.get(run.task.processor_class, 'processor')}: "
+            f"{str(error).splitlines()[0][:300]}"
         ) from error
-    if run.model.pad_token is not None:
-        if processor.convert_tokens_to_ids(run.model.pad_token) in (None, processor.unk_token_id) and (
-            run.model.pad_token != processor.unk_token
-        ):
-            raise ModelError(f"model.pad_token {run.model.pad_token!r} is not in the tokenizer's vocabulary.")
-        processor.pad_token = run.model.pad_token
-    if processor.pad_token is None:
-        known = [t for t in (processor.eos_token, processor.unk_token) if t]
-        raise ModelError(
-            f"{folder.name}: the tokenizer has no pad token, so texts cannot be batched; "
-            f"set model.pad_token (its special tokens: {', '.join(known) or 'none'})."
-        )
-    base.config.pad_token_id = processor.pad_token_id
-    # RoBERTa's first positions are never used, which its tokenizer alone knows.
-    limits = (getattr(base.config, "max_position_embeddings", None), processor.model_max_length)
-    limit = min(limit for limit in limits if limit is not None)
-    asked = getattr(run.task, "max_length", None)
-    if asked is not None and asked > limit:
-        raise ModelError(
-            f"task.max_length {asked} is above the {limit} positions of {folder.name}; lower it."
-        )
-    return processor
+    return run.task.prepare_processor(processor, base, run.model.pad_token, folder.name)

@@ -25,6 +25,7 @@ from quorate.shared.tasks.base import Row
 
 POOL = "(all sites)"
 """The centralised run's name; no real site can have it."""
+_UNKNOWN = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,18 @@ def train_alone(
         )
         for name, update in zip(names, scored, strict=True):
             value = _value(run, update.header.outcomes)
-            if name not in best or value > best[name].value:
+            # Without validation rows the last round stands, as it does for the federation.
+            if name not in best or value > best[name].value or value == _UNKNOWN:
                 best[name] = Candidate(round, current[name], value)
     return best
 
 
 def _value(run: Run, outcomes: Outcomes | None) -> float:
-    """Return the run's metric; without validation rows every later round wins."""
+    """Return the run's metric, with a sign so that more is better; unknown without validation rows."""
     if outcomes is None or not outcomes.rows:
-        return float("-inf")
-    return float(run.config.task.metrics(outcomes)[run.metric])
+        return _UNKNOWN
+    task = run.config.task
+    return task.sign(run.metric) * float(task.metrics(outcomes)[run.metric])
 
 
 def _measure(run: Run, site: Site, rows: Mapping[str, SiteRows], adapter: Adapter) -> dict[str, Outcomes]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quorate.client.data import LoadedRow, load_splits
+from quorate.client.data import load_splits
+from quorate.client.mapping import LoadedRow
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import BadInput, ConfigError, DataError

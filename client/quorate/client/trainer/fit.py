@@ -17,7 +17,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import RunConfig, TrainingConfig
 from quorate.shared.model import LoadedModel
 from quorate.shared.progress import OnStep, StepEvent
-from quorate.shared.seeds import derive_seed
+from quorate.shared.seeds import derive_seed, rng
 from quorate.shared.tasks.base import Batch, Example
 
 
@@ -83,7 +83,7 @@ def fit(
     with _training(model, stack, run, round, sites):
         for step in range(max(len(member.steps) for member in members)):
             live = [i for i, member in enumerate(members) if step < len(member.steps)]
-            losses = _step(model, stack, run, members, live, step)
+            losses = _step(model, stack, run, members, live, round, step)
             names = tuple(members[i].task.site for i in live)
             on_step(StepEvent(names, round, step + 1, len(members[live[0]].steps), sum(losses) / len(losses)))
     return [
@@ -137,6 +137,7 @@ def _step(
     run: RunConfig,
     members: list[_Member],
     live: list[int],
+    round: int,
     step: int,
 ) -> list[float]:
     """Take one optimiser step with every site that has steps left; return their losses."""
@@ -145,7 +146,7 @@ def _step(
     losses = dict.fromkeys(live, 0.0)
     for micro in range(max(len(members[i].steps[step]) for i in live)):
         present = [i for i in live if micro < len(members[i].steps[step])]
-        per_site = _forward(model, stack, run, members, present, step, micro)
+        per_site = _forward(model, stack, run, members, present, round, step, micro)
         per_site.sum().backward()  # type: ignore[no-untyped-call]
         for i, loss in zip(present, per_site.detach().tolist(), strict=True):
             losses[i] += loss
@@ -161,6 +162,7 @@ def _forward(
     run: RunConfig,
     members: list[_Member],
     present: list[int],
+    round: int,
     step: int,
     micro: int,
 ) -> Tensor:
@@ -170,8 +172,10 @@ def _forward(
     """
     examples: list[list[Example]] = []
     for i in present:
-        rows = members[i].steps[step][micro]
-        examples.append([members[i].task.examples[row] for row in rows])
+        task = members[i].task
+        drawn = rng(run.seed, "augment", task.site, round, step, micro)
+        rows = [task.examples[row] for row in members[i].steps[step][micro]]
+        examples.append(run.task.augment(rows, drawn, model.processor))
     share = max(map(len, examples))
     filled = [e for site in examples for e in (*site, *[site[0]] * (share - len(site)))]
     batch = run.task.collate(filled, model.processor).to(model.peft.device)
@@ -202,11 +206,10 @@ def _lay_out(
     layout.generators = tuple(members[i].generator for i in present) if with_dropout else None
 
 
-def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Tensor:
+def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
     device = model.peft.device
     with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
-        logits: Tensor = model.peft(**batch.inputs).logits
-    return logits
+        return run.task.forward(model.peft, batch)
 
 
 def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, position: int, step: int) -> None:

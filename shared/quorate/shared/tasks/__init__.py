@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from quorate.shared.tasks.base import Task
-from quorate.shared.tasks.sequence_classification import SequenceClassification
+from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
 
-TaskConfig = SequenceClassification
-TASKS: tuple[type[Task], ...] = (SequenceClassification,)
+TaskConfig = Annotated[SequenceClassification | SequenceRegression, Field(discriminator="name")]
+TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression)
 
-__all__ = ["TASKS", "SequenceClassification", "Task", "TaskConfig"]
+__all__ = ["TASKS", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]

@@ -67,6 +67,17 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def poolerless_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT as one that was trained on masked words alone: its files hold no pooler."""
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("poolerless-bert")
+    BertForMaskedLM.from_pretrained(tiny_bert).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_run(tiny_bert: Path) -> Callable[..., Any]:
     """Build a RunConfig over the tiny BERT; keyword arguments are merged into its sections."""

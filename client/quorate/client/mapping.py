@@ -15,7 +15,7 @@ from quorate.client.readers import describe_columns
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.tasks.base import Kind, Row
-from quorate.shared.template import TextTemplate, is_missing
+from quorate.shared.template import TextTemplate, is_missing, is_text
 
 LABEL, TEXT = "label", "text"
 
@@ -66,7 +66,7 @@ class RowMapper:
             if column not in row.values:
                 raise DataError(
                     f"{row.source}: column {column!r} is missing; this row has: "
-                    f"{describe_columns(row.values)}."
+                    f"{describe_columns(row.values)}. Fill it in or remove the row."
                 )
             values[name] = row.values[column]
         for name, value in values.items():
@@ -87,6 +87,11 @@ class RowMapper:
             raise DataError(
                 f"{where} holds a {type(value).__name__}, not a text; "
                 "use `template` to write texts from columns."
+            )
+        if kind == "text" and not is_text(value):
+            raise DataError(
+                f"{where} holds half of a character (a lone \\ud800 to \\udfff); the text was cut there: "
+                "mend it or remove the row."
             )
         if kind == "number":
             return _as_number(value, where)
@@ -120,7 +125,8 @@ class _Labels:
         for value, label in mapping.items():
             if label not in self.index:
                 raise ConfigError(
-                    f"labels: {value!r} is mapped to {label!r}, which the run does not list; {self._listed()}"
+                    f"labels: {value!r} is mapped to {label!r}, which the run does not list; "
+                    f"{self._listed()} Correct the mapping, or add the label to task.labels of the run file."
                 )
 
     def ids(self, value: Any, where: str) -> int | list[int]:

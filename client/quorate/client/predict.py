@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 
+from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
-from quorate.shared.model import default_device, load_base
+from quorate.shared.model import Base, default_device, load_base
 from quorate.shared.tasks.base import Row
 
 
@@ -30,7 +33,7 @@ def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) ->
             raise AdapterError(f"{adapter_dir} has no {name}; give the adapter/ folder of a finished run.")
     run = load_run(adapter_dir / "run.yaml")
     base = load_base(run)
-    model = PeftModel.from_pretrained(base.model, adapter_dir).eval().to(default_device())
+    model = _with_adapter(base, adapter_dir).eval().to(default_device())
     answers: list[dict[str, Any]] = []
     for start in range(0, len(texts), batch_size):
         rows = [Row({"text": text}, "text") for text in texts[start : start + batch_size]]
@@ -40,3 +43,30 @@ def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) ->
             logits = run.task.forward(model, batch)
         answers.extend(run.task.predictions(logits, batch, base.processor))
     return answers
+
+
+def _with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
+    """Load the adapter as PEFT does.
+
+    Raises: AdapterError: a file is damaged, or is not of this base and this run.
+    """
+    remedy = "restore the folder from a copy, or write it again: quorate simulate RUN --resume"
+    weights = adapter_dir / "adapter_model.safetensors"
+    try:
+        stored = Adapter.from_bytes(weights.read_bytes())
+        stored.check_finite()
+        with (
+            warnings.catch_warnings()
+        ):  # PEFT only warns of names that it does not find, and passes over others
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(base.model, adapter_dir)
+        taken = get_peft_model_state_dict(model, save_embedding_layers=False)
+        stored.check_schema({name: tuple(tensor.shape) for name, tensor in taken.items()})
+    except AdapterError as error:
+        raise AdapterError(f"{weights}: {str(error).rstrip('.')}; {remedy}.") from error
+    except Exception as error:  # PEFT raises whatever a damaged file makes it stumble over
+        raise AdapterError(
+            f"{adapter_dir}: adapter_config.json and {weights.name} do not make an adapter for this base "
+            f"({type(error).__name__}); {remedy}."
+        ) from error
+    return model

@@ -146,6 +146,7 @@ class Site:
                     f"site {site} has no training rows; give it data or take it out of the sites."
                 )
             examples = task.encode(rows, resident.model.processor)
+            resident.model.check_tokens(examples)
             resident.examples[key] = task.weigh(examples) if split == "train" else examples
         return resident.examples[key]
 

@@ -42,6 +42,8 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
         reasons = "; ".join(sorted({why.code for why in rounds.values()}))
         listed = ", ".join("joining" if number == 0 else str(number) for number in sorted(rounds))
         console.print(f"set aside: {site} in round {listed} ({reasons})", markup=False, soft_wrap=True)
+    for name, why in summary.references.failed.items() if summary.references else ():
+        console.print(f"no reference: {name}: {why.reason}", markup=False, soft_wrap=True)
     console.print(
         f"{_ENDINGS[summary.status]}: {summary.rounds} rounds, {summary.seconds.get('total', 0):.0f} s, "
         f"{decimal(summary.bytes['total'])} sent and received",

@@ -58,7 +58,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     with writing(folder):
         try:
             if temporary.exists():
@@ -67,12 +67,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             for name, content in files.items():
                 _write_synced(temporary / name, content)
             _sync_directory(temporary)
-            if folder.exists():
-                shutil.rmtree(folder)
+            if folder.exists():  # aside in one step: a kill while it is deleted would leave half of it
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
             temporary.rename(folder)
             _sync_directory(folder.parent)
-        finally:  # on a full disk half a checkpoint would take the room that the rest needs
-            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            for left in (temporary, old):  # on a full disk they would take the room that the rest needs
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -117,11 +121,15 @@ def save_checkpoint(output_dir: Path, state: GlobalState, progress: Progress, ke
     }
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     write_folder(folder, {**files, _SUMS: sums.encode()})
-    rounds = list_checkpoints(output_dir)
-    for round in rounds[:-keep]:
+    drop_checkpoints(output_dir, progress, keep)
+    return folder
+
+
+def drop_checkpoints(output_dir: Path, progress: Progress, keep: int) -> None:
+    """Delete the checkpoints but the last `keep` and the best round's."""
+    for round in list_checkpoints(output_dir)[:-keep]:
         if round != progress.best_round:
             shutil.rmtree(output_dir / f"checkpoint-{round}")
-    return folder
 
 
 def list_checkpoints(output_dir: Path) -> list[int]:

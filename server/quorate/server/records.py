@@ -110,6 +110,8 @@ class References(Record):
     at home, `test.pooled` everywhere."""
     centralised: Measured | None = None
     """One adapter trained on all rows in one place, with as many steps as all sites took together."""
+    failed: dict[str, Exclusion] = {}
+    """References left out because they failed: site, or `(all sites)` for the centralised one, and why."""
 
 
 class Worth(Record):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from flwr.serverapp import Grid
 
-from quorate.server.checkpoint import Progress, save_checkpoint
+from quorate.server.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.checks import check_measured, check_trained
 from quorate.server.collect import Answers
 from quorate.server.evaluation import scalars, summarise
@@ -237,6 +237,8 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
             f"{run.output_dir}: the sites no longer start from the adapter this run began with "
             "(another base model or library version); resume where it began, or start in another folder."
         )
+    # A kill may have come before or in the middle of this, and after the last round nothing else does it.
+    drop_checkpoints(run.output_dir, progress, run.config.save_total_limit)
     return state, progress
 
 

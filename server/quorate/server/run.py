@@ -107,8 +107,15 @@ class Run:
         for tracker in self.trackers:
             try:
                 getattr(tracker, event)(*arguments)
-            except Exception:
-                log.exception("tracker %s failed in %s", type(tracker).__name__, event)
+            except Exception as error:
+                log.error(
+                    "tracker %s failed in %s (%s: %s); the run goes on without it.",
+                    type(tracker).__name__,
+                    event,
+                    type(error).__name__,
+                    error,
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )
 
     def _align_logs(self) -> None:
         """Bring the JSONL files to the checkpoint: a kill may have come before or in the middle of a line."""
@@ -132,8 +139,12 @@ def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list
     """
     if not path.exists():
         return []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}; mend that, then try again.") from error
     # Bytes: a crash may cut a character in two, and text has more line ends than this one.
-    *lines, _cut_off = path.read_bytes().split(b"\n")
+    *lines, _cut_off = content.split(b"\n")
     read: list[RoundRecord | RoundMetrics] = []
     for number, line in enumerate(lines, start=1):
         try:

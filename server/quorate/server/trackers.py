@@ -94,6 +94,8 @@ class TensorboardTracker:
 
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's scalars and flush, so that a run that is killed later has them."""
+        if self._writer is None:  # `start` failed, and that was said
+            return
         self._write(dict(_round_scalars(record, metrics)), record.round)
 
     def finish(self, summary: Summary) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from quorate.shared.errors import ModelError
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
 from quorate.shared.tasks import Task
+from quorate.shared.tasks.base import Example
+from quorate.shared.weights import check_files, check_finite, in_brief, weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +58,14 @@ class Base:
         processor: the tokenizer (or image processor) that the task's `encode` and `collate` take.
         files: SHA-256 of each file the model was loaded from.
         sha256: of the weights, as in the run file.
+        drawn: names of the parameters that the files do not hold, such as the task's head.
     """
 
     model: Any
     processor: Any
     files: dict[str, str]
     sha256: str
+    drawn: frozenset[str]
 
 
 @dataclass
@@ -110,6 +116,16 @@ class LoadedModel:
             weight.data.add_(product.to(weight), alpha=module.scaling["default"])
         self._residual_hash = residual.content_hash
 
+    def check_tokens(self, examples: Sequence[Example]) -> None:
+        """Raise ModelError if a text has a token for which the model has no embedding."""
+        largest = max((max(each.features.get("input_ids", ()), default=0) for each in examples), default=0)
+        known = getattr(self.peft.get_input_embeddings(), "num_embeddings", None) if largest else None
+        if known is not None and largest >= known:
+            raise ModelError(
+                f"{self.peft.get_base_model().name_or_path}: the tokenizer gives a text token {largest}, the "
+                f"model has embeddings for {known}; they do not belong together: get the model's tokenizer."
+            )
+
     def read_adapter(self) -> Adapter:
         """Return the arrays of PEFT's own adapter."""
         return adapter_of(self.peft)
@@ -141,13 +157,14 @@ def load_base(run: RunConfig) -> Base:
     folder = resolve_model(run.model.model_name_or_path, run.model.revision)
     files = hash_files(folder)
     sha256 = weights_sha256(files, folder)
+    check_files(folder, files)
     if run.model.sha256 not in (None, sha256):
         raise ModelError(
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
-    model = _load_weights(folder, run.task)
-    return Base(model, _load_processor(folder, run, model), files, sha256)
+    model, drawn = _load_weights(folder, run.task)
+    return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
 
 
 def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
@@ -159,6 +176,7 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
         torch.manual_seed(derive_seed(run.seed, "initial-adapter"))
         base = load_base(run)
         peft = attach_lora(base.model, run.adapter, run.task)
+        _check_drawn_is_saved(peft, base.drawn, run)
     peft.eval().to(device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
 
@@ -180,14 +198,17 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
     settings = lora_config(config, task)
     if settings.target_modules is None and (found := task.default_targets(base)) is not None:
         settings.target_modules = found if isinstance(found, str) else list(found)
-    if settings.modules_to_save is None and (head := task.head_modules(base)) is not None:
-        settings.modules_to_save = list(head)
+    if (head := task.head_modules(base)) is not None:
+        settings.modules_to_save = [*head, *(config.modules_to_save or ())]
     try:
         peft = get_peft_model(base, settings)
     except ValueError as error:
+        why = str(error).splitlines()[0][:200]
+        if why.startswith("No modules were targeted"):  # PEFT goes on about settings that a run does not have
+            why = "they name the head alone, which is trained whole."
         raise ModelError(
-            f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: "
-            f"{str(error).splitlines()[0][:200]} Layers that can be adapted: {_endings(able)}."
+            f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: {why} "
+            f"Layers that can be adapted: {_endings(able)}; name some of them."
         ) from error
     modules = dict(peft.named_modules())
     for name, parameter in peft.named_parameters():
@@ -209,12 +230,47 @@ def _check_all_found(
 ) -> None:
     """Raise ModelError for a name that no module ends in; PEFT passes over it when another one matches."""
     names = [name for name, _ in base.named_modules()]
+    if isinstance(wanted, str) and not (
+        wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in names)
+    ):
+        raise ModelError(
+            f"adapter.{field}: the regular expression {wanted!r} matches no module's whole name in "
+            f"{type(base).__name__}; write name endings as a list, [query, value]. "
+            f"Layers that can be adapted: {_endings(able)}."
+        )
     for each in wanted if isinstance(wanted, tuple) else ():
         if not any(name == each or name.endswith(f".{each}") for name in names):
             raise ModelError(
                 f"adapter.{field}: {type(base).__name__} has no module {each!r}. "
-                f"Layers that can be adapted: {_endings(able)}."
+                f"Layers that can be adapted: {_endings(able)}; name some of them."
             )
+
+
+def _check_drawn_is_saved(peft: PeftModel, drawn: frozenset[str], run: RunConfig) -> None:
+    """Raise ModelError for a drawn parameter outside the adapter.
+
+    Who loads the exported adapter would draw another one, and get other answers than the run did.
+    """
+    base = peft.get_base_model()
+    modules = dict(base.named_modules())
+    # PEFT renames what it trains whole (it is in the adapter then), and puts LoRA around `base_layer`.
+    frozen = {name.replace(".base_layer.", "."): name for name, _ in base.named_parameters()}
+    owners = {name.rpartition(".")[0]: frozen[name].rpartition(".")[0] for name in drawn & frozen.keys()}
+    if not owners:
+        return
+    lost = sorted(owners)
+    names = ", ".join([*(run.adapter.modules_to_save or ()), *lost])
+    trainable = all(isinstance(modules[owner], TRAINABLE) for owner in owners.values())
+    remedy = (
+        f"train them with it: adapter.modules_to_save: [{names}]"
+        if trainable
+        else "take a base model that holds them"
+    )
+    shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    raise ModelError(
+        f"{run.model.model_name_or_path} holds no weights of {shown}, which {type(base).__name__} "
+        f"has: they were drawn at random, and nobody who loads the adapter would have them; {remedy}."
+    )
 
 
 def _endings(names: list[str]) -> str:
@@ -254,30 +310,15 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def weights_sha256(files: dict[str, str], folder: Path) -> str:
-    """Return the hash a run file pins: of the one weights file, or of the list of several.
-
-    Raises: ModelError: there are no safetensors weights.
-    """
-    weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-    if not weights:
-        raise ModelError(
-            f"{folder} holds no .safetensors weights; convert the model with save_pretrained "
-            "(other formats can run code when they are loaded, so they are not read)."
-        )
-    if len(weights) == 1:
-        return next(iter(weights.values()))
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(weights.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _load_weights(folder: Path, task: Task) -> nn.Module:
+def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
+    """Return the model, and the names of parameters that were drawn because the files do not hold them."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = getattr(transformers, task.auto_class)
     try:
-        model = auto.from_pretrained(
+        model, loading = auto.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -285,21 +326,24 @@ def _load_weights(folder: Path, task: Task) -> nn.Module:
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers stumbles over in files that it does not expect
         raise ModelError(
-            f"{folder.name} cannot be loaded as {task.auto_class}: {str(error).splitlines()[0][:300]}"
+            f"{folder} cannot be loaded as {task.auto_class}: {in_brief(error)}; get the model's files "
+            "again, or name a model that has this head."
         ) from error
     assert isinstance(model, nn.Module)
-    return model
+    check_finite(folder, model)
+    mismatched = {name for name, *_shapes in loading["mismatched_keys"]}
+    return model, frozenset(mismatched | set(loading["missing_keys"]))
 
 
 def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
     auto = getattr(transformers, run.task.processor_class)
     try:
         processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
+        kind = _PROCESSORS.get(run.task.processor_class, "processor")
         raise ModelError(
-            f"{folder.name} has no usable {_PROCESSORS.get(run.task.processor_class, 'processor')}: "
-            f"{str(error).splitlines()[0][:300]}"
+            f"{folder} has no usable {kind}: {in_brief(error)}; get the {kind}'s files again."
         ) from error
-    return run.task.prepare_processor(processor, base, run.model.pad_token, folder.name)
+    return run.task.prepare_processor(processor, base, run.model.pad_token, str(folder))

@@ -101,9 +101,18 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_text(value: str) -> bool:
+    """Return whether a string is text that can be encoded: JSON can smuggle in half of a character."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _parse_part(piece: str) -> _Part:
     part: list[str | _Field] = []
-    for literal, column, form, conversion in Formatter().parse(piece):
+    try:
+        parsed = list(Formatter().parse(piece))
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{column}}, and {{{{ or }}}} for a brace") from error
+    for literal, column, form, conversion in parsed:
         if literal:
             part.append(literal)
         if column is None:

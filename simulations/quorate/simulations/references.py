@@ -3,6 +3,8 @@
 *Local only*: each site alone, from the same start, as many rounds of as many steps, its best round picked on
 its own validation rows. *Centralised*: all rows in one place, with as many steps a round as all sites took
 together, its best round picked on all validation rows. Both go through the sites' own trainer.
+
+A reference that fails (its training diverges, say) is left out and named; the federated result stands.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quorate.client.site import Site, SiteRows
+from quorate.server.collect import exclusion
 from quorate.server.evaluation import summarise, worth
-from quorate.server.records import Measured, References, Worth
+from quorate.server.records import Exclusion, Measured, References, Worth
 from quorate.server.rounds import request
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import FedAvg
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import QuorateError
 from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Row
@@ -57,11 +59,14 @@ def run_references(
     config, samples = run.config, run.config.evaluation.bootstrap_samples
     local: dict[str, Measured] = {}
     gains: dict[str, Worth] = {}
+    failed: dict[str, Exclusion] = {}
     centralised = None
     if "local_only" in wanted:
-        best = train_alone(run, _single(config), site, list(rows), initial, "local only")
+        best = train_alone(run, _single(config), site, list(rows), initial, "local only", failed)
         for name, candidate in best.items():
-            outcomes = _measure(run, site, rows, candidate.adapter)
+            outcomes = _measure(run, site, rows, name, candidate, failed)
+            if outcomes is None:
+                continue
             test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
             local[name] = Measured(round=candidate.round, test=test)
             if federated.get(name, Outcomes()).rows:
@@ -75,11 +80,13 @@ def run_references(
                     site=name,
                 )
     if "centralised" in wanted:
-        candidate = train_alone(run, _all_steps(config, rows), site, [POOL], initial, "centralised")[POOL]
-        outcomes = _measure(run, site, rows, candidate.adapter)
-        test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
-        centralised = Measured(round=candidate.round, test=test)
-    return References(local_only=local, centralised=centralised), gains
+        best = train_alone(run, _all_steps(config, rows), site, [POOL], initial, "centralised", failed)
+        for candidate in best.values():
+            outcomes = _measure(run, site, rows, POOL, candidate, failed)
+            if outcomes is not None:
+                test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+                centralised = Measured(round=candidate.round, test=test)
+    return References(local_only=local, centralised=centralised, failed=failed), gains
 
 
 def pool(rows: Mapping[str, SiteRows]) -> dict[Split, Sequence[Row]]:
@@ -89,30 +96,39 @@ def pool(rows: Mapping[str, SiteRows]) -> dict[Split, Sequence[Row]]:
 
 
 def train_alone(
-    run: Run, config: RunConfig, site: Site, names: Sequence[str], initial: Adapter, what: str
+    run: Run,
+    config: RunConfig,
+    site: Site,
+    names: Sequence[str],
+    initial: Adapter,
+    what: str,
+    failed: dict[str, Exclusion],
 ) -> dict[str, Candidate]:
     """Train each of `names` on its own rows for all rounds, without anyone else; return its best round.
 
-    The sites share the trainer's passes but no arrays.
+    The sites share the trainer's passes but no arrays. One that fails goes to `failed` and has no best round:
+    after fewer steps than the others it would be no comparison.
     """
     current = dict.fromkeys(names, initial)
     best: dict[str, Candidate] = {}
     asking = Run(config, run.output_dir, run.run_id)
     for round in range(1, config.federation.rounds + 1):
         run.tell("phase", round, what)
-        updates = _answers(site, [request(asking, round, "fit", name, current[name]) for name in names])
-        current = {name: update.arrays for name, update in zip(names, updates, strict=True)}
+        asked = [request(asking, round, "fit", name, arrays) for name, arrays in current.items()]
+        current = {name: update.arrays for name, update in _answers(site, asked, failed).items()}
         if round % config.evaluation.every and round != config.federation.rounds:
             continue
-        scored = _answers(
-            site, [request(asking, round, "evaluate", name, current[name], "validation") for name in names]
-        )
-        for name, update in zip(names, scored, strict=True):
+        asked = [
+            request(asking, round, "evaluate", name, arrays, "validation") for name, arrays in current.items()
+        ]
+        scored = _answers(site, asked, failed)
+        current = {name: current[name] for name in scored}
+        for name, update in scored.items():
             value = _value(run, update.header.outcomes)
             # Without validation rows the last round stands, as it does for the federation.
             if name not in best or value > best[name].value or value == _UNKNOWN:
                 best[name] = Candidate(round, current[name], value)
-    return best
+    return {name: best[name] for name in current}
 
 
 def _value(run: Run, outcomes: Outcomes | None) -> float:
@@ -123,21 +139,34 @@ def _value(run: Run, outcomes: Outcomes | None) -> float:
     return task.sign(run.metric) * float(task.metrics(outcomes)[run.metric])
 
 
-def _measure(run: Run, site: Site, rows: Mapping[str, SiteRows], adapter: Adapter) -> dict[str, Outcomes]:
-    """Return test outcomes of one adapter on every site's rows."""
+def _measure(
+    run: Run,
+    site: Site,
+    rows: Mapping[str, SiteRows],
+    whose: str,
+    candidate: Candidate,
+    failed: dict[str, Exclusion],
+) -> dict[str, Outcomes] | None:
+    """Return an adapter's test outcomes on every site's rows; None, and `whose` in `failed`, if one fails."""
     asking = Run(_single(run.config), run.output_dir, run.run_id)
-    asked = [request(asking, 0, "evaluate", name, adapter, "test") for name in rows]
-    return {update.header.site: update.header.outcomes or Outcomes() for update in _answers(site, asked)}
+    asked = [request(asking, 0, "evaluate", name, candidate.adapter, "test") for name in rows]
+    wrong: dict[str, Exclusion] = {}
+    answers = _answers(site, asked, wrong)
+    if wrong:
+        failed[whose] = next(iter(wrong.values()))
+        return None
+    return {name: update.header.outcomes or Outcomes() for name, update in answers.items()}
 
 
-def _answers(site: Site, requests: list[RoundRequest]) -> list[Update]:
-    updates = site.handle(requests)
-    for update in updates:
-        if update.header.error is not None:
-            raise QuorateError(
-                f"a reference run failed at {update.header.site} ({update.header.error}); the log says why."
-            )
-    return updates
+def _answers(site: Site, requests: list[RoundRequest], failed: dict[str, Exclusion]) -> dict[str, Update]:
+    """Return the good answers by site; the others go to `failed`."""
+    good = {}
+    for update in site.handle(requests):
+        if update.header.error is None:
+            good[update.header.site] = update
+        else:
+            failed[update.header.site] = exclusion(update.header.error)
+    return good
 
 
 def _single(config: RunConfig) -> RunConfig:

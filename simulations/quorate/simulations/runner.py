@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from quorate.client.site import Site, SiteRows
 from quorate.server.outputs import measure, write_outputs
-from quorate.server.records import Summary
+from quorate.server.records import References, Summary, Worth
 from quorate.server.rounds import Result, run_rounds
 from quorate.server.run import Run
 from quorate.server.trackers import Tracker
@@ -19,6 +20,8 @@ from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
 from quorate.simulations.references import POOL, pool, run_references
+
+_T = TypeVar("_T")
 
 
 def simulate(
@@ -53,14 +56,34 @@ def simulate(
     run = Run.open(config, output_dir, resume=resume, trackers=trackers)
     grid = InProcessGrid(site, list(rows))
     result = _serve(grid, run)
-    final, best, outcomes = measure(grid, run, result)
-    references, gains = None, None
-    if config.evaluation.references and result.stopped is None:
-        references, gains = run_references(run, rows, site, result.members.initial, outcomes)
-    summary = write_outputs(run, result, final, best, references=references, worth=gains)
+
+    def compare() -> tuple[References | None, dict[str, Worth]]:
+        if not config.evaluation.references or result.stopped is not None:
+            return None, {}
+        return run_references(run, rows, site, result.members.initial, outcomes)
+
+    final, best, outcomes = _all_the_same(result, lambda: measure(grid, run, result))
+    references, gains = _all_the_same(result, compare)
+    summary = _all_the_same(
+        result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
+    )
     if result.stopped is not None:
         raise result.stopped
     return summary
+
+
+def _all_the_same(result: Result, work: Callable[[], _T]) -> _T:
+    """Return what `work` gives, after a Ctrl-C too: it is done again, knowing that the run was stopped.
+
+    What takes long is then left out, and what is there gets written. A second Ctrl-C ends everything.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt as stop:
+        if isinstance(result.stopped, KeyboardInterrupt):
+            raise
+        result.stopped = result.stopped or stop
+        return work()
 
 
 def _serve(grid: Grid, run: Run) -> Result:

@@ -47,7 +47,7 @@ def read_file(path: Path) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     if not rows:
-        raise DataError(f"{path} is empty: it holds no row.")
+        raise DataError(f"{path} is empty: it holds no row; give it rows, or name another file.")
     return rows
 
 
@@ -155,7 +155,10 @@ def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tupl
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{path}:{line}: not a row of a CSV file: {error}.") from error
+            raise DataError(
+                f"{path}:{line}: not a row of a CSV file: {error}; a double quote that opens a cell must be "
+                'closed, and one inside a cell is written twice ("").'
+            ) from error
         if cells:
             yield line, cells
         line = reader.line_num + 1
@@ -164,7 +167,7 @@ def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tupl
 def _header(cells: list[str], path: Path) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not any(names):
-        raise DataError(f"{path} is empty: it has no header line.")
+        raise DataError(f"{path} is empty: it has no header line; give it column names and rows.")
     if any(_is_number(name) for name in names):
         raise DataError(
             f"{path}:1: the first line holds numbers, so it looks like a row; put a line of column names "

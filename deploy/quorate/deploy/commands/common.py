@@ -7,12 +7,18 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quorate.deploy.terminal import stderr_console
-from quorate.shared.errors import ConfigError
+from quorate.shared.errors import BadInput, ConfigError
+
+if TYPE_CHECKING:
+    from quorate.shared.config.run import RunConfig
+    from quorate.shared.config.sites import SitesConfig
+    from quorate.shared.messages import Split
+    from quorate.shared.tasks.base import Row
 
 
 class LogLevel(StrEnum):
@@ -108,6 +114,23 @@ def find_sites(sites: Path | None, run_path: Path) -> Path:
             "each site lie: put it there, or name it with --sites."
         )
     return path
+
+
+def load_rows(sites: SitesConfig, path: Path, run: RunConfig) -> dict[str, dict[Split, list[Row]]]:
+    """Load every site's rows: site -> split -> rows.
+
+    Args:
+        sites: content of the sites file.
+        path: the sites file, which messages name.
+        run: its data alias, task columns and labels.
+    Raises: BadInput: as `load_sites`, with the sites file in front.
+    """
+    from quorate.simulations.sites import load_sites
+
+    try:
+        return load_sites(sites, path.parent, run)
+    except BadInput as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from quorate.deploy.commands.common import JsonOption, LogLevel, LogLevelOption, configure_logging, print_json
 from quorate.shared.errors import AdapterError, DataError
+from quorate.shared.template import is_text
 
 _ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -59,6 +60,8 @@ def read_texts(text: str) -> list[str]:
     if not os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a text longer than a file name
         if text.endswith(_ENDINGS) and len(text.split()) == 1:
             raise DataError(f"{text}: there is no such file; check the path.")
+        if not is_text(text):  # bytes that are not UTF-8 come from the shell as lone surrogates
+            raise DataError("TEXT: is not UTF-8; give it in a UTF-8 terminal, or in a UTF-8 file.")
         return _texts_of(text.replace("\n", " ").encode(), "TEXT", jsonl=False)
     path = Path(text)
     if path.suffix not in (".jsonl", ".json", ".txt", ""):
@@ -90,7 +93,9 @@ def _text_field(line: str, where: str) -> str:
     except ValueError as error:
         raise DataError(f"{where}: is not JSON; give one object a line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise DataError(f"{where}: has no field `text` that holds a text.")
+        raise DataError(f"{where}: has no field `text` that holds a text; give it one, or take the line out.")
+    if not is_text(row["text"]):
+        raise DataError(f"{where}: `text` holds half of a character (a lone \\ud800 to \\udfff); mend it.")
     return str(row["text"])
 
 

@@ -17,6 +17,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     find_run,
     find_sites,
+    load_rows,
     print_json,
 )
 
@@ -54,9 +55,8 @@ def simulate(
     from quorate.deploy.terminal import stderr_console, stdout_console
     from quorate.server.trackers import configured_trackers
     from quorate.simulations.runner import simulate as run_simulation
-    from quorate.simulations.sites import load_sites
 
-    rows = load_sites(sites_config, sites_path.parent, config)
+    rows = load_rows(sites_config, sites_path, config)
     tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
     trackers = [tracker, *configured_trackers(config)]
     try:

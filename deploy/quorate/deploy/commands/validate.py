@@ -18,6 +18,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     find_run,
     find_sites,
+    load_rows,
     print_json,
 )
 from quorate.shared.errors import BadInput, ConfigError, ModelError
@@ -113,17 +114,13 @@ def _check_data(
 ) -> None:
     """Read the rows of every site, and compare the number of sites with the quorum."""
     from quorate.shared.config.sites import SiteList
-    from quorate.simulations.sites import load_sites
 
     data = sites.data.get(config.data)
     sources = data.sites if isinstance(data, SiteList) else [data] if data else []
     if any(source.source.startswith("hub:") for source in sources):
         found["notes"].append(f"the data {config.data} come from a hub and were not fetched")
         return
-    try:
-        rows = load_sites(sites, path.parent, config)
-    except BadInput as error:
-        raise type(error)(f"{path}: {error}") from error
+    rows = load_rows(sites, path, config)
     found["sites"] = {
         name: {split: len(part) for split, part in splits.items()} for name, splits in rows.items()
     }

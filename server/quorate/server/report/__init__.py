@@ -49,8 +49,10 @@ def write_report(output_dir: Path) -> Path:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)  # half a page would take the room that others need
         raise OutputError(
-            f"{path}: cannot be written: {error.strerror}; free space or mend its rights."
+            f"{path}: cannot be written: {error.strerror}; free space or mend its rights, then make it again "
+            "with quorate report."
         ) from error
     return path
 

@@ -64,6 +64,8 @@ def worth_section(files: RunFiles) -> Section:
             "The interval of a gain is on the wide side: it ignores that both models saw the same rows.",
             "muted",
         )
+    for name, why in references.failed.items():
+        section.say(f"Left out, as its reference run failed: {name}, which {why.reason}.", "note")
     if references.local_only and len(sites) > 1:
         section.blocks.append(_everywhere(files, result, references, sites))
     return section
@@ -73,12 +75,11 @@ def _references(files: RunFiles, result: Evaluation) -> References:
     """Return the references that were measured on the same split as the federated model."""
     found = files.summary.references if files.summary else None
     if found is None or result.split != "test":
-        return References()
+        return References(failed=found.failed if found else {})
     local = {site: each for site, each in found.local_only.items() if each.test and each.test.pooled}
     central = found.centralised
-    return References(
-        local_only=local, centralised=central if central and central.test and central.test.pooled else None
-    )
+    measured = central if central and central.test and central.test.pooled else None
+    return References(local_only=local, centralised=measured, failed=found.failed)
 
 
 def _chart(files: RunFiles, result: Evaluation, references: References, sites: list[str]) -> Chart:

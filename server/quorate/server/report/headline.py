@@ -97,6 +97,8 @@ def _against_alone(files: RunFiles) -> str:
 
 def why_no_reference(files: RunFiles) -> str:
     """Say why there is nothing that the federated model can be compared with."""
+    if files.summary and files.summary.references and files.summary.references.failed:
+        return "the reference runs failed"
     if "local_only" in files.config.evaluation.references:
         return "the run ended before the reference runs could be trained and tested"
     return (

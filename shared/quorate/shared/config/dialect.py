@@ -19,6 +19,12 @@ from quorate.shared.errors import ConfigError
 MAX_BYTES = 4 * 2**20
 """A larger file is no run or sites file; someone named a data file by mistake."""
 
+_REMEDIES = {
+    "'\\t'": ": indent with spaces, not with tabs",
+    "mapping values are not allowed": ": quote a text that holds `: `, and indent a section's fields alike",
+    "<stream end>": ": a bracket or quote is not closed",
+}
+"""What to do about the commonest mistakes, by words of PyYAML's messages."""
 _MERGE = "tag:yaml.org,2002:merge"
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
 _FLOAT = re.compile(
@@ -101,7 +107,8 @@ def parse(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = error.problem or error.context
-        raise ConfigError(f"{where}: {at}{what}; this is not valid YAML.") from error
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(what)), "")
+        raise ConfigError(f"{where}: {at}{what}; this is not valid YAML{remedy}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{where}: {what}; this is not valid YAML.") from error

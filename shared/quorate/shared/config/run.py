@@ -6,9 +6,10 @@ configuration with every request, so it must never hold paths of data, secrets o
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
@@ -46,17 +47,32 @@ class AdapterConfig(ConfigModel):
     target_modules: tuple[str, ...] | str | None = None
     """Module name endings, or one regular expression; PEFT's default for the architecture when left out."""
     modules_to_save: tuple[str, ...] | None = None
-    """Modules trained whole, such as the head; the task's head when left out."""
+    """Modules trained whole besides the task's head, such as a pooler that the base model's files lack."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed LoRA (arXiv:2402.09353); refused with rules that need plain B A products."""
 
+    @field_validator("target_modules")
+    @classmethod
+    def _names_something(cls, targets: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        if targets is not None and not targets:
+            raise ValueError("names no module; name some, or leave the field out for PEFT's default")
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(
+                    f"{targets!r} is not a regular expression ({error}); mend it, or write name endings as a "
+                    "list: [query, value]"
+                ) from error
+        return targets
+
 
 class TrainingConfig(ConfigModel):
     """How a site trains in one round, in the words of Hugging Face's TrainingArguments."""
 
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0, le=1e6)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     """Schedule over all rounds of the run, not over one."""

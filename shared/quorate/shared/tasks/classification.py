@@ -85,13 +85,19 @@ class Classification(Task):
         Raises: DataError: naming the row.
         """
         label = row.values.get("label")
-        ids = label if isinstance(label, (list, tuple)) else [label]
-        if self.multi_label != isinstance(label, (list, tuple)) or not all(
-            isinstance(index, int) and 0 <= index < len(self.labels) for index in ids
-        ):
-            wanted = "a list of label ids" if self.multi_label else "one label id"
+        listed = isinstance(label, (list, tuple))
+        ids: Sequence[Any] = label if isinstance(label, (list, tuple)) else [label]
+        if self.multi_label != listed:
+            found, wanted, other = "one label", "a list of labels", "single"
+            if listed:
+                found, wanted, other = wanted, found, "multi"
             raise DataError(
-                f"{row.source}: label {label!r} is not {wanted} in 0..{len(self.labels) - 1}; "
+                f"{row.source}: label holds {found} where this task takes {wanted}; write {wanted} in each "
+                f"row, or set task.problem_type: {other}_label_classification."
+            )
+        if not all(isinstance(index, int) and 0 <= index < len(self.labels) for index in ids):
+            raise DataError(
+                f"{row.source}: label {label!r} is not an id in 0..{len(self.labels) - 1}; "
                 "check the label column and the labels mapping."
             )
         if isinstance(label, int):

@@ -32,6 +32,9 @@ class TextTask(Task):
 
     def prepare_processor(self, processor: Any, base: Any, pad_token: str | None, name: str) -> Any:
         """Give the tokenizer a pad token, and check that `max_length` fits the model."""
+        # Without a vocabulary transformers makes a tokenizer to which every word is unknown.
+        if processor.vocab_size <= len(processor.all_special_tokens):
+            raise ModelError(f"{name} holds no vocabulary (tokenizer.json); put the model's tokenizer there.")
         set_pad_token(processor, base, pad_token, name)
         check_length(self.max_length, processor, base, name, "task.max_length")
         self._check_noise(processor, name)
@@ -111,13 +114,15 @@ def set_pad_token(processor: Any, base: Any, pad_token: str | None, name: str) -
     if pad_token is not None:
         known = processor.convert_tokens_to_ids(pad_token) not in (None, processor.unk_token_id)
         if not known and pad_token != processor.unk_token:
-            raise ModelError(f"model.pad_token {pad_token!r} is not in the tokenizer's vocabulary.")
+            raise ModelError(
+                f"model.pad_token {pad_token!r} is not in the tokenizer's vocabulary; "
+                f"name one of its special tokens: {', '.join(processor.all_special_tokens)}."
+            )
         processor.pad_token = pad_token
     if processor.pad_token is None:
-        others = [t for t in (processor.eos_token, processor.unk_token) if t]
         raise ModelError(
-            f"{name}: the tokenizer has no pad token, so texts cannot be batched; "
-            f"set model.pad_token (its special tokens: {', '.join(others) or 'none'})."
+            f"{name}: the tokenizer has no pad token, so texts cannot be batched; set model.pad_token "
+            f"(its special tokens: {', '.join(processor.all_special_tokens) or 'none'})."
         )
     base.config.pad_token_id = processor.pad_token_id
 

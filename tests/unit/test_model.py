@@ -1,0 +1,59 @@
+"""Loading a base model: whatever its files leave open must be in the adapter that a run exports."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quorate.shared.errors import ModelError
+from quorate.shared.model import load_model
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"modules_to_save": ["encoder.layer.0.output.dense"]}, {"target_modules": "all-linear"}],
+    ids=["frozen", "other module saved", "under LoRA"],
+)
+def test_a_drawn_pooler_that_would_be_lost_is_refused(
+    make_run: Any, poolerless_bert: Path, adapter: dict[str, Any]
+) -> None:
+    run = make_run(model={"model_name_or_path": str(poolerless_bert)}, adapter=adapter)
+    with pytest.raises(ModelError, match=r"holds no weights of bert\.pooler\.dense") as caught:
+        load_model(run)
+    names = ", ".join([*adapter.get("modules_to_save", ()), "bert.pooler.dense"])
+    assert str(caught.value).endswith(f"train them with it: adapter.modules_to_save: [{names}].")
+
+
+def test_a_drawn_pooler_can_be_part_of_the_adapter(make_run: Any, poolerless_bert: Path) -> None:
+    adapter = {"modules_to_save": ["bert.pooler.dense"]}
+    run = make_run(model={"model_name_or_path": str(poolerless_bert)}, adapter=adapter)
+    names = set(load_model(run).initial)
+    assert {f"base_model.model.bert.pooler.dense.{kind}" for kind in ("weight", "bias")} <= names
+    assert "base_model.model.classifier.weight" in names, "the head is trained without being named"
+
+
+def test_a_drawn_norm_cannot_be_trained_so_another_base_is_needed(
+    make_run: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    for path in tiny_bert.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = {name for name in weights if name.startswith("embeddings.LayerNorm.")}
+    assert lacking
+    kept = {name: tensor for name, tensor in weights.items() if name not in lacking}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"embeddings\.LayerNorm.*take a base model that holds them"):
+        load_model(make_run(model={"model_name_or_path": str(tmp_path)}))
+
+
+def test_a_head_of_another_size_gives_way_to_the_runs(make_run: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=7).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    model = load_model(make_run(model={"model_name_or_path": str(tmp_path)}))
+    assert model.initial["base_model.model.classifier.weight"].shape == (3, 32)
+    with torch.inference_mode():
+        assert model.peft(input_ids=torch.tensor([[2, 5, 3]])).logits.shape == (1, 3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,33 +24,14 @@ from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row
 from quorate.shared.tasks.classification import Label
 from quorate.shared.tasks.text import SPECIAL, TextTask
+from quorate.shared.words import CUT, NO_PIECE, Words, places_of, split_text
 
 OUTSIDE = "O"
 IGNORED = -100
 """Target of a piece that carries no label: torch's own."""
-NO_PIECE, CUT = -1, -2
-"""Instead of a place: a word that the tokenizer drops, and one beyond `max_length`."""
 RIGHT, WRONG, MISSED = range(3)
 """An entity's outcome: found, found where there is none, there and not found."""
 _TAG = re.compile(r"([BIES])-(.+)", re.DOTALL)
-_WORD = re.compile(r"\w+|[^\w\s]")
-
-
-@dataclass(frozen=True)
-class Words:
-    """A sentence's words.
-
-    Args:
-        tags: a label id per word.
-        places: the position of each word's first piece in the model's input, or NO_PIECE or CUT.
-        text: what `spans` point into; empty where nobody asks for it.
-        spans: begin and end of each word in `text`.
-    """
-
-    tags: tuple[int, ...]
-    places: tuple[int, ...] = ()
-    text: str = ""
-    spans: tuple[tuple[int, int], ...] = ()
 
 
 class TokenClassification(TextTask):
@@ -65,7 +46,7 @@ class TokenClassification(TextTask):
     name: Literal["token_classification"]
     """The task."""
     labels: tuple[Label, ...] = Field(min_length=2)
-    """Tags, in the order of their ids: O, and B-TYPE, I-TYPE (also E-TYPE, S-TYPE) for each type of entity."""
+    """Tags, in the order of their ids: O; for each type of entity B-TYPE, I-TYPE, and also E-TYPE, S-TYPE."""
     class_weights: Literal["none", "balanced"] = "none"
     """Loss weight per tag: none; or balanced, from how often each tag occurs among the site's own words."""
 
@@ -132,7 +113,7 @@ class TokenClassification(TextTask):
         Rows without labels hold `tokens`, or a `text` that is split here: letters and digits that stand
         together are a word, and so is any other character but white space.
         """
-        read = [self._labelled(row) if labelled else _unlabelled(row) for row in rows]
+        read = [self._labelled(row) if labelled else _unlabelled(row.values) for row in rows]
         if not read:
             return []
         encoded = processor(
@@ -145,7 +126,7 @@ class TokenClassification(TextTask):
         return [
             Example(
                 {name: encoded[name][index] for name in encoded},
-                replace(words, places=_places(encoded, index, len(tokens))),
+                replace(words, places=places_of(encoded, index, len(tokens))),
             )
             for index, (tokens, words) in enumerate(read)
         ]
@@ -170,7 +151,7 @@ class TokenClassification(TextTask):
             rows_cut = sum(CUT in example.target.places for example in examples)
             notes.append(
                 f"{cut} of {len(places)} words, in {rows_cut} of {len(examples)} training rows, lie beyond "
-                f"max_length {self.max_length}; the model does not see them, and entities there count as missed"
+                f"max_length {self.max_length}: the model does not see them, entities there count as missed"
             )
         if dropped := places.count(NO_PIECE):
             notes.append(f"{dropped} of {len(places)} words are nothing to the tokenizer; they count as O")
@@ -194,7 +175,7 @@ class TokenClassification(TextTask):
         return counts
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest; targets are `pieces`, label ids [rows, pieces], and `words`, one Words a row."""
+        """Pad to the longest; targets: `pieces`, label ids [rows, pieces], and `words`, one Words a row."""
         names = [name for name in examples[0].features if name != SPECIAL]
         inputs = processor.pad({k: [e.features[k] for e in examples] for k in names}, return_tensors="pt")
         rows, length = inputs["input_ids"].shape
@@ -218,13 +199,14 @@ class TokenClassification(TextTask):
         )
         each = each * (weights.gather(1, pieces.clamp(min=0)) if weights.ndim == 2 else weights[:, None])
         # A row without any labelled piece has no loss, instead of 0 / 0.
-        return each.sum(dim=1) / (pieces != IGNORED).sum(dim=1).clamp(min=1)
+        mean: Tensor = each.sum(dim=1) / (pieces != IGNORED).sum(dim=1).clamp(min=1)
+        return mean
 
     def entities(self, tags: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Yield (type index, first word, word after the last) of each entity.
 
-        One begins at B or S, after E or S, after O, and where the type changes, whatever the tag: tags that no
-        scheme allows, such as I after O, are read as conlleval reads them.
+        One begins at B or S, after E or S, after O, and where the type changes, whatever the tag: tags that
+        no scheme allows, such as I after O, are read as conlleval reads them.
         """
         parts, types, begin = self._parts, self.types, 0
         before, kind = OUTSIDE, ""
@@ -283,7 +265,7 @@ class TokenClassification(TextTask):
         }
 
     def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:
-        """Return each text's entities, with the mean probability of their words' tags, and what was cut off."""
+        """Return each text's entities, with their words' mean probability, and how many words were cut off."""
         chances, best = logits.float().softmax(dim=-1).max(dim=-1)
         outside = self.labels.index(OUTSIDE)
         shown: list[dict[str, Any]] = []
@@ -306,29 +288,14 @@ class TokenClassification(TextTask):
         return shown
 
 
-def _unlabelled(row: Row) -> tuple[list[str], Words]:
-    if "tokens" not in row.values:
-        text: str = row.values["text"]
-        found = list(_WORD.finditer(text))
-        tokens, spans = [word[0] for word in found], [word.span() for word in found]
-    else:
-        tokens = list(row.values["tokens"])
-        text = " ".join(tokens)
-        ends = np.cumsum([len(token) + 1 for token in tokens]).tolist()
-        spans = [(end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True)]
-    return tokens, Words((0,) * len(tokens), text=text, spans=tuple(spans))
-
-
-def _places(encoded: Any, row: int, count: int) -> tuple[int, ...]:
-    """Return where the first piece of each of `count` words stands."""
-    first: dict[int, int] = {}
-    for place, word in enumerate(encoded.word_ids(row)):
-        if word is not None:
-            first.setdefault(word, place)
-    # Of the words past the last one that is in, some may be cut and others nothing to the tokenizer: as soon as
-    # one piece was cut, all of these count as cut.
-    beyond = max(first, default=-1) if encoded.encodings[row].overflowing else count
-    return tuple(first.get(word, CUT if word > beyond else NO_PIECE) for word in range(count))
+def _unlabelled(values: Mapping[str, Any]) -> tuple[list[str], Words]:
+    """Return a row's words, or those of its text."""
+    if "tokens" not in values:
+        return split_text(values["text"])
+    tokens = list(values["tokens"])
+    ends = np.cumsum([len(token) + 1 for token in tokens]).tolist()
+    spans = tuple((end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True))
+    return tokens, Words((0,) * len(tokens), text=" ".join(tokens), spans=spans)
 
 
 def _rates(counts: npt.NDArray[np.int64]) -> tuple[Any, Any, Any]:

@@ -265,7 +265,7 @@ class TokenClassification(TextTask):
         }
 
     def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:
-        """Return each text's entities, with their words' mean probability, and how many words were cut off."""
+        """Return each text's entities with their words' mean probability, and how many words were cut off."""
         chances, best = logits.float().softmax(dim=-1).max(dim=-1)
         outside = self.labels.index(OUTSIDE)
         shown: list[dict[str, Any]] = []

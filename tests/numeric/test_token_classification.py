@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 from seqeval import metrics as reference
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
 from quorate.client.data import load_splits
 from quorate.client.predict import predict
 from quorate.client.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
+from quorate.deploy.commands.predict import _print_table as print_table
 from quorate.server.outputs import measure, write_outputs
 from quorate.server.rounds import run_rounds
 from quorate.server.run import Run
@@ -273,7 +277,32 @@ def test_texts_are_split_and_spans_point_into_them() -> None:
     assert [text[start:end] for start, end in words.spans] == tokens
 
 
-def test_entities_are_learnt_and_predicted_end_to_end(make_run: Any, tmp_path: Path) -> None:
+def test_byte_level_tokenizers_see_a_space_before_each_word() -> None:
+    """RoBERTa's kind: `the` after a space and at the start of a text are different pieces."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=300,
+        show_progress=False,
+    )
+    backend.train_from_iterator(["x the heart and the liver"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", model_max_length=64)
+    words = ["the", "liver"]
+    before = tokenizer(words, is_split_into_words=True)["input_ids"]
+    inside = tokenizer("x the liver")["input_ids"][1:]
+    assert before != inside
+    base = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    ready = task(max_length=64).prepare_processor(tokenizer, base, None, "bytes")
+    assert ready(words, is_split_into_words=True)["input_ids"] == inside
+    (example,) = task().encode([sentence(words, [0, 1])], ready)
+    assert example.target.places == (0, inside.index(inside[-1]))
+
+
+def test_entities_are_learnt_and_predicted_end_to_end(
+    make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parts = {"train": 40, "validation": 15, "test": 15}
     sites = {
         name: {split: sentences(size, seed + index) for index, (split, size) in enumerate(parts.items())}
@@ -309,7 +338,12 @@ def test_entities_are_learnt_and_predicted_end_to_end(make_run: Any, tmp_path: P
     assert best is not None and best.test is not None
     assert best.test.pooled["precision"] == pytest.approx(len(said & truth) / len(said))
     assert best.test.pooled["recall"] == pytest.approx(len(said & truth) / len(truth))
+    print_table([{"text": text, **answer} for text, answer in zip(texts, answers, strict=True)])
+    shown = capsys.readouterr().out
+    assert all(f"{entity} (organ)" in shown for _, _, entity, _ in said) and "not read" not in shown
     (long,) = predict(run.output_dir / "adapter", ["cell " * 30])
+    print_table([{"text": "cells", **long}])
+    assert "(the last 8 words are beyond max_length: not read)" in capsys.readouterr().out
     assert long["words_cut"] == 30 - 22, "22 words fit beside the two special tokens"
     page = (run.output_dir / "report.html").read_text()
     assert "Per entity type" in page and "Entities" in page and "over all entities" in page

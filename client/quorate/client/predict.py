@@ -19,13 +19,13 @@ from quorate.shared.tasks.base import Row
 
 
 def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
-    """Classify texts with an exported adapter, loaded as PEFT loads it.
+    """Classify texts, or find entities in them, with an exported adapter, loaded as PEFT loads it.
 
     Args:
         adapter_dir: the `adapter/` folder of a run.
-        texts: what to classify.
+        texts: what to look at.
         batch_size: texts in one forward pass.
-    Returns: per text what the task's `predictions` says, such as `label` and `scores`.
+    Returns: per text what the task's `predictions` says, such as `label` and `scores`, or `entities`.
     Raises: AdapterError: the folder is not such an adapter. ModelError: its base model cannot be loaded.
     """
     for name in ("run.yaml", "adapter_config.json", "adapter_model.safetensors"):

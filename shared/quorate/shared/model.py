@@ -198,6 +198,9 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
     settings = lora_config(config, task)
     if settings.target_modules is None and (found := task.default_targets(base)) is not None:
         settings.target_modules = found if isinstance(found, str) else list(found)
+    if settings.target_modules == "all-linear" and settings.task_type == "TOKEN_CLS":
+        # PEFT trains these whole, but leaves them out of all-linear for sequence classification alone.
+        settings.exclude_modules = ["classifier", "score"]
     if (head := task.head_modules(base)) is not None:
         settings.modules_to_save = [*head, *(config.modules_to_save or ())]
     try:

@@ -32,7 +32,7 @@ def predict(
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
-    """Try an adapter: print the label of each text, with its probability.
+    """Try an adapter: print the label of each text, or the entities in it, with their probability.
 
     Example: quorate predict runs/demo "mean radius 20.6, mean texture 17.8"
     """
@@ -108,6 +108,16 @@ def _adapter_folder(folder: Path) -> Path:
     )
 
 
+def _found(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what was said of a text, each with its probability."""
+    if "entities" in row:
+        return [(f"{each['text']} ({each['type']})", f"{each['score']:.3f}") for each in row["entities"]]
+    labels = row["labels"] if "labels" in row else [row["label"]]
+    if not labels:
+        return []
+    return [(", ".join(labels), ", ".join(f"{row['scores'][label]:.3f}" for label in labels))]
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
@@ -115,10 +125,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     from quorate.deploy.terminal import stdout_console
 
-    table = Table("label", "probability", "text", box=SIMPLE)
+    what = "entity" if "entities" in rows[0] else "label"
+    table = Table(what, "probability", "text", box=SIMPLE)
     for row in rows:
-        labels = row["labels"] if "labels" in row else [row["label"]]
-        shown = ", ".join(f"{row['scores'][label]:.3f}" for label in labels)
         text = row["text"] if len(row["text"]) <= 70 else row["text"][:67] + "..."
-        table.add_row(Text(", ".join(labels) or "(none)"), shown, Text(text))
+        for found, probability in _found(row) or [("(none)", "")]:
+            table.add_row(Text(found), probability, Text(text))
+            text = ""  # once for all that was found in it
+        if cut := row.get("words_cut"):
+            table.add_row(Text(f"(the last {cut} words are beyond max_length: not read)"), "", "")
     stdout_console().print(table)

@@ -24,6 +24,8 @@ _NAMES = {
 _MEANINGS = {
     "accuracy": "the share of rows that got the right label",
     "exact_match": "the share of rows whose labels are all right and none too many",
+    "f1": "F1 (balance of false alarms and misses) over all entities; one is found if its type and both its "
+    "ends are right",
     "macro_f1": "F1 (balance of false alarms and misses) averaged over classes, rare ones counting as much "
     "as common ones",
     "micro_f1": "F1 (balance of false alarms and misses) over all labels of all rows together",

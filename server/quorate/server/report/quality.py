@@ -8,6 +8,7 @@ from quorate.server.report.figures import metric_name, show, show_interval
 from quorate.server.report.files import RunFiles, interval_of
 from quorate.server.report.headline import whose_rows
 from quorate.server.report.page import Cell, Section, Table
+from quorate.shared.tasks import Task
 
 MOST_CLASSES = 14
 """A larger confusion matrix cannot be read; the most frequent confusions are listed instead."""
@@ -31,7 +32,7 @@ def quality_section(files: RunFiles) -> Section:
         section.blocks.append(_frequent(confusion, labels))
     per_class = result.pooled.get("per_class")
     if isinstance(per_class, dict) and per_class:
-        section.blocks.append(_per_class(per_class))
+        section.blocks.append(_per_class(per_class, files.config.task))
     section.blocks.append(_all_figures(result))
     return section
 
@@ -84,7 +85,7 @@ def _frequent(confusion: list[list[int]], labels: list[str]) -> Table:
     )
 
 
-def _per_class(per_class: dict[str, dict[str, float]]) -> Table:
+def _per_class(per_class: dict[str, dict[str, float]], task: Task) -> Table:
     rows = []
     for label, found in per_class.items():
         f1 = figures.number(found.get("f1"))
@@ -95,15 +96,15 @@ def _per_class(per_class: dict[str, dict[str, float]]) -> Table:
         ]
         rows.append(
             [
-                Cell(label, small="" if support else "none among these rows"),
+                Cell(label, small="" if support else f"none among these {task.unit_name}"),
                 Cell(f"{support:,}"),
                 *shares,
                 Cell(show("f1", f1) if support else figures.DASH, shade=f1 if support else None),
             ]
         )
     return Table(
-        "Per class",
-        ["Class", "Rows", "Precision", "Recall", "F1"],
+        f"Per {task.class_name}",
+        [task.class_name.capitalize(), task.unit_name.capitalize(), "Precision", "Recall", "F1"],
         rows,
         folded=len(rows) > 2 * MOST_CLASSES,
         hint="Precision: how many of those it named are right. Recall: how many of those there are it found. "

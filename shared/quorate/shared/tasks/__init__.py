@@ -8,8 +8,18 @@ from pydantic import Field
 
 from quorate.shared.tasks.base import Task
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
+from quorate.shared.tasks.token_classification import TokenClassification
 
-TaskConfig = Annotated[SequenceClassification | SequenceRegression, Field(discriminator="name")]
-TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression)
+TaskConfig = Annotated[
+    SequenceClassification | SequenceRegression | TokenClassification, Field(discriminator="name")
+]
+TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression, TokenClassification)
 
-__all__ = ["TASKS", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]
+__all__ = [
+    "TASKS",
+    "SequenceClassification",
+    "SequenceRegression",
+    "Task",
+    "TaskConfig",
+    "TokenClassification",
+]

@@ -58,7 +58,8 @@ class Batch:
 
     Args:
         inputs: the model's keyword arguments, each [rows, ...].
-        targets: [rows, ...]; a list with one entry per row where rows have targets of unlike shape.
+        targets: [rows, ...]; a list with one entry per row where rows have targets of unlike shape; or a
+            mapping of names to such.
         weights: loss weights, [rows] or [rows, labels].
     """
 
@@ -98,6 +99,10 @@ class Task(ConfigModel, ABC):
     """Name of the transformers Auto class that loads the base model with this task's head."""
     processor_class: ClassVar[str] = "AutoTokenizer"
     """Name of the transformers Auto class that loads what `encode` and `collate` take."""
+    class_name: ClassVar[str] = "class"
+    """What the report calls the entries of the metric `per_class`."""
+    unit_name: ClassVar[str] = "rows"
+    """What the report says their support is counted in."""
 
     @property
     @abstractmethod

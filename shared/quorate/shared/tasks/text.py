@@ -13,7 +13,7 @@ from pydantic import Field
 from quorate.shared.errors import ModelError
 from quorate.shared.tasks.base import Batch, Example, Kind, Row, Task
 
-_SPECIAL = "special_tokens_mask"
+SPECIAL = "special_tokens_mask"
 
 
 class TextTask(Task):
@@ -82,7 +82,7 @@ class TextTask(Task):
         return [self._noisy(example, draw, _noise_token(processor)) for example in examples]
 
     def _noisy(self, example: Example, draw: np.random.Generator, noise: int | None) -> Example:
-        ids, special = example.features["input_ids"], example.features[_SPECIAL]
+        ids, special = example.features["input_ids"], example.features[SPECIAL]
         dropped = draw.random(len(ids)) < self.token_dropout
         changed = [noise if d and not s else i for i, s, d in zip(ids, special, dropped, strict=True)]
         return replace(example, features={**example.features, "input_ids": changed})
@@ -93,7 +93,7 @@ class TextTask(Task):
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
         """Pad to the longest text of the batch."""
-        names = [name for name in examples[0].features if name != _SPECIAL]
+        names = [name for name in examples[0].features if name != SPECIAL]
         inputs = processor.pad({k: [e.features[k] for e in examples] for k in names}, return_tensors="pt")
         targets = torch.tensor([e.target for e in examples])
         weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)

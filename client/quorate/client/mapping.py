@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quorate.client.objects import objects_of
 from quorate.client.readers import describe_columns
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import ConfigError, DataError
@@ -92,6 +93,8 @@ class RowMapper:
             return _as_number(value, where)
         if kind in ("tokens", "tags"):
             return self._words(kind, value, where)
+        if kind == "objects":
+            return objects_of(value, self.labels.id, where)
         return value
 
     def _words(self, kind: Kind, value: Any, where: str) -> list[Any]:

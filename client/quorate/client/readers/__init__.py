@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quorate.client.readers.coco import is_coco, read_coco, read_coco_folder
 from quorate.client.readers.files import describe_columns, read_file, read_folder
 from quorate.client.readers.hub import read_hub
 from quorate.client.readers.toy import read_sklearn
@@ -35,6 +36,10 @@ def read_source(source: SourceConfig, base_dir: Path) -> dict[Split, list[Row]]:
     if kind == "hub":
         return _train_first(read_hub(name, source.revision), text)
     path = resolve_local(source.source, base_dir, where=where)
+    if path.is_file() and is_coco(path):
+        return {"train": read_coco(path)}
+    if path.is_dir() and (found := read_coco_folder(path)) is not None:
+        return _train_first(found, str(path))
     if path.is_dir():
         return _train_first(read_folder(path), str(path))
     return {"train": read_file(path)}

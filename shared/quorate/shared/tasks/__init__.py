@@ -7,9 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from quorate.shared.tasks.base import Task
+from quorate.shared.tasks.object_detection import ObjectDetection
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
 
-TaskConfig = Annotated[SequenceClassification | SequenceRegression, Field(discriminator="name")]
-TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression)
+TaskConfig = Annotated[SequenceClassification | SequenceRegression | ObjectDetection, Field(discriminator="name")]
+TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression, ObjectDetection)
 
-__all__ = ["TASKS", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]
+__all__ = ["TASKS", "ObjectDetection", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]

@@ -91,6 +91,8 @@ class Task(ConfigModel, ABC):
     """Metric that picks the best round."""
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     """Metrics of which a smaller value is the better one."""
+    resamples: ClassVar[bool] = True
+    """Whether outcomes may be resampled one by one for an interval; not where several come from one row."""
     peft_task_type: ClassVar[str | None]
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head; None for models that PEFT has
     no type for, whose head is named by `head_modules`."""

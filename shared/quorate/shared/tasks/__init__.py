@@ -7,9 +7,26 @@ from typing import Annotated
 from pydantic import Field
 
 from quorate.shared.tasks.base import Task
+from quorate.shared.tasks.image_classification import ImageClassification, ImageRegression
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
 
-TaskConfig = Annotated[SequenceClassification | SequenceRegression, Field(discriminator="name")]
-TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression)
+TaskConfig = Annotated[
+    SequenceClassification | SequenceRegression | ImageClassification | ImageRegression,
+    Field(discriminator="name"),
+]
+TASKS: tuple[type[Task], ...] = (
+    SequenceClassification,
+    SequenceRegression,
+    ImageClassification,
+    ImageRegression,
+)
 
-__all__ = ["TASKS", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]
+__all__ = [
+    "TASKS",
+    "ImageClassification",
+    "ImageRegression",
+    "SequenceClassification",
+    "SequenceRegression",
+    "Task",
+    "TaskConfig",
+]

@@ -91,6 +91,8 @@ class RowMapper:
             )
         if kind == "number":
             return _as_number(value, where)
+        if kind == "image" and not isinstance(value, str | bytes):
+            raise DataError(f"{where} holds a {type(value).__name__}, not an image's path or bytes.")
         if kind in ("tokens", "tags"):
             return self._words(kind, value, where)
         if kind == "objects":

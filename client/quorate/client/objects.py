@@ -44,7 +44,9 @@ def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
     if not isinstance(boxes, list | tuple) or not isinstance(categories, list | tuple):
         raise DataError(f"{where} does not hold boxes and their categories; write {_FORMS}.")
     if len(boxes) != len(categories):
-        raise DataError(f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each.")
+        raise DataError(
+            f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each."
+        )
     return list(zip(boxes, categories, strict=True))
 
 
@@ -58,7 +60,8 @@ def _categories(value: Mapping[str, Any], where: str) -> Any:
 def _box(value: Any, where: str) -> tuple[float, float, float, float]:
     figures = list(value) if isinstance(value, list | tuple) else []
     if len(figures) != 4 or not all(
-        isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each) for each in figures
+        isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
+        for each in figures
     ):
         raise DataError(f"{where}: a box is four finite numbers, x, y, width and height in pixels.")
     x, y, width, height = map(float, figures)

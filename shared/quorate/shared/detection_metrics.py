@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quorate.shared.errors import ModelError
+from quorate.shared.errors import ModelError, ProtocolError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -136,3 +136,27 @@ def _of_class(scores: Ints, masks: Ints, counts: Ints, support: int) -> Floats:
         at = np.searchsorted(right / support, RECALLS, side="left")
         result[bit] = np.append(precision, 0.0)[at].mean()  # a recall that is never reached has precision 0
     return result
+
+
+def check(values: Ints, counts: Ints, classes: int, most: int) -> None:
+    """Raise ProtocolError unless these can be outcomes, with at most `most` detections.
+
+    Args:
+        values, counts: as in `average_precision`.
+        classes: how many there are.
+        most: detections that so many images can have.
+    """
+    if values.ndim != 2 or values.shape[1] != WIDTH:
+        raise ProtocolError(f"sent outcomes that are not {WIDTH} numbers, as this task has them.")
+    highest = np.array([TRUE, classes - 1, SCORE_STEPS, 2 ** len(IOU_THRESHOLDS) - 1])
+    true = values[:, 0] == TRUE
+    if (values < 0).any() or (values > highest).any() or values[true, 2:].any():
+        raise ProtocolError("sent outcomes with figures that no detection and no true box has.")
+    if counts[~true].sum() > most:
+        raise ProtocolError("sent more detections than task.max_detections allows for that many images.")
+    bits = np.arange(len(IOU_THRESHOLDS))[:, None]
+    for label in range(classes):
+        ours = values[:, 1] == label
+        right = ((values[:, 3] >> bits & 1) * counts)[:, ours & ~true].sum(axis=1)
+        if (right > counts[ours & true].sum()).any():
+            raise ProtocolError("sent more detections that are right than there are true boxes.")

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 # train.coco.json, instances_train2017.json, _annotations.coco.json in a split's own folder.
 _NAME = re.compile(r"(?P<split>\w+)\.coco\.json|instances_(?P<instances>\w+)\.json", re.IGNORECASE)
 _INSIDE = "_annotations.coco.json"
-_OF_THE_FORMAT = frozenset({"id", "file_name", "width", "height", "license", "coco_url", "flickr_url", "date_captured"})
+_OF_THE_FORMAT = frozenset(
+    {"id", "file_name", "width", "height", "license", "coco_url", "flickr_url", "date_captured"}
+)
 
 
 def read_coco_folder(folder: Path) -> dict[Split, list[Row]] | None:
@@ -39,7 +41,13 @@ def read_coco_folder(folder: Path) -> dict[Split, list[Row]] | None:
     chosen: dict[Split, Path] = {}
     for path in _candidates(folder):
         named = _NAME.fullmatch(path.name)
-        name = path.parent.name if path.name == _INSIDE else (named["split"] or named["instances"]) if named else ""
+        name = (
+            path.parent.name
+            if path.name == _INSIDE
+            else (named["split"] or named["instances"])
+            if named
+            else ""
+        )
         if (split := split_of(name.rstrip("0123456789"))) is None:
             continue
         if split in chosen:
@@ -76,7 +84,9 @@ def read_coco(path: Path) -> list[Row]:
         where = f"{path}: annotation {each.get('id', f'number {number}')!r}"
         image, category = each.get("image_id"), each.get("category_id")
         if image not in boxes:
-            raise DataError(f"{where} is of image {image!r}, which `images` does not list; add it or remove it.")
+            raise DataError(
+                f"{where} is of image {image!r}, which `images` does not list; add it or remove it."
+            )
         if categories.get(category) is None:
             raise DataError(f"{where} is of category {category!r}, which `categories` does not list.")
         if each.get("iscrowd"):
@@ -96,7 +106,9 @@ def _row(image: Mapping[str, Any], boxes: list[tuple[Any, Any]], folder: Path, p
     source = f"{path}: image {name}"
     file = (folder / name).absolute()
     if not file.is_file():
-        raise DataError(f"{source}: there is no file {file}; put it there, or remove the image and its boxes.")
+        raise DataError(
+            f"{source}: there is no file {file}; put it there, or remove the image and its boxes."
+        )
     objects = {"bbox": [box for box, _ in boxes], "category": [category for _, category in boxes]}
     more = {key: value for key, value in image.items() if key not in _OF_THE_FORMAT}
     return Row({**more, "image": str(file), "objects": objects}, source)

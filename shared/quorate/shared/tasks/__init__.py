@@ -7,10 +7,29 @@ from typing import Annotated
 from pydantic import Field
 
 from quorate.shared.tasks.base import Task
+from quorate.shared.tasks.image_classification import ImageClassification, ImageRegression
 from quorate.shared.tasks.object_detection import ObjectDetection
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
 
-TaskConfig = Annotated[SequenceClassification | SequenceRegression | ObjectDetection, Field(discriminator="name")]
-TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression, ObjectDetection)
+TaskConfig = Annotated[
+    SequenceClassification | SequenceRegression | ImageClassification | ImageRegression | ObjectDetection,
+    Field(discriminator="name"),
+]
+TASKS: tuple[type[Task], ...] = (
+    SequenceClassification,
+    SequenceRegression,
+    ImageClassification,
+    ImageRegression,
+    ObjectDetection,
+)
 
-__all__ = ["TASKS", "ObjectDetection", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]
+__all__ = [
+    "TASKS",
+    "ImageClassification",
+    "ImageRegression",
+    "ObjectDetection",
+    "SequenceClassification",
+    "SequenceRegression",
+    "Task",
+    "TaskConfig",
+]

@@ -119,6 +119,10 @@ class Task(ConfigModel, ABC):
     def model_kwargs(self) -> dict[str, Any]:
         """Return keyword arguments for `from_pretrained` (number and names of labels, ...)."""
 
+    def kwargs_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further keyword arguments for `from_pretrained` that the model's `config.json` calls for."""
+        return {}
+
     def default_targets(self, base: nn.Module) -> tuple[str, ...] | str | None:
         """Return the layers that are adapted unless the run names some; None leaves it to PEFT."""
         return None

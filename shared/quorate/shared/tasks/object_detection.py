@@ -1,14 +1,14 @@
 """Object detection: labels and boxes of what an image shows, with models of the DETR family (YOLOS, DETR).
 
-Loss and matching are those of Carion et al. 2020 (arXiv:2005.12872), taken image by image: the usual criterion
-divides by the boxes of the batch, so that one image would change another's gradient.
+The loss is taken image by image (`quorate.shared.detection_loss`); average precision comes from counts of
+outcomes, without a box leaving its site (`quorate.shared.detection_metrics`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,40 +17,21 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from quorate.shared.detection_metrics import (
-    DETECTED,
-    IOU_THRESHOLDS,
-    SCORE_STEPS,
-    TRUE,
-    WIDTH,
-    average_precision,
-    import_extra,
-    match,
-)
-from quorate.shared.errors import DataError, ModelError, ProtocolError
+from quorate.shared.detection_loss import Costs, Detections, hungarian_loss
+from quorate.shared.detection_metrics import WIDTH, average_precision, check, import_extra, match
+from quorate.shared.errors import DataError, ModelError
 from quorate.shared.outcomes import Outcomes
+from quorate.shared.tasks.augmentation import Augmentation, Change
 from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row, Task
 from quorate.shared.tasks.classification import Label
-from quorate.shared.tasks.images import decode
+from quorate.shared.tasks.images import decode, pixel_values
 
 HEADS = ("class_labels_classifier", "bbox_predictor")
 MODEL_TYPES = ("yolos", "detr", "table-transformer")
 """Models with this loss: one softmax over the labels and `no object`, and boxes per query."""
+_VISIBLE = 0.3
 _SLACK = 1.0
 """How far a box may stand out of its image before it is refused [pixels]; it is cut at the edge."""
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What the model says of a batch.
-
-    Args:
-        logits: [rows, queries, labels + 1]; the last is `no object`.
-        boxes: [rows, queries, 4]: centre x, centre y, width, height as shares of the image.
-    """
-
-    logits: Tensor
-    boxes: Tensor
 
 
 class ObjectDetection(Task):
@@ -74,8 +55,9 @@ class ObjectDetection(Task):
     """Detections below this score are not measured. Above 0 an evaluation is smaller and mAP a little lower."""
     shown_threshold: float = Field(0.5, ge=0, le=1)
     """Lowest score of a detection that predictions name and pictures show."""
-    horizontal_flip: bool = False
-    """Mirror half of the training images, drawn anew each time."""
+    augmentation: Augmentation = Augmentation(padding_mode="zeros")
+    """Random changes to training images and their boxes; a box of which less than 0.3 stays in the image is
+    dropped."""
     class_cost: float = Field(1.0, ge=0)
     """Weight of a label's probability when detections are matched to true boxes."""
     bbox_cost: float = Field(5.0, ge=0)
@@ -102,6 +84,16 @@ class ObjectDetection(Task):
         if not all(16 <= side <= 4096 for side in size):
             raise ValueError("height and width must be from 16 to 4096 pixels")
         return size
+
+    @field_validator("augmentation")
+    @classmethod
+    def _no_objects_in_the_mirror(cls, change: Augmentation) -> Augmentation:
+        moves = change.rotation or change.translation or change.scale[0] < 1
+        if moves and change.padding_mode == "reflection":
+            raise ValueError(
+                "the mirror image beyond an edge shows objects that have no boxes; set padding_mode: zeros"
+            )
+        return change
 
     @property
     def columns(self) -> Mapping[str, Kind]:
@@ -156,21 +148,19 @@ class ObjectDetection(Task):
         Boxes become centre x, centre y, width and height as shares of the image; `size` is its own width and
         height [pixels].
         """
-        return [self._example(row, labelled) for row in rows]
+        return [self._example(row, processor, labelled) for row in rows]
 
-    def _example(self, row: Row, labelled: bool) -> Example:
-        from PIL.Image import Resampling
-
+    def _example(self, row: Row, processor: Any, labelled: bool) -> Example:
         image = decode(row.values["image"], row.source)
         objects = row.values["objects"] if labelled else []
         height, width = self.image_size
-        pixels = np.asarray(image.resize((width, height), Resampling.BILINEAR)).transpose(2, 0, 1)
+        pixels = np.asarray(image.resize((width, height), processor.resample), np.uint8).transpose(2, 0, 1)
         target = {
             "class_labels": torch.tensor([each[0] for each in objects], dtype=torch.int64),
             "boxes": self._boxes(objects, image.size, row.source),
             "size": torch.tensor(image.size, dtype=torch.float32),
         }
-        return Example({"pixels": pixels}, target)
+        return Example({"image": np.ascontiguousarray(pixels)}, target)
 
     def _boxes(self, objects: Sequence[Any], size: tuple[int, int], source: str) -> Tensor:
         """Return boxes as shares of the image, [n, 4], cut at its edges.
@@ -206,21 +196,20 @@ class ObjectDetection(Task):
     def augment(
         self, examples: Sequence[Example], draw: np.random.Generator, processor: Any
     ) -> list[Example]:
-        """Mirror half of the images and their boxes, if asked."""
-        if not self.horizontal_flip:
+        """Change each image as `augmentation` says, and its boxes with it."""
+        if not self.augmentation.changes:
             return list(examples)
-        return [_mirrored(each) if draw.random() < 0.5 else each for each in examples]
+        return [_changed(each, self.augmentation.draw(draw)) for each in examples]
 
     def length(self, example: Example) -> int:
         """Return 0: all images are of one size."""
         return 0
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Stack images, scaled as the model's processor scales them; targets stay a list, one per image."""
-        pixels = torch.from_numpy(np.stack([each.features["pixels"] for each in examples])).float() / 255
-        mean, std = (torch.tensor(figures)[:, None, None] for figures in (processor.image_mean, processor.image_std))
+        """Normalise images as the model's processor does; targets stay a list, one per image."""
+        pixels = pixel_values([each.features["image"] for each in examples], processor)
         weights = torch.tensor([each.weight for each in examples], dtype=torch.float32)
-        return Batch({"pixel_values": (pixels - mean) / std}, [each.target for each in examples], weights)
+        return Batch({"pixel_values": pixels}, [each.target for each in examples], weights)
 
     def forward(self, model: Any, batch: Batch) -> Detections:
         """Run the model."""
@@ -228,26 +217,9 @@ class ObjectDetection(Task):
         return Detections(out.logits, out.pred_boxes)
 
     def loss(self, logits: Detections, batch: Batch) -> Tensor:
-        """Return each image's own Hungarian loss, [rows]: divided by its own boxes (by 1 where it has none)."""
-        from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
-
-        matcher = HungarianMatcher(self.class_cost, self.bbox_cost, self.giou_cost)
-        criterion = ImageLoss(matcher, len(self.labels), self.eos_coefficient, ["labels", "boxes"])
-        criterion.to(logits.logits.device)
-        each = [
-            self._of_image(criterion, *found)
-            for found in zip(logits.logits.float(), logits.boxes.float(), batch.targets, strict=True)
-        ]
-        return torch.stack(each) * batch.weights
-
-    def _of_image(self, criterion: nn.Module, logits: Tensor, boxes: Tensor, target: Any) -> Tensor:
-        if not (logits.isfinite().all() and boxes.isfinite().all()):
-            # The criterion would raise, for the whole batch: a site that diverges must not stop its neighbours.
-            return (logits.sum() + boxes.sum()) * math.nan
-        parts = criterion({"logits": logits[None], "pred_boxes": boxes[None]}, [target])
-        weighted = self.bbox_loss_coefficient * parts["loss_bbox"] + self.giou_loss_coefficient * parts["loss_giou"]
-        total: Tensor = parts["loss_ce"] + weighted
-        return total
+        """Return each image's own Hungarian loss, [rows]; see `quorate.shared.detection_loss`."""
+        costs = Costs(**{each.name: getattr(self, each.name) for each in fields(Costs)})
+        return hungarian_loss(logits, batch.targets, costs) * batch.weights
 
     def outcomes(self, logits: Detections, batch: Batch) -> npt.NDArray[np.int64]:
         """Return one outcome per detection and per true box; see `quorate.shared.detection_metrics`."""
@@ -271,23 +243,8 @@ class ObjectDetection(Task):
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
         """Raise ProtocolError unless these can be outcomes of that many images."""
-        if not outcomes.values:
-            return
-        values, counts = outcomes.arrays()
-        if values.ndim != 2 or values.shape[1] != WIDTH:
-            raise ProtocolError(f"sent outcomes that are not {WIDTH} numbers, as this task has them.")
-        masks = 2 ** len(IOU_THRESHOLDS)
-        highest = np.array([TRUE, len(self.labels) - 1, SCORE_STEPS, masks - 1])
-        true = values[:, 0] == TRUE
-        if (values < 0).any() or (values > highest).any() or values[true, 2:].any():
-            raise ProtocolError("sent outcomes with figures that no detection and no true box has.")
-        if counts[~true].sum() > outcomes.rows * self.max_detections:
-            raise ProtocolError("sent more detections than task.max_detections allows for that many images.")
-        for label in range(len(self.labels)):
-            ours = values[:, 1] == label
-            right = counts * (values[:, 3] >> np.arange(len(IOU_THRESHOLDS))[:, None] & 1)
-            if (right[:, ours & ~true].sum(axis=1) > counts[ours & true].sum()).any():
-                raise ProtocolError("sent more detections that are right than true boxes.")
+        if outcomes.values:
+            check(*outcomes.arrays(), len(self.labels), outcomes.rows * self.max_detections)
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return map (over overlaps .50 to .95), map_50, map_75, loss and per_class, as COCO defines them.
@@ -331,11 +288,19 @@ class ObjectDetection(Task):
         return shown
 
 
-def _mirrored(example: Example) -> Example:
-    target = dict(example.target)
-    target["boxes"] = target["boxes"].clone()
-    target["boxes"][:, 0] = 1 - target["boxes"][:, 0]
-    return replace(example, features={"pixels": example.features["pixels"][:, :, ::-1].copy()}, target=target)
+def _changed(example: Example, change: Change) -> Example:
+    image, target = example.features["image"], example.target
+    height, width = image.shape[1:]
+    frame = np.array([width, height] * 2)
+    boxes, left = change.boxes(_corners(target["boxes"].double().numpy()) * frame, height, width)
+    kept = torch.from_numpy(left >= _VISIBLE)
+    centred = np.concatenate([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], axis=1) / frame
+    moved = {
+        **target,
+        "boxes": torch.from_numpy(centred).float()[kept],
+        "class_labels": target["class_labels"][kept],
+    }
+    return replace(example, features={"image": change.image(image)}, target=moved)
 
 
 def _corners(boxes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

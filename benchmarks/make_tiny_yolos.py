@@ -1,9 +1,9 @@
 """Make a small YOLOS with random weights, for the recipe bccd_detection where no pretrained one can be had.
 
-    python benchmarks/make_tiny_yolos.py FOLDER [--image-size 96 128] [--hidden-size 96] [--layers 4] [--seed 0]
+    python benchmarks/make_tiny_yolos.py FOLDER [--image-size 96 128] [--hidden-size 96] [--seed 0]
 
-The folder holds a model and an image processor as `save_pretrained` writes them. A run freezes what it does not
-adapt, so what a real checkpoint has learnt must at least be drawn here: position embeddings and detection
+The folder holds a model and an image processor as `save_pretrained` writes them. A run freezes what it does
+not adapt, so what a real checkpoint has learnt must at least be drawn here: position embeddings and detection
 tokens, which transformers starts at zero, where every detection token would forever say the same.
 """
 

@@ -1,7 +1,7 @@
 """The loss of the DETR family, image by image.
 
-The usual criterion divides by the boxes of the batch, so that one image's boxes would change another's gradient;
-here each image is a batch of its own for it.
+The usual criterion divides by the boxes of the batch, so that one image's boxes would change another's
+gradient; here each image is a batch of its own for it.
 
 Source: Carion et al. 2020, arXiv:2005.12872, as transformers has it.
 """

@@ -2,13 +2,13 @@
 
 A site matches its detections to its true boxes, image by image and class by class, with pycocotools itself.
 What it says of a detection is the class, the score in steps of 1/10000 and at which of the ten overlap
-thresholds it found a true box; of a true box, the class. No box, no image and no overlap leaves the site. Such
-outcomes add up, and precision and recall over any set of sites follow from their counts exactly as
+thresholds it found a true box; of a true box, the class. No box, no image and no overlap leaves the site.
+Such outcomes add up, and precision and recall over any set of sites follow from their counts exactly as
 `COCOeval.accumulate` computes them over all images in one place.
 
-Equal scores: COCOeval takes detections of one score in the order of the images, which no server knows. Here the
-false ones come first, so that the figure does not depend on an order and is the lowest that any order gives.
-It differs from COCOeval only where a true and a false detection of one class share a score to 1/10000.
+Equal scores: COCOeval takes detections of one score in the order of the images, which no server knows. Here
+the false ones come first, so that the figure does not depend on an order and is the lowest that any order
+gives. It differs from COCOeval only where a right and a wrong detection of one class share a score to 1/10000.
 
 Source: Lin et al. 2014, arXiv:1405.0312; pycocotools 2.0, `cocoeval.py`.
 """

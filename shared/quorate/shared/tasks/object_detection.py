@@ -30,6 +30,7 @@ HEADS = ("class_labels_classifier", "bbox_predictor")
 MODEL_TYPES = ("yolos", "detr", "table-transformer")
 """Models with this loss: one softmax over the labels and `no object`, and boxes per query."""
 _VISIBLE = 0.3
+"""Which share of a box must stay in a changed image for the box to be kept."""
 _SLACK = 1.0
 """How far a box may stand out of its image before it is refused [pixels]; it is cut at the edge."""
 
@@ -52,7 +53,7 @@ class ObjectDetection(Task):
     max_detections: int = Field(100, ge=1, le=1000)
     """Most detections of an image that are measured, the best scores first; COCO's measure has 100."""
     score_threshold: float = Field(0.0, ge=0, lt=1)
-    """Detections below this score are not measured. Above 0 an evaluation is smaller and mAP a little lower."""
+    """Detections below this score are not measured; above 0, evaluations are smaller and mAP a little lower."""
     shown_threshold: float = Field(0.5, ge=0, le=1)
     """Lowest score of a detection that predictions name and pictures show."""
     augmentation: Augmentation = Augmentation(padding_mode="zeros")
@@ -137,8 +138,8 @@ class ObjectDetection(Task):
         patch = getattr(base.config, "patch_size", 1)
         if isinstance(patch, int) and any(side % patch for side in self.image_size):
             raise ModelError(
-                f"task.image_size {list(self.image_size)}: {name} sees patches of {patch} pixels, and would not "
-                f"see what is left over; use multiples of {patch}."
+                f"task.image_size {list(self.image_size)}: {name} sees patches of {patch} pixels and not "
+                f"what is left over; use multiples of {patch}."
             )
         return processor
 
@@ -177,8 +178,8 @@ class ObjectDetection(Task):
             number = int(out.argmax())
             x, y, width, height = boxes[number]
             raise DataError(
-                f"{source}: object {number + 1} at x {x:g}, y {y:g}, {width:g} wide and {height:g} high is not "
-                f"within the image of {size[0]} by {size[1]} pixels; correct the box or remove it."
+                f"{source}: object {number + 1} at x {x:g}, y {y:g}, {width:g} wide and {height:g} high is "
+                f"not within the image of {size[0]} by {size[1]} pixels; correct the box or remove it."
             )
         shares = np.concatenate([(low + high) / 2, high - low], axis=1) / np.tile(limit, 2)
         return torch.from_numpy(shares.astype(np.float32))
@@ -272,7 +273,7 @@ class ObjectDetection(Task):
         return result
 
     def predictions(self, logits: Detections, batch: Batch, processor: Any) -> list[dict[str, Any]]:
-        """Return each image's objects from `shown_threshold` on: label, score and box in the image's pixels."""
+        """Return each image's objects from `shown_threshold` on: label, score and box in its pixels."""
         shown = []
         for (labels, boxes, scores), target in zip(self._best(logits), batch.targets, strict=True):
             pixels = boxes * np.tile(target["size"].cpu().numpy(), 2)

@@ -1,6 +1,6 @@
 """Make a small YOLOS with random weights, for the recipe bccd_detection where no pretrained one can be had.
 
-    python benchmarks/make_tiny_yolos.py FOLDER [--image-size 96 128] [--hidden-size 96] [--seed 0]
+    python benchmarks/make_tiny_yolos.py FOLDER [--image-size 96 128] [--hidden-size 64] [--seed 0]
 
 The folder holds a model and an image processor as `save_pretrained` writes them. A run freezes what it does
 not adapt, so what a real checkpoint has learnt must at least be drawn here: position embeddings and detection
@@ -20,10 +20,10 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 def make(
     folder: Path,
     image_size: tuple[int, int] = (96, 128),
-    hidden_size: int = 96,
-    layers: int = 4,
+    hidden_size: int = 64,
+    layers: int = 3,
     heads: int = 4,
-    queries: int = 40,
+    queries: int = 30,
     patch_size: int = 16,
     seed: int = 0,
 ) -> None:
@@ -71,9 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--image-size", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--hidden-size", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--queries", type=int, default=40)
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--queries", type=int, default=30)
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

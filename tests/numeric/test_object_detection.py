@@ -230,7 +230,7 @@ def test_map_of_sites_is_pycocotools_own(make_run_of: Any, tmp_path: Path) -> No
     sites = {name: make_rows(tmp_path, 11, seed) for seed, name in enumerate(("a", "b", "c"))}
     encoded = {name: run.task.encode(rows, model.processor) for name, rows in sites.items()}
     site = SiteTask("a", [e for each in encoded.values() for e in each], model.initial)
-    quick = run.training.model_copy(update={"max_steps": 60})
+    quick = run.training.model_copy(update={"max_steps": 150})
     longer = run.model_copy(update={"training": quick})
     adapter = fit(model, stack, longer, 1, [site], frozenset(model.initial), ignore_step)[0].adapter
     measured = {name: evaluate(model, stack, run, adapter, each) for name, each in encoded.items()}
@@ -390,7 +390,7 @@ def test_a_model_that_cannot_be_trained_so_is_refused(make_run_of: Any) -> None:
         load_model(make_run_of(image_size=(36, 48)))
 
     class Other:
-        class config:  # noqa: N801 - transformers' own name
+        class config:
             model_type = "rt_detr"
 
     with pytest.raises(ModelError, match="rt_detr"):

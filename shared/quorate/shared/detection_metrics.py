@@ -8,7 +8,8 @@ Such outcomes add up, and precision and recall over any set of sites follow from
 
 Equal scores: COCOeval takes detections of one score in the order of the images, which no server knows. Here
 the false ones come first, so that the figure does not depend on an order and is the lowest that any order
-gives. It differs from COCOeval only where a right and a wrong detection of one class share a score to 1/10000.
+gives. It differs from COCOeval's only where a right and a wrong detection of one class share
+a score, to 1/10000.
 
 Source: Lin et al. 2014, arXiv:1405.0312; pycocotools 2.0, `cocoeval.py`.
 """

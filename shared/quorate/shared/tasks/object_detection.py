@@ -53,7 +53,7 @@ class ObjectDetection(Task):
     max_detections: int = Field(100, ge=1, le=1000)
     """Most detections of an image that are measured, the best scores first; COCO's measure has 100."""
     score_threshold: float = Field(0.0, ge=0, lt=1)
-    """Detections below this score are not measured; above 0, evaluations are smaller and mAP a little lower."""
+    """Detections below this score are not measured: evaluations get smaller, and mAP a little lower."""
     shown_threshold: float = Field(0.5, ge=0, le=1)
     """Lowest score of a detection that predictions name and pictures show."""
     augmentation: Augmentation = Augmentation(padding_mode="zeros")

@@ -19,6 +19,7 @@ from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
 from quorate.simulations.references import POOL, pool, run_references
+from quorate.simulations.samples import check_samples, write_samples
 
 
 def simulate(
@@ -27,6 +28,7 @@ def simulate(
     output_dir: Path,
     *,
     resume: bool = False,
+    samples: int = 0,
     trackers: Sequence[Tracker] = (),
     on_step: OnStep = ignore_step,
 ) -> Summary:
@@ -36,6 +38,7 @@ def simulate(
         config: the run.
         rows: site name -> split -> rows.
         output_dir: a new folder, or with `resume` one that holds this run.
+        samples: test images that the report shows, where the task has pictures.
         trackers: told of phases, rounds and the end.
         on_step: told of every optimiser step.
     Returns: the summary.
@@ -47,6 +50,7 @@ def simulate(
             f"federation.quorum: {config.federation.quorum} is above the number of sites ({len(rows)}: "
             f"{', '.join(rows)}); lower it to at most {len(rows)}."
         )
+    check_samples(config, samples)
     pooled = {POOL: pool(rows)} if "centralised" in config.evaluation.references else {}
     site = Site({**rows, **pooled}, on_step=on_step)
     config = site.prepare(config)
@@ -58,6 +62,8 @@ def simulate(
     if config.evaluation.references and result.stopped is None:
         references, gains = run_references(run, rows, site, result.members.initial, outcomes)
     summary = write_outputs(run, result, final, best, references=references, worth=gains)
+    if samples and result.progress is not None:
+        write_samples(config, rows, output_dir, samples)
     if result.stopped is not None:
         raise result.stopped
     return summary

@@ -123,6 +123,19 @@ def _adapter_folder(folder: Path) -> Path:
     )
 
 
+def _objects(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return a row per object found, for the table; an image without one keeps a row."""
+    return [
+        {
+            name: f"{row[name]}: {', '.join(f'{figure:.0f}' for figure in each['box'])}",
+            "label": each["label"],
+            "scores": {each["label"]: each["score"]},
+        }
+        for row in rows
+        for each in row["objects"]
+    ] + [{name: row[name], "labels": [], "scores": {}} for row in rows if not row["objects"]]
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
@@ -131,6 +144,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from quorate.deploy.terminal import stdout_console
 
     name = next(iter(rows[0]))
+    if "objects" in rows[0]:
+        rows = _objects(rows, name)
     numbers = "value" in rows[0]
     table = Table(*(("value",) if numbers else ("label", "probability")), name, box=SIMPLE)
     for row in rows:

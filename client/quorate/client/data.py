@@ -41,7 +41,8 @@ def load_splits(
         DataError: missing, empty or damaged data; a row that lacks a column, a text or a label.
     """
     mapper = RowMapper(source, task_columns, labels)
-    splits = {split: mapper.map(rows) for split, rows in read_source(source, base_dir).items()}
+    images = [source.columns.get(name, name) for name, kind in task_columns.items() if kind == "image"]
+    splits = {split: mapper.map(rows) for split, rows in read_source(source, base_dir, images).items()}
     return _fill_missing_splits(splits, source.split)
 
 

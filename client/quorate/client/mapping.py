@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quorate.client.objects import objects_of
 from quorate.client.readers import describe_columns
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import ConfigError, DataError
@@ -95,8 +96,12 @@ class RowMapper:
             )
         if kind == "number":
             return _as_number(value, where)
+        if kind == "image" and not isinstance(value, str | bytes):
+            raise DataError(f"{where} holds a {type(value).__name__}, not an image's path or bytes.")
         if kind in ("tokens", "tags"):
             return self._words(kind, value, where)
+        if kind == "objects":
+            return objects_of(value, self.labels.id, where)
         return value
 
     def _words(self, kind: Kind, value: Any, where: str) -> list[Any]:

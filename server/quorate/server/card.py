@@ -17,6 +17,7 @@ from quorate.shared.sources import is_hub_id
 _HUB_TASKS = {
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
+    "image_classification": "image-classification",
 }
 """Task -> what model hubs call it."""
 _HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}
@@ -140,7 +141,9 @@ def _loading(run: RunConfig) -> Mapping[str, Any]:
     model = run.model.model_name_or_path
     on_hub = is_hub_id(model)
     revision = run.model.revision if on_hub else None
-    arguments = {"revision": revision} if revision else {}
+    arguments: dict[str, Any] = {"revision": revision} if revision else {}
+    if run.task.processor_class == "AutoImageProcessor":
+        arguments["ignore_mismatched_sizes"] = True  # the checkpoint's own head gives way
     # Python literals: quoted by repr, so that no label can end the line or the code block.
     keywords = "".join(
         f",\n    {name}={pprint.pformat(value, width=90, sort_dicts=False, compact=True)}"

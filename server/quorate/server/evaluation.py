@@ -56,7 +56,7 @@ def summarise(
 def resample(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str) -> dict[str, list[float]]:
     """Return each scalar metric over `samples` bootstrap resamples of the rows."""
     draws: dict[str, list[float]] = {}
-    if not outcomes.units:  # a task that says sums alone
+    if not (outcomes.units and task.resamples):  # a task that says sums alone, or boxes of one image apart
         return draws
     generator = rng(seed, "bootstrap", name)
     for _ in range(samples):

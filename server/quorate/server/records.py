@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 from quorate.shared.messages import SiteDescription
 from quorate.shared.tasks.base import Metrics
@@ -128,6 +128,36 @@ class Worth(Record):
     interval: tuple[Figure, Figure] | None = None
     """95 % interval of the gain, from resampling the site's test rows of both independently (so it is on the
     wide side: the same rows were scored twice)."""
+
+
+class SampleObject(Record):
+    """One box of a sample image."""
+
+    label: str
+    """Its label."""
+    box: tuple[float, float, float, float]
+    """x, y, width, height [pixels of the image]."""
+    score: float | None = None
+    """The model's, of a box it found."""
+
+
+class Sample(Record):
+    """A test image with its boxes, true and found; written by simulations alone."""
+
+    file: Annotated[str, StringConstraints(pattern=r"^[0-9]+\.png$")]
+    """The image, beside this record."""
+    site: str
+    """Whose image it is."""
+    width: int
+    """Width [pixels]."""
+    height: int
+    """Height [pixels]."""
+    true: tuple[SampleObject, ...]
+    """The boxes of the data."""
+    found: tuple[SampleObject, ...]
+    """What the best round's model finds."""
+    threshold: float
+    """Lowest score of what is counted as found."""
 
 
 class Summary(Record):

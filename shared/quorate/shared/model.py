@@ -7,6 +7,7 @@ the run's seed, so every site that holds the same base builds the same start wit
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -214,6 +215,13 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
             f"Layers that can be adapted: {_endings(able)}; name some of them."
         ) from error
     modules = dict(peft.named_modules())
+    for name, module in modules.items():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if isinstance(layer, nn.Conv2d) and max(layer.dilation) > 1:
+            raise ModelError(
+                f"{name} is a dilated convolution, for which PEFT's LoRA has no factors of the right shape; "
+                "leave it out of adapter.target_modules."
+            )
     for name, parameter in peft.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         if (
@@ -328,6 +336,7 @@ def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
             local_files_only=True,
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
+            **task.kwargs_for(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
         )
     except Exception as error:  # whatever transformers stumbles over in files that it does not expect
         raise ModelError(

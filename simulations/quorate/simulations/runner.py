@@ -20,6 +20,7 @@ from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
 from quorate.simulations.references import POOL, pool, run_references
+from quorate.simulations.samples import check_samples, write_samples
 
 _T = TypeVar("_T")
 
@@ -30,6 +31,7 @@ def simulate(
     output_dir: Path,
     *,
     resume: bool = False,
+    samples: int = 0,
     trackers: Sequence[Tracker] = (),
     on_step: OnStep = ignore_step,
 ) -> Summary:
@@ -39,6 +41,7 @@ def simulate(
         config: the run.
         rows: site name -> split -> rows.
         output_dir: a new folder, or with `resume` one that holds this run.
+        samples: test images that the report shows, where the task has pictures.
         trackers: told of phases, rounds and the end.
         on_step: told of every optimiser step.
     Returns: the summary.
@@ -50,6 +53,7 @@ def simulate(
             f"federation.quorum: {config.federation.quorum} is above the number of sites ({len(rows)}: "
             f"{', '.join(rows)}); lower it to at most {len(rows)}."
         )
+    check_samples(config, samples)
     pooled = {POOL: pool(rows)} if "centralised" in config.evaluation.references else {}
     site = Site({**rows, **pooled}, on_step=on_step)
     config = site.prepare(config)
@@ -67,6 +71,8 @@ def simulate(
     summary = _all_the_same(
         result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
     )
+    if samples and result.progress is not None and result.stopped is None:
+        write_samples(config, rows, output_dir, samples)
     if result.stopped is not None:
         raise result.stopped
     return summary

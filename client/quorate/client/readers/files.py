@@ -76,6 +76,11 @@ def read_folder(folder: Path) -> dict[Split, list[Row]]:
     return {split: read_file(chosen[split]) for split in SPLIT_NAMES if split in chosen}
 
 
+def has_table(folder: Path) -> bool:
+    """Whether the folder has a file of training rows, as `read_folder` reads them."""
+    return any(p.suffix.lower() in SUFFIXES and split_of(p.stem) == "train" for p in folder.iterdir())
+
+
 def split_of(name: str) -> Split | None:
     """Return the split that a file or hub split of this name is, if any."""
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)

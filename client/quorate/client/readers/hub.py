@@ -44,6 +44,9 @@ def read_hub(repo_id: str, revision: str | None) -> dict[Split, list[Row]]:
     splits: dict[Split, list[Row]] = {}
     for name, table in loaded.items():
         if (split := split_of(name)) is not None:
+            for column, feature in table.features.items():
+                if isinstance(feature, library.Image):  # as files have it: opened later, by the task
+                    table = table.cast_column(column, library.Image(decode=False))
             splits[split] = list(_rows(table, table.features, f"{origin}/{name}"))
             if not splits[split]:
                 raise DataError(f"{origin}/{name} is empty: it holds no row.")

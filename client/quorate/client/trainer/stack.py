@@ -84,6 +84,11 @@ class StackedConv2d(Stacked):
 
     def __init__(self, conv: nn.Conv2d, layout: Layout) -> None:
         super().__init__(layout)
+        if type(conv) is not nn.Conv2d:
+            raise AdapterError(
+                f"a {type(conv).__name__} cannot be trained for several sites at once: it may compute other "
+                "things than a convolution; leave it out of adapter.target_modules."
+            )
         if conv.padding_mode != "zeros":
             raise AdapterError(f"convolutions with padding_mode {conv.padding_mode!r} cannot be trained.")
         self.weight = nn.Parameter(conv.weight.detach()[None].clone())

@@ -60,7 +60,15 @@ def simulate(
     tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
     trackers = [tracker, *configured_trackers(config)]
     try:
-        run_simulation(config, rows, output_dir, resume=resume, trackers=trackers, on_step=tracker.step)
+        run_simulation(
+            config,
+            rows,
+            output_dir,
+            resume=resume,
+            samples=sites_config.samples,
+            trackers=trackers,
+            on_step=tracker.step,
+        )
     finally:
         # A run that is interrupted or loses its quorum has a summary too, of the rounds it finished.
         tracker.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from quorate.server.report.comparison import worth_section
 from quorate.server.report.cost import cost_section
 from quorate.server.report.files import RunFiles
+from quorate.server.report.finds import finds_section
 from quorate.server.report.headline import headline
 from quorate.server.report.learning import data_section, learning_section
 from quorate.server.report.origin import limits_section, origin_section
@@ -25,6 +26,7 @@ _SECTIONS = (
     worth_section,
     learning_section,
     quality_section,
+    finds_section,
     data_section,
     participation_section,
     cost_section,
@@ -68,7 +70,7 @@ def render(files: RunFiles) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [make(files) for make in _SECTIONS]
+    sections = [section for make in _SECTIONS if (section := make(files)).blocks]
     return environment.get_template("report.html.j2").render(
         name=files.config.name, headline=headline(files), sections=sections
     )

@@ -6,7 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-SHARES = frozenset({"accuracy", "macro_f1", "micro_f1", "exact_match", "precision", "recall", "f1"})
+SHARES = frozenset(
+    {
+        "accuracy",
+        "macro_f1",
+        "micro_f1",
+        "exact_match",
+        "precision",
+        "recall",
+        "f1",
+        "map",
+        "map_50",
+        "map_75",
+        "ap",
+        "ap50",
+    }
+)
 """Metrics between 0 and 1, shown in %."""
 
 _NAMES = {
@@ -17,6 +32,9 @@ _NAMES = {
     "precision": "Precision",
     "recall": "Recall",
     "f1": "F1",
+    "map": "mAP",
+    "map_50": "mAP at overlap 0.5",
+    "map_75": "mAP at overlap 0.75",
     "loss": "Loss",
     "support": "Rows",
 }
@@ -29,6 +47,8 @@ _MEANINGS = {
     "macro_f1": "F1 (balance of false alarms and misses) averaged over classes, rare ones counting as much "
     "as common ones",
     "micro_f1": "F1 (balance of false alarms and misses) over all labels of all rows together",
+    "map": "COCO's mean average precision: boxes found, told apart and placed, over labels and over overlaps "
+    "of 0.5 to 0.95",
     "loss": "how surprised the model is by the right answer; lower is better",
 }
 

@@ -7,16 +7,34 @@ from typing import Annotated
 from pydantic import Field
 
 from quorate.shared.tasks.base import Task
+from quorate.shared.tasks.image_classification import ImageClassification, ImageRegression
+from quorate.shared.tasks.object_detection import ObjectDetection
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
 from quorate.shared.tasks.token_classification import TokenClassification
 
 TaskConfig = Annotated[
-    SequenceClassification | SequenceRegression | TokenClassification, Field(discriminator="name")
+    SequenceClassification
+    | SequenceRegression
+    | TokenClassification
+    | ImageClassification
+    | ImageRegression
+    | ObjectDetection,
+    Field(discriminator="name"),
 ]
-TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression, TokenClassification)
+TASKS: tuple[type[Task], ...] = (
+    SequenceClassification,
+    SequenceRegression,
+    TokenClassification,
+    ImageClassification,
+    ImageRegression,
+    ObjectDetection,
+)
 
 __all__ = [
     "TASKS",
+    "ImageClassification",
+    "ImageRegression",
+    "ObjectDetection",
     "SequenceClassification",
     "SequenceRegression",
     "Task",

@@ -92,6 +92,8 @@ class Task(ConfigModel, ABC):
     """Metric that picks the best round."""
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     """Metrics of which a smaller value is the better one."""
+    resamples: ClassVar[bool] = True
+    """Whether outcomes may be resampled one by one for an interval; not where several come from one row."""
     peft_task_type: ClassVar[str | None]
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head; None for models that PEFT has
     no type for, whose head is named by `head_modules`."""
@@ -121,6 +123,10 @@ class Task(ConfigModel, ABC):
     @abstractmethod
     def model_kwargs(self) -> dict[str, Any]:
         """Return keyword arguments for `from_pretrained` (number and names of labels, ...)."""
+
+    def kwargs_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further keyword arguments for `from_pretrained` that the model's `config.json` calls for."""
+        return {}
 
     def default_targets(self, base: nn.Module) -> tuple[str, ...] | str | None:
         """Return the layers that are adapted unless the run names some; None leaves it to PEFT."""

@@ -118,6 +118,11 @@ class EvaluationConfig(ConfigModel):
     """Evaluate on validation rows every so many rounds (and always after the last)."""
     metric_for_best_model: str | None = None
     """Pooled validation metric that picks the best round; the task's own when left out."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluated rounds in a row without an improvement of that metric; the schedule of
+    the learning rate stays that of all rounds, and reference runs keep all of them."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """How much the metric must improve on the best round so far to count as an improvement."""
     references: tuple[Literal["local_only", "centralised"], ...] = ()
     """Reference runs: each site alone, and all rows in one place, both with the same budget of steps."""
     bootstrap_samples: int = Field(1000, ge=0)

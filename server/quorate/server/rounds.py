@@ -25,6 +25,7 @@ from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
 from quorate.shared.messages import Phase, RequestHeader, RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.seeds import rng
+from quorate.shared.selection import downloaded, upload_schema
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def evaluate_at_sites(
     answers = Answers(
         members.by_node, len(members.nodes), federation.timeout_seconds, federation.grace_seconds
     )
-    arrays = run.config.aggregation.download(state, round)
+    arrays = downloaded(run.config, state, round)
     asked = {
         node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
     }
@@ -210,11 +211,11 @@ def _trained(
     books: _Books,
 ) -> Iterator[tuple[str, Update]]:
     """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
-    federation, rule = run.config.federation, run.config.aggregation
+    federation = run.config.federation
     answers = Answers(
         members.by_node, federation.quorum, federation.timeout_seconds, federation.grace_seconds
     )
-    schema = rule.upload_schema(members.initial.schema, round)
+    schema = upload_schema(run.config, members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
         update.arrays.check_schema(schema)
@@ -222,7 +223,7 @@ def _trained(
         check_trained(update, schema, norm, federation.max_update_norm)
         books.norms[update.header.site] = norm
 
-    arrays = rule.download(state, round)
+    arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
     yield from answers.ask(grid, asked, check)
     books.take(answers)

@@ -25,6 +25,7 @@ from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, Quo
 from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
+from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Site:
         resident = self._load(run)
         pinned = run.model.model_copy(update={"sha256": resident.model.sha256})
         resident.run = run.model_copy(update={"model": pinned})
+        check_patterns(run, resident.model.initial)
         for site in self._rows:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
@@ -162,6 +164,7 @@ class Site:
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
+        check_patterns(resident.run, resident.model.initial)
         rows = {
             split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")
         }
@@ -202,7 +205,7 @@ class Site:
             )
             for request, state in zip(requests, states, strict=True)
         ]
-        trainable = run.aggregation.trainable(resident.model.initial, round)
+        trainable = moving(run, resident.model.initial, round)
         fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = (time.monotonic() - started) / len(requests)
         return [
@@ -222,7 +225,7 @@ class Site:
         if not all(map(math.isfinite, done.metrics.values())):
             # Only this site's answer: those it was stacked with never saw its numbers.
             return _failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
-        arrays = run.aggregation.upload(done.adapter, state, request.header.round)
+        arrays = uploaded(run, done.adapter, state, request.header.round)
         return Update.reply(
             request,
             arrays,

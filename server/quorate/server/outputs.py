@@ -152,7 +152,7 @@ def _summary(
         run_id=run.run_id,
         status=result.status,
         rounds=result.progress.round if result.progress else 0,
-        stopped=str(result.stopped) if isinstance(result.stopped, QuorumNotMet) else None,
+        stopped=str(result.stopped) if isinstance(result.stopped, QuorumNotMet) else result.early,
         metric=run.metric,
         seed=run.config.seed,
         config_hash=run.config.content_hash,

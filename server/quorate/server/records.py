@@ -60,6 +60,8 @@ class RoundRecord(Record):
     """Wall time of each step of the round: cohort, train, check, aggregate, evaluate, checkpoint."""
     state_hash: str
     """Content hash of the global state after the round."""
+    early_stop: str | None = None
+    """Why no round followed though the run asks for more, in words: early stopping."""
 
 
 class Evaluation(Record):
@@ -178,7 +180,8 @@ class Summary(Record):
     config_hash: str
     """SHA-256 of the resolved run configuration."""
     stopped: str | None = None
-    """What ended the run early, in words (status `quorum-not-met`): sites and reasons, never text of data."""
+    """What ended the run before its last round, in words: early stopping (status `done`), or sites and
+    reasons (status `quorum-not-met`), never text of data."""
     final: Measured | None = None
     """The model after the last round."""
     best: Measured | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
@@ -112,22 +113,7 @@ def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site
         total_steps=run.federation.rounds * plan.steps_per_round,
         generator=generator,
         parameters=parameters,
-        optimizer=make_optimizer(run.training, list(parameters.values())),
-    )
-
-
-def make_optimizer(training: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the configured optimiser over one site's parameters."""
-    if training.optim == "sgd":
-        return torch.optim.SGD(
-            parameters, training.learning_rate, training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(
-        parameters,
-        training.learning_rate,
-        (training.adam_beta1, training.adam_beta2),
-        training.adam_epsilon,
-        training.weight_decay,
+        optimizer=make_optimizer(run.training, parameters, stack.arrays),
     )
 
 
@@ -221,8 +207,7 @@ def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, posi
     member.norm_sum += float(norm)
     factor = lr_factor(training, member.first_step + step, member.total_steps)
     member.learning_rate = training.learning_rate * factor
-    for group in member.optimizer.param_groups:
-        group["lr"] = member.learning_rate
+    set_learning_rate(member.optimizer, member.learning_rate)
     member.optimizer.step()
 
 

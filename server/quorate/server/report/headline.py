@@ -204,6 +204,8 @@ def _warnings(files: RunFiles) -> list[str]:
             f"The run stopped after {done} of {asked} rounds for want of a quorum: "
             + (summary.stopped or "--resume continues it once enough sites can take part.")
         )
+    elif summary.stopped:
+        found.append(f"{summary.stopped[0].upper()}{summary.stopped[1:]} (early stopping).")
     if result and result.split != "test":
         found.append(
             f"No figures on test rows: these are on {result.split} rows, on which the best round was also "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
@@ -17,6 +17,20 @@ from quorate.shared.tasks import TaskConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
+
+
+def _is_regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is neither the ending of a name nor a regular expression: {error}"
+        ) from error
+    return pattern
+
+
+Pattern = Annotated[str, StringConstraints(min_length=1), AfterValidator(_is_regular)]
+"""Names arrays of the adapter, see `quorate.shared.selection`."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -92,6 +106,16 @@ class TrainingConfig(ConfigModel):
     """Decoupled weight decay (AdamW) or L2 term (SGD)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped."""
+    freeze: tuple[Pattern, ...] = ()
+    """Adapter arrays, or modules with adapters, that stay at their start and never travel: endings of names
+    (`query`, `classifier`, `lora_A`), or regular expressions that match a whole name."""
+    freeze_layers: int = Field(0, ge=0)
+    """Adapters of the first so many layers of the base model stay at their start; found as by PEFT's
+    layers_to_transform."""
+    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = {}
+    """Pattern, as in `freeze` -> factor on the learning rate; factors of several are multiplied."""
+    layer_lr_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate per layer below the last one: lower layers learn more slowly."""
     per_device_train_batch_size: int = Field(16, ge=1)
     """Rows of one site in one forward pass."""
     per_device_eval_batch_size: int = Field(32, ge=1)
@@ -134,6 +158,11 @@ class EvaluationConfig(ConfigModel):
     """Evaluate on validation rows every so many rounds (and always after the last)."""
     metric_for_best_model: str | None = None
     """Pooled validation metric that picks the best round; the task's own when left out."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluated rounds in a row without an improvement of that metric; the schedule of
+    the learning rate stays that of all rounds, and reference runs keep all of them."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """How much the metric must improve on the best round so far to count as an improvement."""
     references: tuple[Literal["local_only", "centralised"], ...] = ()
     """Reference runs: each site alone, and all rows in one place, both with the same budget of steps."""
     bootstrap_samples: int = Field(1000, ge=0)

@@ -18,6 +18,7 @@ import typer
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
+from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
 from quorate.deploy.commands.simulate import simulate
 from quorate.deploy.commands.validate import validate
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (simulate, validate, schema, report, compare, predict):
+for command in (simulate, validate, schema, report, compare, predict, rerun):
     app.command()(command)
 
 

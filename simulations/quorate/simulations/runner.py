@@ -18,6 +18,7 @@ from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
+from quorate.simulations.origin import Origin
 from quorate.simulations.references import POOL, pool, run_references
 
 
@@ -29,6 +30,7 @@ def simulate(
     resume: bool = False,
     trackers: Sequence[Tracker] = (),
     on_step: OnStep = ignore_step,
+    origin: Origin | None = None,
 ) -> Summary:
     """Run `config` with these sites and write everything to `output_dir`.
 
@@ -38,6 +40,7 @@ def simulate(
         output_dir: a new folder, or with `resume` one that holds this run.
         trackers: told of phases, rounds and the end.
         on_step: told of every optimiser step.
+        origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
     Raises: BadInput: before anything is trained, where something cannot work. QuorumNotMet,
         KeyboardInterrupt: after writing what finished rounds gave.
@@ -51,6 +54,8 @@ def simulate(
     site = Site({**rows, **pooled}, on_step=on_step)
     config = site.prepare(config)
     run = Run.open(config, output_dir, resume=resume, trackers=trackers)
+    if origin is not None:
+        origin.keep(output_dir)
     grid = InProcessGrid(site, list(rows))
     result = _serve(grid, run)
     final, best, outcomes = measure(grid, run, result)

@@ -21,6 +21,7 @@ from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
 from quorate.deploy.commands.simulate import simulate
+from quorate.deploy.commands.tune import tune
 from quorate.deploy.commands.validate import validate
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import DONE, INTERRUPTED, report_failure
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
     app.command()(command)
 
 

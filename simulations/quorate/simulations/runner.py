@@ -57,7 +57,7 @@ def simulate(
     if origin is not None:
         origin.keep(output_dir)
     grid = InProcessGrid(site, list(rows))
-    result = _serve(grid, run)
+    result = serve(grid, run)
     final, best, outcomes = measure(grid, run, result)
     references, gains = None, None
     if config.evaluation.references and result.stopped is None:
@@ -68,7 +68,7 @@ def simulate(
     return summary
 
 
-def _serve(grid: Grid, run: Run) -> Result:
+def serve(grid: Grid, run: Run) -> Result:
     """Run the rounds inside a Flower ServerApp, as a SuperLink would."""
     app = ServerApp()
     results: list[Result] = []

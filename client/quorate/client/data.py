@@ -42,7 +42,7 @@ def load_splits(
     """
     mapper = RowMapper(source, task_columns, labels)
     splits = {split: mapper.map(rows) for split, rows in read_source(source, base_dir).items()}
-    return _fill_missing_splits(splits, source.split)
+    return fill_missing_splits(splits, source.split)
 
 
 def stratum(row: Row) -> str:
@@ -53,7 +53,7 @@ def stratum(row: Row) -> str:
     return str(label) if isinstance(label, int) else ""
 
 
-def _fill_missing_splits(
+def fill_missing_splits(
     splits: dict[Split, list[LoadedRow]], split: SplitConfig
 ) -> dict[Split, list[LoadedRow]]:
     """Take the splits that have no file of their own from the training rows."""

@@ -16,6 +16,7 @@ import click
 import typer
 
 from quorate.deploy.commands.compare import compare
+from quorate.deploy.commands.data import data
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
     app.command()(command)
+app.add_typer(data)
 
 
 def _print_version(asked: bool) -> None:

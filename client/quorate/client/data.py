@@ -41,9 +41,14 @@ def load_splits(
         DataError: missing, empty or damaged data; a row that lacks a column, a text or a label.
     """
     mapper = RowMapper(source, task_columns, labels)
-    images = [source.columns.get(name, name) for name, kind in task_columns.items() if kind == "image"]
+    images = image_columns(source, task_columns)
     splits = {split: mapper.map(rows) for split, rows in read_source(source, base_dir, images).items()}
-    return _fill_missing_splits(splits, source.split)
+    return fill_missing_splits(splits, source.split)
+
+
+def image_columns(source: SourceConfig, task_columns: Mapping[str, Kind]) -> list[str]:
+    """Return the columns of the data that hold images."""
+    return [source.columns.get(name, name) for name, kind in task_columns.items() if kind == "image"]
 
 
 def stratum(row: Row) -> str:
@@ -54,7 +59,7 @@ def stratum(row: Row) -> str:
     return str(label) if isinstance(label, int) else ""
 
 
-def _fill_missing_splits(
+def fill_missing_splits(
     splits: dict[Split, list[LoadedRow]], split: SplitConfig
 ) -> dict[Split, list[LoadedRow]]:
     """Take the splits that have no file of their own from the training rows."""

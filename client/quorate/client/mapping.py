@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quorate.client.objects import objects_of
-from quorate.client.readers import describe_columns
+from quorate.client.readers import Refuse, describe_columns, stop
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.tasks.base import Kind, Row
@@ -44,10 +44,13 @@ class RowMapper:
         self.kinds = kinds
         self.labels = _Labels(source.labels, labels)
 
-    def map(self, rows: Sequence[Row]) -> list[LoadedRow]:
+    def map(self, rows: Sequence[Row], refuse: Refuse = stop) -> list[LoadedRow]:
         """Map the rows of one split.
 
-        Raises: DataError: a column that no row has, or a row that lacks something.
+        Args:
+            rows: as read.
+            refuse: told of every row that lacks something.
+        Raises: DataError: a column that no row has.
         """
         known = dict.fromkeys(name for row in rows for name in row.values)
         needed = [*self.columns.values(), *(self.template.columns if self.template else ())]
@@ -57,7 +60,13 @@ class RowMapper:
                     f"{rows[0].source}: column {column!r} is missing here and in every other row; the data "
                     f"have: {describe_columns(known)}. Map it with `columns`, or correct the template."
                 )
-        return [self._row(row) for row in rows]
+        mapped: list[LoadedRow] = []
+        for row in rows:
+            try:
+                mapped.append(self._row(row))
+            except DataError as error:
+                refuse(error)
+        return mapped
 
     def _row(self, row: Row) -> LoadedRow:
         values: dict[str, Any] = {}

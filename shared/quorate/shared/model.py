@@ -168,6 +168,14 @@ def load_base(run: RunConfig) -> Base:
     return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
 
 
+def load_tokenizer(run: RunConfig) -> Any:
+    """Return the processor of the run's base model alone, without its weights.
+
+    Raises: ModelError: there is no model, or it has none.
+    """
+    return _load_auto_processor(resolve_model(run.model.model_name_or_path, run.model.revision), run)
+
+
 def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
     """Load the run's base model and put a freshly seeded adapter on it.
 
@@ -350,12 +358,16 @@ def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
 
 
 def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
+    processor = _load_auto_processor(folder, run)
+    return run.task.prepare_processor(processor, base, run.model.pad_token, str(folder))
+
+
+def _load_auto_processor(folder: Path, run: RunConfig) -> Any:
     auto = getattr(transformers, run.task.processor_class)
     try:
-        processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above
         kind = _PROCESSORS.get(run.task.processor_class, "processor")
         raise ModelError(
             f"{folder} has no usable {kind}: {in_brief(error)}; get the {kind}'s files again."
         ) from error
-    return run.task.prepare_processor(processor, base, run.model.pad_token, str(folder))

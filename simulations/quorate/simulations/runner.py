@@ -19,6 +19,7 @@ from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
+from quorate.simulations.origin import Origin
 from quorate.simulations.references import POOL, pool, run_references
 from quorate.simulations.samples import check_samples, write_samples
 
@@ -34,6 +35,7 @@ def simulate(
     samples: int = 0,
     trackers: Sequence[Tracker] = (),
     on_step: OnStep = ignore_step,
+    origin: Origin | None = None,
 ) -> Summary:
     """Run `config` with these sites and write everything to `output_dir`.
 
@@ -44,6 +46,7 @@ def simulate(
         samples: test images that the report shows, where the task has pictures.
         trackers: told of phases, rounds and the end.
         on_step: told of every optimiser step.
+        origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
     Raises: BadInput: before anything is trained, where something cannot work. QuorumNotMet,
         KeyboardInterrupt: after writing what finished rounds gave.
@@ -58,8 +61,10 @@ def simulate(
     site = Site({**rows, **pooled}, on_step=on_step)
     config = site.prepare(config)
     run = Run.open(config, output_dir, resume=resume, trackers=trackers)
+    if origin is not None:
+        origin.keep(output_dir)
     grid = InProcessGrid(site, list(rows))
-    result = _serve(grid, run)
+    result = serve(grid, run)
 
     def compare() -> tuple[References | None, dict[str, Worth]]:
         if not config.evaluation.references or result.stopped is not None:
@@ -92,7 +97,7 @@ def _all_the_same(result: Result, work: Callable[[], _T]) -> _T:
         return work()
 
 
-def _serve(grid: Grid, run: Run) -> Result:
+def serve(grid: Grid, run: Run) -> Result:
     """Run the rounds inside a Flower ServerApp, as a SuperLink would."""
     app = ServerApp()
     results: list[Result] = []

@@ -30,7 +30,7 @@ def finds_section(files: RunFiles) -> Section:
         return section
     first = files.samples[0]
     section.say(
-        f"The first test images of the site {first.site}, and what the model of the best round finds in them "
+        f"The first test images of the site {first.site}, and what the best round finds in them "
         f"with a score of at least {first.threshold:g}. Dashed: true boxes. Solid: found. A colour is a label."
     )
     section.say(

@@ -31,7 +31,8 @@ def finds_section(files: RunFiles) -> Section:
     first = files.samples[0]
     section.say(
         f"The first test images of the site {first.site}, and what the best round finds in them "
-        f"with a score of at least {first.threshold:g}. Dashed: true boxes. Solid: found. A colour is a label."
+        f"with a score of at least {first.threshold:g}. Dashed: true boxes. Solid: found. Each label has its "
+        "own colour."
     )
     section.say(
         "A simulation alone shows images, as it holds every site's. In production no image leaves its site, "

@@ -294,10 +294,14 @@ def test_byte_level_tokenizers_see_a_space_before_each_word() -> None:
     inside = tokenizer("x the liver")["input_ids"][1:]
     assert before != inside
     base = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
-    ready = task(max_length=64).prepare_processor(tokenizer, base, None, "bytes")
+    which = task(max_length=64)
+    ready = which.prepare_processor(tokenizer, base, None, "bytes")
     assert ready(words, is_split_into_words=True)["input_ids"] == inside
-    (example,) = task().encode([sentence(words, [0, 1])], ready)
-    assert example.target.places == (0, inside.index(inside[-1]))
+    (example,) = which.encode([sentence(words, [0, 1])], ready)
+    second = len(ready("the")["input_ids"])
+    assert example.target.places == (0, second)
+    texts = [Row({"text": text}, "text") for text in ("", "the liver")]
+    assert [each.target.places for each in which.encode(texts, ready, labelled=False)] == [(), (0, second)]
 
 
 def test_entities_are_learnt_and_predicted_end_to_end(

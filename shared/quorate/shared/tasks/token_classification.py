@@ -105,6 +105,7 @@ class TokenClassification(TextTask):
         if getattr(before, "add_prefix_space", True) is False:
             # Else a byte-level tokenizer cuts every word as if it stood at the start of a text.
             before.add_prefix_space = True
+        processor.truncation_side = "right"  # `places_of` takes what is cut off to be at the end
         return super().prepare_processor(processor, base, pad_token, name)
 
     def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:

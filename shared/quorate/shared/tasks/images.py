@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -75,7 +75,9 @@ class ImageTask(Task):
         return found
 
     def prepare_processor(self, processor: Any, base: Any, pad_token: str | None, name: str) -> Any:
-        """Check that the model takes images of this size."""
+        """Check that the model takes images of this size, and read a timm processor's figures."""
+        if hasattr(processor, "data_config"):
+            processor = TimmProcessor.of(processor.data_config)
         size = self.size(processor)
         try:
             with torch.inference_mode():
@@ -144,13 +146,39 @@ class ImageTask(Task):
         return Batch({"pixel_values": pixels}, targets, weights)
 
 
+@dataclass(frozen=True)
+class TimmProcessor:
+    """What timm's image processor says, in the names that those of transformers have."""
+
+    size: Mapping[str, int]
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    resample: str
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> TimmProcessor:
+        """Read timm's `data_config`."""
+        _, height, width = data["input_size"]
+        return cls({"height": height, "width": width}, data["mean"], data["std"], data["interpolation"])
+
+
 def head_of(base: nn.Module) -> tuple[str, ...]:
-    """Return the linear layers and convolutions of a transformers model that lie behind its backbone."""
+    """Return the linear layers and convolutions of a transformers model that lie behind its backbone.
+
+    A timm model inside transformers is all backbone; it names its classifier itself.
+    """
     backbone = getattr(base, "base_model_prefix", "")
+    inner = getattr(base, backbone, None)
+    named = (
+        inner.get_classifier() if isinstance(inner, nn.Module) and hasattr(inner, "get_classifier") else ()
+    )
+    classifiers = named if isinstance(named, tuple) else (named,)
     return tuple(
         name
         for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name.partition(".")[0] != backbone
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and (name.partition(".")[0] != backbone or any(layer is each for each in classifiers))
     )
 
 
@@ -171,12 +199,16 @@ def to_array(image: Image, size: int, resize: Resize, resample: Any = None) -> n
         image: of any size.
         size: side [pixels].
         resize: see ImageTask.
-        resample: Pillow's number of the filter, as image processors have it; bilinear when left out.
+        resample: Pillow's number or name of the filter, as image processors have it; bilinear when left out.
     """
     from PIL import Image as pillow
     from PIL import ImageOps
 
-    method = pillow.Resampling.BILINEAR if resample is None else pillow.Resampling(resample)
+    filters = pillow.Resampling
+    if isinstance(resample, str):
+        method = filters[resample.upper()]
+    else:
+        method = filters.BILINEAR if resample is None else filters(resample)
     square = (size, size)
     if resize == "crop":
         image = ImageOps.fit(image, square, method)

@@ -451,3 +451,27 @@ def test_detr_is_of_the_same_family(tmp_path: Path) -> None:
     fitted = fit(model, stack, run, 1, [site], frozenset(model.initial), ignore_step)[0]
     assert fitted.adapter.minus(model.initial).l2_norm > 0
     assert evaluate(model, stack, run, fitted.adapter, examples).rows == 4
+
+
+@pytest.mark.slow
+def test_a_simulation_shows_what_is_found_where_it_is_asked_to(make_run_of: Any, tmp_path: Path) -> None:
+    from quorate.server.records import Sample
+    from quorate.simulations.runner import simulate
+
+    rows = {
+        name: {split: make_rows(tmp_path / "images", 6, seed) for split in ("train", "validation", "test")}
+        for seed, name in enumerate(("a", "b"))
+    }
+    run = make_run_of(shown_threshold=0.0)
+    summary = simulate(run, rows, tmp_path / "out", samples=2)
+    assert summary.best is not None and summary.best.test is not None
+    assert summary.best.test.intervals == {"pooled": {}, "sites": {"a": {}, "b": {}}}
+    lines = (tmp_path / "out/samples/samples.jsonl").read_text().splitlines()
+    shown = [Sample.model_validate_json(line) for line in lines]
+    assert [len(each.true) for each in shown] == [0, 1] and all(len(each.found) == 7 for each in shown)
+    x, y, width, height = shown[1].true[0].box
+    picture = np.asarray(Image.open(tmp_path / "out/samples/2.png"))
+    inside = picture[int(y) : int(y + height), int(x) : int(x + width)]
+    assert inside.max(axis=2).min() == 255 and picture.max(axis=2).sum() == inside.max(axis=2).sum()
+    text = (tmp_path / "out/report.html").read_text()
+    assert "What it finds" in text and "AP at overlap 0.5" in text

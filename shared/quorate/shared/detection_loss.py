@@ -54,7 +54,7 @@ def hungarian_loss(found: Detections, targets: Sequence[Mapping[str, Tensor]], c
 
     labels = found.logits.shape[-1] - 1
     matcher = HungarianMatcher(costs.class_cost, costs.bbox_cost, costs.giou_cost)
-    criterion = ImageLoss(matcher, labels, costs.eos_coefficient, ["labels", "boxes"])
+    criterion = ImageLoss(matcher, labels, costs.eos_coefficient, ["labels", "boxes"])  # type: ignore[no-untyped-call]
     criterion.to(found.logits.device)
     each = zip(found.logits.float(), found.boxes.float(), targets, strict=True)
     return torch.stack([_of_image(criterion, costs, *image) for image in each])

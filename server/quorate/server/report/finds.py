@@ -30,9 +30,8 @@ def finds_section(files: RunFiles) -> Section:
         return section
     first = files.samples[0]
     section.say(
-        f"The first test images of the site {first.site}, and what the best round finds in them "
-        f"with a score of at least {first.threshold:g}. Dashed: true boxes. Solid: found. Each label has its "
-        "own colour."
+        f"The first test images of {first.site}, and what the model of the best round finds in them with "
+        f"a score of at least {first.threshold:g}. Dashed: true boxes. Solid: found. One colour a label."
     )
     section.say(
         "A simulation alone shows images, as it holds every site's. In production no image leaves its site, "

@@ -94,6 +94,8 @@ class Task(ConfigModel, ABC):
     """Metrics of which a smaller value is the better one."""
     resamples: ClassVar[bool] = True
     """Whether outcomes may be resampled one by one for an interval; not where several come from one row."""
+    counted: ClassVar[str] = "rows"
+    """What `label_counts` counts, as the report calls it."""
     peft_task_type: ClassVar[str | None]
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head; None for models that PEFT has
     no type for, whose head is named by `head_modules`."""

@@ -40,6 +40,7 @@ class ObjectDetection(Task):
 
     default_metric: ClassVar[str] = "map"
     resamples: ClassVar[bool] = False
+    counted: ClassVar[str] = "boxes"
     peft_task_type: ClassVar[str | None] = None
     auto_class: ClassVar[str] = "AutoModelForObjectDetection"
     processor_class: ClassVar[str] = "AutoImageProcessor"

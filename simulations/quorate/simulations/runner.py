@@ -47,8 +47,8 @@ def simulate(
             f"federation.quorum: {config.federation.quorum} is above the number of sites ({len(rows)}: "
             f"{', '.join(rows)}); lower it to at most {len(rows)}."
         )
-    pooled = {POOL: pool(rows)} if "centralised" in config.evaluation.references else {}
-    site = Site({**rows, **pooled}, on_step=on_step)
+    pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
+    site = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = site.prepare(config)
     run = Run.open(config, output_dir, resume=resume, trackers=trackers)
     grid = InProcessGrid(site, list(rows))

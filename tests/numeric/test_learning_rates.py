@@ -126,3 +126,65 @@ def test_weight_decay_shrinks_weights_and_not_biases(make_run: Any, make_sites: 
         # One step from the same gradient: decoupled decay takes exactly lr * decay * weight besides.
         expected = ends[0][name] - (0 if name.endswith("bias") else 1e-2 * start[name])
         np.testing.assert_allclose(ends[1][name], expected, atol=1e-6, err_msg=name)
+
+
+SIZES = {"a": 31, "b": 3, "c": 12, "d": 1}
+
+
+def theirs_adafactor(named: dict[str, Any]) -> torch.optim.Optimizer:
+    from transformers import Adafactor
+
+    weights = [p for name, p in named.items() if not name.endswith("bias")]
+    biases = [p for name, p in named.items() if name.endswith("bias")]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer = Adafactor(groups, lr=1e-2, scale_parameter=False, relative_step=False)
+    return optimizer
+
+
+def test_adafactor_is_that_of_transformers(make_run: Any, make_sites: Any, plain_peft_loop: Any) -> None:
+    run = make_run(training={"optim": "adafactor", "weight_decay": 0.1})
+    rows = make_sites(north=14)["north"]["train"]
+    start = noisy(load_model(run).initial, 0)
+    (ours,) = train(run, {"north": rows}, start)
+    assert difference(ours, plain_peft_loop(run, rows, start, 1, theirs_adafactor)) < TOLERANCE
+    (adamw,) = train(make_run(training={"weight_decay": 0.1}), {"north": rows}, start)
+    assert difference(ours, adamw) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optim": "adafactor"},
+        {"learning_rates": {"classifier": 0.1}, "layer_lr_decay": 0.5},
+        {"sampling": "balanced"},
+    ],
+    ids=["adafactor", "rates", "balanced"],
+)
+def test_stacked_sites_are_sites_alone(make_run: Any, make_sites: Any, training: Any) -> None:
+    """Adafactor factors a matrix's moments over rows and columns: over one site's matrix, not the stack."""
+    run = make_run(training={"max_steps": None, "num_train_epochs": 2, **training})
+    sites = {name: site["train"] for name, site in make_sites(**SIZES).items()}
+    start = noisy(load_model(run).initial, 0)
+    together = train(run, sites, start)
+    for (name, rows), stacked in zip(sites.items(), together, strict=True):
+        (alone,) = train(run, {name: rows}, start)
+        assert difference(stacked, alone) < TOLERANCE, name
+
+
+def test_8_bit_adamw_is_refused_without_cuda(make_run: Any) -> None:
+    run = make_run(training={"optim": "adamw_bnb_8bit"})
+    parameters = {"a": torch.nn.Parameter(torch.zeros(2))}
+    with pytest.raises(ConfigError, match="needs a CUDA device, but this site trains on cpu"):
+        make_optimizer(run.training, parameters)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_8_bit_adamw_moves_about_as_adamw_does(make_run: Any, make_sites: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    rows = make_sites(north=14)["north"]["train"]
+    start = noisy(load_model(make_run()).initial, 0)
+    eight, full = (
+        train(make_run(training={"optim": optim}), {"north": rows}, start)[0]
+        for optim in ("adamw_bnb_8bit", "adamw_torch")
+    )
+    assert difference(eight, start) > 1e-3 and difference(eight, full) < 1e-2

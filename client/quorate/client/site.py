@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -18,6 +18,8 @@ import torch
 
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
+from quorate.client.trainer.optimizers import check_optimizer
+from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
@@ -40,7 +42,7 @@ class _Resident:
     run: RunConfig
     model: LoadedModel
     stack: AdapterStack
-    examples: dict[tuple[str, Split], list[Example]]
+    examples: dict[tuple[str, Split, int | None], list[Example]]
 
 
 class Site:
@@ -50,6 +52,8 @@ class Site:
         rows: site name -> split -> rows.
         device: where to train; the first visible GPU, else the CPU, when left out.
         on_step: told of every optimiser step.
+        as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
+            reference that holds what the sites have drawn.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class Site:
         *,
         device: torch.device | None = None,
         on_step: OnStep = ignore_step,
+        as_given: Collection[str] = (),
     ) -> None:
         self._rows = rows
+        self._as_given = frozenset(as_given)
         self._device = device
         self._on_step = on_step
         self._resident: _Resident | None = None
@@ -92,6 +98,7 @@ class Site:
         pinned = run.model.model_copy(update={"sha256": resident.model.sha256})
         resident.run = run.model_copy(update={"model": pinned})
         check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
         for site in self._rows:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
@@ -139,10 +146,11 @@ class Site:
         return resident
 
     def _examples(self, resident: _Resident, site: str, split: Split) -> list[Example]:
-        key = (site, split)
+        few = resident.run.training.examples_per_class if split == "train" else None
+        key = (site, split, few)
         if key not in resident.examples:
             task = resident.run.task
-            rows = self._rows[site].get(split, ())
+            rows = self._used_rows(resident.run, site, split)
             if split == "train" and not rows:
                 raise DataError(
                     f"site {site} has no training rows; give it data or take it out of the sites."
@@ -151,6 +159,10 @@ class Site:
             resident.model.check_tokens(examples)
             resident.examples[key] = task.weigh(examples) if split == "train" else examples
         return resident.examples[key]
+
+    def _used_rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
+        rows = self._rows[site].get(split, ())
+        return few_shot(run, site, rows) if split == "train" and site not in self._as_given else rows
 
     def _answer(self, requests: list[RoundRequest]) -> list[Update]:
         resident = self._load(RunConfig.model_validate_json(requests[0].header.run_config))
@@ -165,12 +177,17 @@ class Site:
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
         check_patterns(resident.run, resident.model.initial)
+        check_optimizer(resident.run.training, resident.model.peft.device)
         rows = {
             split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")
         }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
-        notes = task.notes(self._rows[site].get("train", ()), self._examples(resident, site, "train"))
+        used, there = self._used_rows(resident.run, site, "train"), len(self._rows[site].get("train", ()))
+        notes = task.notes(used, self._examples(resident, site, "train"))
+        if resident.run.training.examples_per_class is not None:
+            per = f"examples_per_class {resident.run.training.examples_per_class}"
+            notes = (f"trains on {len(used)} of its {there} training rows ({per})", *notes)
         if lacking:
             notes = (f"has no training row of: {', '.join(lacking)}", *notes)
         description = SiteDescription(

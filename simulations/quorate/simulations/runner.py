@@ -57,8 +57,8 @@ def simulate(
             f"{', '.join(rows)}); lower it to at most {len(rows)}."
         )
     check_samples(config, samples)
-    pooled = {POOL: pool(rows)} if "centralised" in config.evaluation.references else {}
-    site = Site({**rows, **pooled}, on_step=on_step)
+    pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
+    site = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = site.prepare(config)
     run = Run.open(config, output_dir, resume=resume, trackers=trackers)
     if origin is not None:

@@ -102,7 +102,9 @@ def fit(
 
 
 def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site: SiteTask) -> _Member:
-    plan = Plan(len(site.examples), run.training, run.seed, site.site)
+    balanced = run.training.sampling == "balanced"
+    labels = [run.task.labels_of(example) for example in site.examples] if balanced else ()
+    plan = Plan(len(site.examples), run.training, run.seed, site.site, labels)
     parameters = stack.site_parameters(position)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device).manual_seed(derive_seed(run.seed, "dropout", site.site, round))

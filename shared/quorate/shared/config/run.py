@@ -88,12 +88,15 @@ class TrainingConfig(ConfigModel):
 
     learning_rate: float = Field(2e-3, gt=0, le=1e6)
     """Peak learning rate."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """Schedule over all rounds of the run, not over one."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    """Schedule over all rounds of the run, not over one. Each begins with the warmup, if one is asked for."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of all steps of the run in which the learning rate rises linearly from 0."""
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Local optimiser; its state starts afresh each round, as a site keeps nothing between rounds."""
+    warmup_steps: float = Field(0.0, ge=0)
+    """The same as a number of steps of the run; below 1 a share of them, as in transformers 5."""
+    optim: Literal["adamw_torch", "adamw_bnb_8bit", "adafactor", "sgd"] = "adamw_torch"
+    """Local optimiser; its state starts afresh each round, as a site keeps nothing between rounds.
+    adamw_bnb_8bit needs a CUDA device and `quorate[quant]`."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW's first moment decay."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -103,7 +106,11 @@ class TrainingConfig(ConfigModel):
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay (AdamW) or L2 term (SGD)."""
+    """Decoupled weight decay (AdamW, Adafactor) or L2 term (SGD); biases are not decayed."""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """Order of a site's rows: reshuffled epochs, or every label of the site equally often."""
+    examples_per_class: int | None = Field(None, ge=1)
+    """Train on so many rows of each label of a site, drawn by the seed (without labels: so many rows)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped."""
     freeze: tuple[Pattern, ...] = ()
@@ -132,6 +139,16 @@ class TrainingConfig(ConfigModel):
     """Use the base model's own dropout. Sites stacked in one pass then no longer equal sites alone."""
     max_stack: int = Field(8, ge=1)
     """How many sites at most share one forward pass in simulation."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainingConfig:
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError("warmup_ratio and warmup_steps both say how long the warmup is; keep one")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} is neither a whole number of steps nor a share below 1"
+            )
+        return self
 
 
 class FederationConfig(ConfigModel):
@@ -209,6 +226,15 @@ class RunConfig(ConfigModel):
             raise ValueError(
                 f"evaluation.metric_for_best_model {metric!r} cannot pick the best round of this task; "
                 f"choose one of {', '.join(known)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_needs_labels(self) -> RunConfig:
+        if self.training.sampling == "balanced" and not self.task.labels_each_row:
+            raise ValueError(
+                f"training.sampling balanced needs rows with labels, which {self.task.name} has not; "
+                "use sampling: shuffle"
             )
         return self
 

@@ -108,6 +108,9 @@ class Task(ConfigModel, ABC):
     unit_name: ClassVar[str] = "rows"
     """What the report says their support is counted in."""
 
+    labels_each_row: ClassVar[bool] = False
+    """Whether a row has a label, or several, of its own, which `labels_of` returns."""
+
     @property
     @abstractmethod
     def columns(self) -> Mapping[str, Kind]:
@@ -174,6 +177,10 @@ class Task(ConfigModel, ABC):
     def label_counts(self, examples: Sequence[Example]) -> dict[str, int]:
         """Return how many examples carry each label, zeros included; empty where there are no labels."""
         return {}
+
+    def labels_of(self, example: Example) -> tuple[int, ...]:
+        """Return the ids of an example's labels; for tasks with `labels_each_row`."""
+        raise NotImplementedError
 
     @abstractmethod
     def length(self, example: Example) -> int:

@@ -23,6 +23,7 @@ class Classification(Task):
     """A task that classifies rows. Column: `label` (an id, or a list of ids for multi-label)."""
 
     default_metric: ClassVar[str] = "macro_f1"
+    labels_each_row: ClassVar[bool] = True
 
     labels: tuple[Label, ...] = Field(min_length=2)
     """Label names, in the order of their ids."""
@@ -132,6 +133,12 @@ class Classification(Task):
             else:
                 counts += np.array(example.target, dtype=np.int64)
         return dict(zip(self.labels, counts.tolist(), strict=True))
+
+    def labels_of(self, example: Example) -> tuple[int, ...]:
+        """Return the label, or the labels that are present."""
+        if isinstance(example.target, int):
+            return (example.target,)
+        return tuple(index for index, present in enumerate(example.target) if present)
 
     def loss(self, logits: Any, batch: Batch) -> Tensor:
         """Return weighted cross-entropy, or the mean over labels of weighted binary cross-entropy, [rows]."""

@@ -102,9 +102,7 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path) -> None:
     assert (
         yaml.safe_load((folder / "out/best.yaml").read_text())["adapter"]["r"] == best["values"]["adapter.r"]
     )
-    code, out, err = finish(
-        command(folder, "simulate", "out/best.yaml", "--sites", "tiny.sites.yaml", "-o", "run", "--json")
-    )
+    code, out, err = finish(command(folder, "simulate", "out/best.yaml", "-o", "run", "--json"))
     assert code == 0, err
     summary = json.loads(out)["best"]
     assert summary["round"] == best["best_round"]

@@ -2,17 +2,18 @@
 
 import csv
 import json
+import logging
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from quorate.deploy.cli import run
+from quorate.shared.config.load import load_run, load_sites_file
 from quorate.simulations.space import load_space
 
 pytest.importorskip("optuna")
@@ -41,26 +42,36 @@ TEXTS = {"cardiac": "heart blood pain", "hepatic": "liver dose drug", "pulmonary
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    kept, level = dict(os.environ), logging.getLogger("quorate").level
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TINY_BERT", str(tiny_bert))
     (tmp_path / "tiny.yaml").write_text(RUN)
     (tmp_path / "tiny.sites.yaml").write_text(SITES)
     (tmp_path / "space.yaml").write_text(SPACE)
     lines = "".join(f"{text},{label}\n" for _ in range(20) for label, text in TEXTS.items())
     (tmp_path / "notes.csv").write_text("text,label\n" + lines)
-    return tmp_path
+    yield tmp_path
+    logging.captureWarnings(False)
+    logging.getLogger("quorate").setLevel(level)
+    os.environ.clear()
+    os.environ.update(kept)
 
 
-def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    program = [sys.executable, "-c", "from quorate.deploy.cli import main; main()", *arguments]
-    return subprocess.Popen(
-        program, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
-    )
+def tuned(*arguments: str) -> int:
+    return run(["tune", "tiny.yaml", "--space", "space.yaml", *arguments])
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=280)
-    return process.returncode, out, err
+def killed_in(place: Path, *arguments: str) -> None:
+    """Start a search in a process of its own, and kill -9 it once `place` is there."""
+    child = os.fork()  # not a new interpreter: importing torch takes longer than the search
+    if not child:
+        os._exit(tuned(*arguments))
+    while not place.exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the search ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def tried(folder: Path) -> list[tuple[Any, ...]]:
@@ -70,26 +81,19 @@ def tried(folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_search_ends_as_one_that_was_not(folder: Path) -> None:
-    arguments = ["tune", "tiny.yaml", "--space", "space.yaml"]
-    code, out, err = finish(command(folder, *arguments, "-o", "whole", "--json"))
-    assert code == 0, err
-    whole = json.loads(out)
+def test_a_killed_search_ends_as_one_that_was_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuned("-o", "whole", "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
     assert [each["state"] for each in whole["trials"]] == ["done"] * 4
 
-    process = command(folder, *arguments, "-o", "out")
-    while not (folder / "out/trials/002/checkpoint-1").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    killed_in(folder / "out/trials/002/checkpoint-1", "-o", "out")
+    capsys.readouterr()
     # Without --resume nothing is touched; with it the trial that was cut off is run again.
-    code, _, err = finish(command(folder, *arguments, "-o", "out"))
-    assert code == 2 and "already holds a search; continue it with --resume" in err
-    code, out, err = finish(command(folder, *arguments, "-o", "out", "--resume"))
-    assert code == 0 and "trial 2 was cut off; it is run again" in err, err
-    assert "best macro_f1 on validation rows" in out
+    assert tuned("-o", "out") == 2
+    assert "already holds a search; continue it with --resume" in capsys.readouterr().err
+    assert tuned("-o", "out", "--resume") == 0
+    out, err = capsys.readouterr()
+    assert "trial 2 was cut off; it is run again" in err and "best macro_f1 on validation rows" in out
     found = json.loads((folder / "out" / "tune.json").read_text())
     states = [(each["state"], each["retry_of"]) for each in found["trials"]]
     assert states == [("done", None), ("done", None), ("cut off", None), ("done", 2), ("done", None)]
@@ -97,16 +101,11 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path) -> None:
     assert tried(folder / "out") == tried(folder / "whole")
     assert not list((folder / "out" / "trials").rglob("checkpoint-*"))
 
-    # Trials never saw a test row: those of a run with the same settings are its first.
+    # The best run file is a run that gives what the trial gave.
     best = found["best"]
-    assert (
-        yaml.safe_load((folder / "out/best.yaml").read_text())["adapter"]["r"] == best["values"]["adapter.r"]
-    )
-    code, out, err = finish(
-        command(folder, "simulate", "out/best.yaml", "--sites", "tiny.sites.yaml", "-o", "run", "--json")
-    )
-    assert code == 0, err
-    summary = json.loads(out)["best"]
+    assert load_run(folder / "out/best.yaml").adapter.r == best["values"]["adapter.r"]
+    assert run(["simulate", "out/best.yaml", "-o", "run", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)["best"]
     assert summary["round"] == best["best_round"]
     assert summary["validation"]["pooled"]["macro_f1"] == best["value"]
 
@@ -115,30 +114,34 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path) -> None:
     page = (folder / "out" / "tune.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and 'id="importance-title"' in page
 
-    # Another space is another search.
+    # Another space is another search, and an unknown field is refused before anything is tried.
     (folder / "space.yaml").write_text(SPACE.replace("[2, 4]", "[2, 8]"))
-    code, _, err = finish(command(folder, *arguments, "-o", "out", "--resume"))
-    assert code == 2 and "holds a search of another space" in err
+    assert tuned("-o", "out", "--resume") == 2
+    assert "holds a search of another space" in capsys.readouterr().err
+    (folder / "space.yaml").write_text(SPACE.replace("adapter.r", "adapter.rank"))
+    assert tuned("-o", "third") == 2
+    assert "adapter.rank: the run file has no such field" in capsys.readouterr().err
+    assert not (folder / "third").exists()
 
 
 @pytest.mark.slow
-def test_trials_that_fall_behind_or_diverge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quorate.shared.config.load import load_run, load_sites_file
+def test_trials_that_fall_behind_or_diverge(folder: Path) -> None:
     from quorate.simulations.sites import load_sites
     from quorate.simulations.trial import Search
     from quorate.simulations.tune import tune
     from quorate.simulations.tuned import summarise
 
-    monkeypatch.chdir(folder)
     (folder / "space.yaml").write_text(
         "sampler: grid\nstartup_trials: 1\nwarmup_rounds: 0\nspace:\n"
         "  training.learning_rate: {type: categorical, choices: [3e-2, 1e-9, 1e38]}\n"
         "  training.optim: {type: categorical, choices: [adamw_torch, sgd]}\n"
     )
-    run = Path("tiny.yaml")
-    rows = load_sites(load_sites_file(Path("tiny.sites.yaml")), folder, load_run(run))
+    run_file = Path("tiny.yaml")
+    rows = load_sites(load_sites_file(Path("tiny.sites.yaml")), folder, load_run(run_file))
     said: list[str] = []
-    search = Search(run, (), load_space(Path("space.yaml"), run), rows, folder / "out", say=said.append)
+    search = Search(
+        run_file, (), load_space(Path("space.yaml"), run_file), rows, folder / "out", say=said.append
+    )
     result = summarise(search, tune(search))
     # A grid ends by itself, with every point tried once.
     points = [tuple(each.values.values()) for each in result.trials]

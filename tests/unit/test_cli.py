@@ -268,6 +268,26 @@ def test_bad_input_is_one_clear_line(
     assert "Traceback" not in err
 
 
+def test_inspect_reports_and_judges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "inspect", "trial.yaml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True and [each["name"] for each in found["sites"]] == ["north", "south"]
+    assert found["sources"][0]["rows"] == {"train": len(ROWS)}
+    assert "lengths in tokens were not measured" in found["notes"][0]  # the model's files are empty
+    assert run(["data", "inspect", "trial.yaml", "--site", "south", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"] == found["sites"][1:]
+
+    with (folder / "notes.csv").open("a") as stream:
+        stream.write("text of a patient,maybe\n")
+    assert run(["data", "inspect", "trial.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert f"notes.csv:{len(ROWS) + 2}: column 'label': label 'maybe' is not among" in out
+    assert "north" in out and "south" in out and "patient" not in out + err
+    assert err == "DataError: a run would refuse these data: notes: 1 rows cannot be used\n"
+    assert run(["data", "inspect", "trial.yaml", "--site", "west"]) == 2
+    assert "there is no site 'west'; there are north, south" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["run", "sites"])
 def test_schema_is_one_json_object(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schema", kind]) == 0

@@ -71,6 +71,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, line: str, said: str) -> None:
     assert said in str(caught.value) and "space.yaml" in str(caught.value)
 
 
+def test_the_documented_space_is_one_for_its_recipe(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    block = (root / "docs" / "tuning.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "space.yaml").write_text(block)
+    space = load_space(tmp_path / "space.yaml", root / "simulations" / "recipes" / "sentiment.yaml")
+    assert len(space.space) == 4
+
+
 def test_every_problem_is_listed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "space:\n  seed: {type: int, low: 1, high: 2}\n  x: {type: int, low: 1, high: 2}\n")

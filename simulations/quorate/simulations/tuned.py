@@ -26,6 +26,7 @@ from quorate.server.report.svg import (
     variable,
 )
 from quorate.server.run import RUN_FILE
+from quorate.shared.config.load import dump_yaml
 from quorate.simulations.space import Value
 from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
 from quorate.simulations.tune import settled
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from optuna import Study
 
-BEST_FILE, TABLE_FILE, RESULT_FILE, PAGE_FILE = "best.yaml", "trials.csv", "tune.json", "tune.html"
+BEST_FILE, BEST_SITES_FILE = "best.yaml", "best.sites.yaml"
+TABLE_FILE, RESULT_FILE, PAGE_FILE = "trials.csv", "tune.json", "tune.html"
 _STATES = {"COMPLETE": "done", "PRUNED": "stopped early", "FAIL": "diverged"}
 _FEWEST = 4
 """Done trials from which importances are computed; of fewer they would be noise."""
@@ -77,7 +79,7 @@ class Tuned(Record):
 
 
 def write_tuned(search: Search, study: Study) -> Tuned:
-    """Write best.yaml, trials.csv, tune.json and tune.html.
+    """Write best.yaml with its sites file, trials.csv, tune.json and tune.html.
 
     Raises: OutputError: they cannot be written.
     """
@@ -86,6 +88,8 @@ def write_tuned(search: Search, study: Study) -> Tuned:
     if result.best is not None:
         run_file = trial_dir(folder, result.best.number) / RUN_FILE
         write_file(folder / BEST_FILE, run_file.read_text(encoding="utf-8"))
+        if search.origin is not None:  # beside it, so that the best run needs no --sites
+            write_file(folder / BEST_SITES_FILE, dump_yaml(search.origin.sites))
     write_file(folder / TABLE_FILE, _table_text(result, list(search.space.space)))
     write_file(folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
     write_file(folder / PAGE_FILE, _page(search, result))

@@ -11,18 +11,19 @@ from peft import PeftModel
 
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
-from quorate.shared.model import default_device, load_base
+from quorate.shared.model import default_device, load_base, quiet_about_conv1d
+from quorate.shared.quantised import placed
 from quorate.shared.tasks.base import Row
 
 
 def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
-    """Classify texts with an exported adapter, loaded as PEFT loads it.
+    """Classify texts, or answer prompts, with an exported adapter, loaded as PEFT loads it.
 
     Args:
         adapter_dir: the `adapter/` folder of a run.
-        texts: what to classify.
+        texts: what to classify or to answer.
         batch_size: texts in one forward pass.
-    Returns: per text what the task's `predictions` says, such as `label` and `scores`.
+    Returns: per text what the task's `predictions` says, such as `label` and `scores`, or `completion`.
     Raises: AdapterError: the folder is not such an adapter. ModelError: its base model cannot be loaded.
     """
     for name in ("run.yaml", "adapter_config.json", "adapter_model.safetensors"):
@@ -30,7 +31,9 @@ def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) ->
             raise AdapterError(f"{adapter_dir} has no {name}; give the adapter/ folder of a finished run.")
     run = load_run(adapter_dir / "run.yaml")
     base = load_base(run)
-    model = PeftModel.from_pretrained(base.model, adapter_dir).eval().to(default_device())
+    with quiet_about_conv1d():
+        adapted = PeftModel.from_pretrained(base.model, adapter_dir)
+    model = placed(adapted.eval(), run, default_device())
     answers: list[dict[str, Any]] = []
     for start in range(0, len(texts), batch_size):
         rows = [Row({"text": text}, "text") for text in texts[start : start + batch_size]]

@@ -96,6 +96,17 @@ class Site:
         log.debug("prepared %d sites on %s", len(self._rows), resident.model.peft.device)
         return resident.run
 
+    def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
+        """Return what each state answers to the run's own public prompts: (prompt, answer); see Task.samples."""
+        resident = self._load(run)
+        answers = []
+        for state in states:
+            resident.model.set_residual(state.residual)
+            resident.stack.load([state.adapter], ())
+            resident.stack.layout.sites = (0,)
+            answers.append(run.task.samples(resident.model.peft, resident.model.processor))
+        return answers
+
     def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
         """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -146,7 +157,7 @@ class Site:
                     f"site {site} has no training rows; give it data or take it out of the sites."
                 )
             examples = task.encode(rows, resident.model.processor)
-            resident.examples[key] = task.weigh(examples) if split == "train" else examples
+            resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
         return resident.examples[key]
 
     def _answer(self, requests: list[RoundRequest]) -> list[Update]:
@@ -162,7 +173,8 @@ class Site:
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
         rows = {
-            split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")
+            split: task.num_rows(self._examples(resident, site, split))
+            for split in ("train", "validation", "test")
         }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
@@ -225,7 +237,8 @@ class Site:
         return Update.reply(
             request,
             arrays,
-            num_examples=len(task.examples),
+            num_examples=run.task.num_rows(task.examples),
+            num_tokens=run.task.num_tokens(task.examples),
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,

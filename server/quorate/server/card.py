@@ -14,7 +14,7 @@ from quorate.server.report.files import interval_of, value_of
 from quorate.shared.config.run import RunConfig
 from quorate.shared.sources import is_hub_id
 
-_HUB_TASKS = {"sequence_classification": "text-classification"}
+_HUB_TASKS = {"sequence_classification": "text-classification", "causal_lm": "text-generation"}
 """Task -> what model hubs call it."""
 _HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}
 """Metric -> the type under which hubs list it, where its name is not that already."""

@@ -128,6 +128,17 @@ class Worth(Record):
     wide side: the same rows were scored twice)."""
 
 
+class Sample(Record):
+    """What the model said to one of the run file's own public prompts."""
+
+    prompt: str
+    """As in the run file."""
+    base: str
+    """The base model's answer."""
+    adapted: str
+    """The answer with the adapter of the best round."""
+
+
 class Summary(Record):
     """The whole run in one object."""
 
@@ -157,6 +168,8 @@ class Summary(Record):
     """Site -> what the federation brought it; empty without the local_only reference."""
     sites: dict[str, SiteDescription] = {}
     """What the sites said of themselves when they joined."""
+    samples: tuple[Sample, ...] = ()
+    """Answers to the run file's own prompts, where it has some and the base model is at hand."""
     excluded: dict[str, dict[int, Exclusion]] = {}
     """Site -> round (0 while joining) -> why it did not count."""
     bytes: dict[str, int]

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
+from quorate.shared.quantised import placed, quantised_kwargs
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
 from quorate.shared.tasks import Task
@@ -146,7 +151,7 @@ def load_base(run: RunConfig) -> Base:
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
-    model = _load_weights(folder, run.task)
+    model = _load_weights(folder, run)
     return Base(model, _load_processor(folder, run, model), files, sha256)
 
 
@@ -159,7 +164,12 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
         torch.manual_seed(derive_seed(run.seed, "initial-adapter"))
         base = load_base(run)
         peft = attach_lora(base.model, run.adapter, run.task)
-    peft.eval().to(device or default_device())
+    if run.training.gradient_checkpointing and not checkpoint_layers(peft):
+        raise ModelError(
+            f"training.gradient_checkpointing: {type(base.model).__name__} has no layers that transformers can "
+            "checkpoint; set it to false."
+        )
+    placed(peft.eval(), run, device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
 
 
@@ -183,7 +193,8 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
     if settings.modules_to_save is None and (head := task.head_modules(base)) is not None:
         settings.modules_to_save = list(head)
     try:
-        peft = get_peft_model(base, settings)
+        with quiet_about_conv1d():
+            peft = get_peft_model(base, settings)
     except ValueError as error:
         raise ModelError(
             f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: "
@@ -202,6 +213,19 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
                 "can be; narrow adapter.target_modules or adapter.modules_to_save."
             )
     return peft
+
+
+@contextmanager
+def quiet_about_conv1d() -> Iterator[None]:
+    """Keep PEFT from warning that it adapts GPT-2's transposed linear layers as such, which it does by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        yield
+
+
+def checkpoint_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers whose activations can be computed again instead of kept."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _check_all_found(
@@ -271,9 +295,10 @@ def weights_sha256(files: dict[str, str], folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _load_weights(folder: Path, task: Task) -> nn.Module:
+def _load_weights(folder: Path, run: RunConfig) -> nn.Module:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    task, quantised = run.task, quantised_kwargs(run)
     auto = getattr(transformers, task.auto_class)
     try:
         model = auto.from_pretrained(
@@ -284,6 +309,7 @@ def _load_weights(folder: Path, task: Task) -> nn.Module:
             local_files_only=True,
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
+            **quantised,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

@@ -9,11 +9,12 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from quorate.client.site import Site, SiteRows
-from quorate.server.outputs import measure, write_outputs
-from quorate.server.records import Summary
+from quorate.server.outputs import best_state, measure, write_outputs
+from quorate.server.records import Sample, Summary
 from quorate.server.rounds import Result, run_rounds
 from quorate.server.run import Run
 from quorate.server.trackers import Tracker
+from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
@@ -57,10 +58,24 @@ def simulate(
     references, gains = None, None
     if config.evaluation.references and result.stopped is None:
         references, gains = run_references(run, rows, site, result.members.initial, outcomes)
-    summary = write_outputs(run, result, final, best, references=references, worth=gains)
+    summary = write_outputs(
+        run, result, final, best, references=references, worth=gains, samples=_samples(site, run, result)
+    )
     if result.stopped is not None:
         raise result.stopped
     return summary
+
+
+def _samples(site: Site, run: Run, result: Result) -> list[Sample]:
+    """Return answers to the run file's own prompts, by the base model and by the best round's."""
+    if result.progress is None or result.stopped is not None:
+        return []
+    run.tell("phase", result.progress.round, "samples")
+    before, after = site.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
+    return [
+        Sample(prompt=prompt, base=base, adapted=adapted)
+        for (prompt, base), (_, adapted) in zip(before, after, strict=True)
+    ]
 
 
 def _serve(grid: Grid, run: Run) -> Result:

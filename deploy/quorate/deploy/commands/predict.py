@@ -31,7 +31,7 @@ def predict(
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
-    """Try an adapter: print the label of each text, with its probability.
+    """Try an adapter: print the label of each text, with its probability; or the answer to each prompt.
 
     Example: quorate predict runs/demo "mean radius 20.6, mean texture 17.8"
     """
@@ -110,6 +110,12 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     from quorate.deploy.terminal import stdout_console
 
+    if "completion" in rows[0]:
+        table = Table("prompt", "completion", box=SIMPLE)
+        for row in rows:
+            table.add_row(Text(row["text"]), Text(row["completion"]))
+        stdout_console().print(table)
+        return
     table = Table("label", "probability", "text", box=SIMPLE)
     for row in rows:
         labels = row["labels"] if "labels" in row else [row["label"]]

@@ -16,6 +16,7 @@ from quorate.server.report.learning import data_section, learning_section
 from quorate.server.report.origin import limits_section, origin_section
 from quorate.server.report.quality import quality_section
 from quorate.server.report.rounds import participation_section
+from quorate.server.report.samples import samples_section
 from quorate.shared.errors import OutputError
 
 __all__ = ["REPORT_FILE", "write_report"]
@@ -25,6 +26,7 @@ _SECTIONS = (
     worth_section,
     learning_section,
     quality_section,
+    samples_section,
     data_section,
     participation_section,
     cost_section,
@@ -66,7 +68,7 @@ def render(files: RunFiles) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [make(files) for make in _SECTIONS]
+    sections = [section for make in _SECTIONS if (section := make(files))]
     return environment.get_template("report.html.j2").render(
         name=files.config.name, headline=headline(files), sections=sections
     )

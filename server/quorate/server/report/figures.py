@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-SHARES = frozenset({"accuracy", "macro_f1", "micro_f1", "exact_match", "precision", "recall", "f1"})
+SHARES = frozenset(
+    {"accuracy", "macro_f1", "micro_f1", "exact_match", "precision", "recall", "f1", "token_accuracy"}
+)
 """Metrics between 0 and 1, shown in %."""
 
 _NAMES = {
@@ -27,6 +29,8 @@ _MEANINGS = {
     "macro_f1": "F1 (balance of false alarms and misses) averaged over classes, rare ones counting as much "
     "as common ones",
     "micro_f1": "F1 (balance of false alarms and misses) over all labels of all rows together",
+    "perplexity": "among how many equally likely next tokens the model is undecided; lower is better",
+    "token_accuracy": "the share of tokens that the model held for the likeliest",
     "loss": "how surprised the model is by the right answer; lower is better",
 }
 

@@ -7,9 +7,13 @@ from typing import Annotated
 from pydantic import Field
 
 from quorate.shared.tasks.base import Task
+from quorate.shared.tasks.causal_lm import CausalLM
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
 
-TaskConfig = Annotated[SequenceClassification | SequenceRegression, Field(discriminator="name")]
-TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression)
+TaskConfig = Annotated[
+    SequenceClassification | SequenceRegression | CausalLM,
+    Field(discriminator="name"),
+]
+TASKS: tuple[type[Task], ...] = (SequenceClassification, SequenceRegression, CausalLM)
 
-__all__ = ["TASKS", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]
+__all__ = ["TASKS", "CausalLM", "SequenceClassification", "SequenceRegression", "Task", "TaskConfig"]

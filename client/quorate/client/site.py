@@ -97,7 +97,7 @@ class Site:
         return resident.run
 
     def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
-        """Return what each state answers to the run's own public prompts: (prompt, answer); see Task.samples."""
+        """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
         resident = self._load(run)
         answers = []
         for state in states:

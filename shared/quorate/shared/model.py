@@ -166,8 +166,8 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
         peft = attach_lora(base.model, run.adapter, run.task)
     if run.training.gradient_checkpointing and not checkpoint_layers(peft):
         raise ModelError(
-            f"training.gradient_checkpointing: {type(base.model).__name__} has no layers that transformers can "
-            "checkpoint; set it to false."
+            f"training.gradient_checkpointing: {type(base.model).__name__} has no layers that transformers "
+            "can checkpoint; set it to false."
         )
     placed(peft.eval(), run, device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
@@ -217,7 +217,7 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
 
 @contextmanager
 def quiet_about_conv1d() -> Iterator[None]:
-    """Keep PEFT from warning that it adapts GPT-2's transposed linear layers as such, which it does by itself."""
+    """Silence PEFT where it finds GPT-2's transposed linear layers, which it adapts rightly all the same."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
         yield

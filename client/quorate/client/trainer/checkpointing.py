@@ -1,8 +1,8 @@
 """Gradient checkpointing: keep the inputs of the base's layers, compute the rest again in the backward pass.
 
-transformers checkpoints layers that are in training mode, but the frozen base stays in eval mode here: only the
-layers' own flag is raised, their submodules are left as they are. LoRA dropout draws from a generator per site,
-which torch's checkpoint does not know; without care the second pass would draw other masks than the first.
+transformers checkpoints layers that are in training mode, but the frozen base stays in eval mode here: only
+the layers' own flag is raised, their submodules are left as they are. LoRA dropout draws from a generator per
+site, which torch's checkpoint does not know: without care the second pass would draw masks of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
@@ -22,8 +23,8 @@ def checkpointed(model: LoadedModel, layout: Layout) -> Iterator[None]:
     """Have the model's layers checkpointed inside the context."""
     layers = checkpoint_layers(model.peft)
     before = [layer.training for layer in layers]
-    # Not reentrant: inputs of a frozen base need no gradient, which the reentrant kind takes for "no gradient".
-    run = partial(checkpoint, use_reentrant=False, context_fn=partial(_same_dropout, layout))
+    # Not reentrant: the input of a frozen base's first layer needs no gradient, which that kind cannot do.
+    run: Any = partial(checkpoint, use_reentrant=False, context_fn=partial(_same_dropout, layout))
     for layer in layers:
         layer.gradient_checkpointing, layer.training = True, True
         layer._gradient_checkpointing_func = run

@@ -7,7 +7,7 @@ from quorate.server.report.page import Cell, Section, Table
 
 
 def samples_section(files: RunFiles) -> Section | None:
-    """Show each prompt with the base model's answer and the adapter's; None where the run gives no prompts."""
+    """Show each prompt with the answers of base model and adapter; None where the run gives no prompts."""
     samples = files.summary.samples if files.summary else ()
     if not samples:
         return None

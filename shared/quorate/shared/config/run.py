@@ -179,8 +179,8 @@ class RunConfig(ConfigModel):
     def _rule_fits_base(self) -> RunConfig:
         if self.model.quantised and self.aggregation.changes_base:
             raise ValueError(
-                f"aggregation {self.aggregation.name} adds to the base weights, which a quantised base cannot "
-                "take exactly; choose fedavg or leave model.load_in_4bit and load_in_8bit out"
+                f"aggregation {self.aggregation.name} adds to the base weights, which a quantised base "
+                "cannot take exactly; choose fedavg or leave model.load_in_4bit and load_in_8bit out"
             )
         return self
 

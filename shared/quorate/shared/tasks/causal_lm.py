@@ -222,7 +222,7 @@ class CausalLM(Task):
 
     def _token_weights(self, example: Example) -> Tensor:
         taught = (torch.tensor(example.target) != IGNORED).float()
-        parts = list(taught.split(list(example.features["lengths"])))
+        parts = list(torch.split(taught, list(example.features["lengths"])))
         if self.loss_weighting == "tokens":
             parts = [taught]
         each = [part / (part.sum().clamp(min=1) * len(parts)) for part in parts]
@@ -236,7 +236,7 @@ class CausalLM(Task):
         from transformers import GenerationConfig  # not above: run files are read without transformers
 
         ends = model.generation_config.eos_token_id  # a chat model may end a turn with several tokens
-        settings = GenerationConfig(
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             eos_token_id=model.config.eos_token_id if ends is None else ends,
@@ -256,7 +256,7 @@ class CausalLM(Task):
         """Return for each learnt token whether it was the likeliest one, [tokens, 1]."""
         labels = batch.targets[:, 1:]
         right = (logits[:, :-1].argmax(dim=-1) == labels)[labels != IGNORED]
-        return right[:, None].cpu().numpy().astype(np.int64)
+        return np.asarray(right[:, None].cpu().numpy(), dtype=np.int64)
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
         """Raise ProtocolError unless outcomes are right or wrong, at least one for each row."""

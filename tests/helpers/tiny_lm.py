@@ -9,7 +9,8 @@ from typing import Any
 from quorate.shared.config.run import RunConfig
 from quorate.shared.tasks.base import Row
 
-VOCABULARY = 260
+VOCABULARY = 272
+"""More than the tokenizer's 260: some architectures' own tokenizer class adds tokens."""
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -104,6 +105,9 @@ def lm_rows(count: int, seed: int) -> list[Row]:
     rows = []
     for index in range(count):
         word = draw.choice(["fever", "rash", "cough", "gout"])
-        values = {"prompt": "what is " * draw.randint(0, 1) + word + "?", "completion": word * draw.randint(1, 2)}
+        values = {
+            "prompt": "what is " * draw.randint(0, 1) + word + "?",
+            "completion": word * draw.randint(1, 2),
+        }
         rows.append(Row(values, f"rows-{seed}.jsonl:{index + 1}"))
     return rows

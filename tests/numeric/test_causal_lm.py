@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ def test_prompts_are_no_targets_and_completions_are(folder: Any) -> None:
     model = load_model(run)
     asked = {"prompt": "what is gout?", "completion": "pain"}
     batch = batch_of(run, model, [Row(asked, "a")])
-    logits = run.task.forward(model.peft, batch)
+    logits = run.task.forward(model.peft, batch).detach()
     loss = run.task.loss(logits, batch)
     # The same logits, as if the prompt (of the same length) had other tokens to be learnt.
     other = batch_of(run, model, [Row({**asked, "prompt": "who is there?"}, "a")])
@@ -219,8 +221,10 @@ def count_passes(run: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Adapter, in
         nonlocal passes
         passes += 1
 
+    unwatched = load_model
+
     def watched(*arguments: Any, **options: Any) -> Any:
-        model = load_model(*arguments, **options)
+        model = unwatched(*arguments, **options)
         layer = next(module for name, module in model.peft.named_modules() if name.endswith("layers.0"))
         next(iter(layer.children())).register_forward_hook(counted)
         return model
@@ -296,3 +300,30 @@ def test_bfloat16_trains_packed_rows(folder: Any) -> None:
     exact = train(lm_run(folder("llama"), **options), rows)[0].adapter
     coarse = train(lm_run(folder("llama"), **options, training={"bf16": True}), rows)[0].adapter
     assert 0 < largest_difference(exact, coarse) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("QUORATE_WEIGHTS") or not os.environ.get("QUORATE_DATA"),
+    reason="QUORATE_WEIGHTS and QUORATE_DATA must name the small weights and the data",
+)
+def test_a_trained_model_starts_from_its_known_loss_and_learns() -> None:
+    weights = Path(os.environ["QUORATE_WEIGHTS"]) / "stories260k-llama"
+    file = Path(os.environ["QUORATE_DATA"]) / "medquad_sft" / "validation.jsonl"
+    rows = [Row(json.loads(line), f"{file}:{at}") for at, line in enumerate(file.read_text().splitlines(), 1)]
+    run = lm_run(
+        weights,
+        task={"max_length": 320},
+        adapter={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        training={"max_steps": 15, "learning_rate": 5e-3, "per_device_train_batch_size": 4},
+    )
+    model = load_model(run)
+    held_out = run.task.encode(rows[:30], model.processor)
+    examples = run.task.weigh(run.task.encode(rows[30:], model.processor))
+    stack = AdapterStack.install(model)
+    before = run.task.metrics(evaluate(model, stack, run, model.initial, held_out))["loss"]
+    task = SiteTask("a", examples, model.initial)
+    (fitted,) = fit(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
+    after = run.task.metrics(evaluate(model, stack, run, fitted.adapter, held_out))["loss"]
+    assert before == pytest.approx(4.06, abs=0.2)
+    assert after < before - 0.5

@@ -1,4 +1,4 @@
-"""Causal language models: what is learnt and what is not, packing, stacking, and the figures of an evaluation."""
+"""Causal language models: what is learnt and what is not, packing, stacking, the figures of an evaluation."""
 
 from __future__ import annotations
 

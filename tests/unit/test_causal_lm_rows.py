@@ -33,7 +33,8 @@ GENERATION = (
     "{% else %}{{ m.content }}?{% endif %}{% endfor %}"
 )
 FORGETFUL = (
-    "{% for m in messages %}{{ m.role }}:{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %};"
+    "{% for m in messages %}{{ m.role }}:"
+    "{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %};"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception(messages[0].content) }}{% endif %}" + CHATML
@@ -225,7 +226,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ({"model": {"load_in_4bit": True, "load_in_8bit": True}}, "exclude each other"),
         (
             {"model": {"load_in_8bit": True}, "aggregation": {"name": "fedex"}},
-            "which a quantised base cannot take",
+            "a quantised base cannot take",
         ),
         ({"evaluation": {"metric_for_best_model": "macro_f1"}}, "loss, perplexity, token_accuracy"),
     ):

@@ -19,6 +19,8 @@ from quorate.shared.tasks.base import Kind, Row
 from quorate.shared.template import TextTemplate, is_missing, is_text
 
 LABEL, TEXT = "label", "text"
+ROLES = ("system", "user", "assistant", "tool")
+"""Who may speak in a conversation."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,10 @@ class RowMapper:
         if is_missing(value):
             raise DataError(f"{where} is empty; fill it in or remove the row.")
         if kind == "text" and not isinstance(value, str):
-            raise DataError(
-                f"{where} holds a {type(value).__name__}, not a text; "
-                "use `template` to write texts from columns."
+            remedy = (
+                "use `template` to write texts from columns" if TEXT in self.kinds else "write it as text"
             )
+            raise DataError(f"{where} holds a {type(value).__name__}, not a text; {remedy}.")
         if kind == "text" and not is_text(value):
             raise DataError(
                 f"{where} holds half of a character (a lone \\ud800 to \\udfff); the text was cut there: "
@@ -111,7 +113,7 @@ class RowMapper:
             return self._words(kind, value, where)
         if kind == "objects":
             return objects_of(value, self.labels.id, where)
-        return value
+        return _as_messages(value, where) if kind == "messages" else value
 
     def _words(self, kind: Kind, value: Any, where: str) -> list[Any]:
         """Return a list of words, or of the ids of their tags; a cell of a CSV file holds it as JSON."""
@@ -202,3 +204,34 @@ def _as_number(value: Any, where: str) -> float:
     if not math.isfinite(number):
         raise DataError(f"{where} does not hold a finite number; correct it or remove the row.")
     return number
+
+
+def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Return a conversation; a cell of a CSV file holds it as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise DataError(
+                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
+            ) from None
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(f"{where} does not hold a list of messages; give it one, or remove the row.")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        place = f"{where}, message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{place} is not an object with `role` and `content`.")
+        if more := [key for key, held in message.items() if key not in ("role", "content") and held]:
+            raise DataError(
+                f"{place} has fields besides `role` and `content` ({describe_columns(map(str, more))}), "
+                "which would be lost; put what they say into the content, or remove them."
+            )
+        if message["role"] not in ROLES:
+            raise DataError(f"{place}: its role is none of {', '.join(ROLES)}.")
+        if not isinstance(message["content"], str) or is_missing(message["content"]):
+            raise DataError(f"{place}: its content is empty or not a text.")
+        messages.append({"role": message["role"], "content": message["content"]})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where} holds no message of the assistant, so there is nothing to learn from it.")
+    return messages

@@ -14,7 +14,8 @@ from peft.utils import get_peft_model_state_dict
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
-from quorate.shared.model import Base, default_device, load_base
+from quorate.shared.model import Base, default_device, load_base, quiet_about_conv1d
+from quorate.shared.quantised import placed
 from quorate.shared.tasks.base import Row
 
 
@@ -25,10 +26,11 @@ def predict(
 
     Args:
         adapter_dir: the `adapter/` folder of a run.
-        inputs: texts, or paths of images.
+        inputs: texts, prompts, or paths of images.
         images: whether they are paths of images.
         batch_size: inputs in one forward pass.
-    Returns: per input what the task's `predictions` says, such as `label` and `scores`, or `entities`.
+    Returns: per input what the task's `predictions` says, such as `label` and `scores`, `entities`, or
+        `completion`.
     Raises: AdapterError: the folder is not such an adapter, or takes the other kind of input. ModelError: its
         base model cannot be loaded. DataError: an image cannot be opened.
     """
@@ -37,10 +39,10 @@ def predict(
             raise AdapterError(f"{adapter_dir} has no {name}; give the adapter/ folder of a finished run.")
     run = load_run(adapter_dir / "run.yaml")
     column = "image" if images else "text"
-    if column not in run.task.columns:
+    if images != ("image" in run.task.columns):
         raise AdapterError(f"{adapter_dir} does {run.task.name}, which takes no {column}.")
     base = load_base(run)
-    model = _with_adapter(base, adapter_dir).eval().to(default_device())
+    model = placed(_with_adapter(base, adapter_dir).eval(), run, default_device())
     answers: list[dict[str, Any]] = []
     for start in range(0, len(inputs), batch_size):
         rows = [Row({column: each}, column) for each in inputs[start : start + batch_size]]
@@ -62,9 +64,8 @@ def _with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
     try:
         stored = Adapter.from_bytes(weights.read_bytes())
         stored.check_finite()
-        with (
-            warnings.catch_warnings()
-        ):  # PEFT only warns of names that it does not find, and passes over others
+        with warnings.catch_warnings(), quiet_about_conv1d():
+            # PEFT only warns of names that it does not find, and passes over others.
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base.model, adapter_dir)
         taken = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -105,6 +105,17 @@ class Site:
         log.debug("prepared %d sites on %s", len(self._rows), resident.model.peft.device)
         return resident.run
 
+    def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
+        """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
+        resident = self._load(run)
+        answers = []
+        for state in states:
+            resident.model.set_residual(state.residual)
+            resident.stack.load([state.adapter], ())
+            resident.stack.layout.sites = (0,)
+            answers.append(run.task.samples(resident.model.peft, resident.model.processor))
+        return answers
+
     def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
         """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -157,7 +168,7 @@ class Site:
                 )
             examples = task.encode(rows, resident.model.processor)
             resident.model.check_tokens(examples)
-            resident.examples[key] = task.weigh(examples) if split == "train" else examples
+            resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
         return resident.examples[key]
 
     def _used_rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
@@ -179,7 +190,8 @@ class Site:
         check_patterns(resident.run, resident.model.initial)
         check_optimizer(resident.run.training, resident.model.peft.device)
         rows = {
-            split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")
+            split: task.num_rows(self._examples(resident, site, split))
+            for split in ("train", "validation", "test")
         }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
@@ -246,7 +258,8 @@ class Site:
         return Update.reply(
             request,
             arrays,
-            num_examples=len(task.examples),
+            num_examples=run.task.num_rows(task.examples),
+            num_tokens=run.task.num_tokens(task.examples),
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,

@@ -15,6 +15,7 @@ from quorate.shared.config.run import RunConfig
 from quorate.shared.sources import is_hub_id
 
 _HUB_TASKS = {
+    "causal_lm": "text-generation",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
     "image_classification": "image-classification",

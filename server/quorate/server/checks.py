@@ -43,7 +43,11 @@ def check_measured(task: Task, update: Update) -> None:
 
 
 def check_trained(
-    update: Update, schema: Mapping[str, tuple[int, ...]], norm: float, max_norm: float | None
+    update: Update,
+    schema: Mapping[str, tuple[int, ...]],
+    norm: float,
+    max_norm: float | None,
+    weighting: str = "examples",
 ) -> None:
     """Raise AdapterError unless `update` holds the arrays asked for, finite, counted and near enough.
 
@@ -51,11 +55,14 @@ def check_trained(
         schema: name -> shape of the arrays that were asked for.
         norm: L2 distance the update moved [parameter units].
         max_norm: the run's bound on it.
+        weighting: what the run weighs sites by.
     """
     update.arrays.check_schema(schema)
     update.arrays.check_finite()
     if update.header.num_examples < 1:
         raise ProtocolError("sent an update trained on no rows.")
+    if weighting == "tokens" and update.header.num_tokens < 1:
+        raise ProtocolError("sent an update without the number of tokens that it is weighed by.")
     if not all(math.isfinite(value) for value in update.header.metrics.values()):
         raise NonFiniteUpdate("reports a training figure that is NaN or infinite.")
     if max_norm is not None and norm > max_norm:

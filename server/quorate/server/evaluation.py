@@ -14,8 +14,6 @@ from quorate.shared.seeds import rng
 from quorate.shared.tasks.base import Metrics, Task
 
 _LEVELS = (2.5, 97.5)
-NO_INTERVAL = "loss"
-"""Only a sum of it is known, not its spread over rows."""
 
 
 def scalars(metrics: Metrics) -> dict[str, float]:
@@ -61,7 +59,7 @@ def resample(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str)
     generator = rng(seed, "bootstrap", name)
     for _ in range(samples):
         for metric, value in scalars(task.metrics(outcomes.resampled(generator))).items():
-            if metric != NO_INTERVAL:
+            if metric not in task.no_interval:
                 draws.setdefault(metric, []).append(value)
     return draws
 

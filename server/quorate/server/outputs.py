@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +14,16 @@ from flwr.serverapp import Grid
 from quorate.server.card import model_card
 from quorate.server.checkpoint import load_checkpoint, write_file, write_folder
 from quorate.server.evaluation import summarise
-from quorate.server.records import Evaluation, Exclusion, Measured, References, RoundRecord, Summary, Worth
+from quorate.server.records import (
+    Answer,
+    Evaluation,
+    Exclusion,
+    Measured,
+    References,
+    RoundRecord,
+    Summary,
+    Worth,
+)
 from quorate.server.report import write_report
 from quorate.server.rounds import Result, evaluate_at_sites
 from quorate.server.run import RECORD_FILE, RUN_FILE, Run, read_jsonl
@@ -82,10 +91,11 @@ def write_outputs(
     *,
     references: References | None = None,
     worth: Mapping[str, Worth] | None = None,
+    samples: Sequence[Answer] = (),
 ) -> Summary:
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
     run.tell("phase", result.progress.round if result.progress else 0, "outputs")
-    summary = _summary(run, result, final, best, references, worth or {})
+    summary = _summary(run, result, final, best, references, worth or {}, samples)
     if result.progress is not None:
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
     write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
@@ -131,6 +141,7 @@ def _summary(
     best: Measured | None,
     references: References | None,
     worth: Mapping[str, Worth],
+    samples: Sequence[Answer],
 ) -> Summary:
     records = [
         each
@@ -161,6 +172,7 @@ def _summary(
         references=references,
         worth=dict(worth),
         sites=result.members.sites,
+        samples=tuple(samples),
         excluded=excluded,
         bytes={"down": down, "up": up, "total": down + up},
         seconds={**seconds, "total": round(sum(seconds.values()), 3)},

@@ -162,6 +162,17 @@ class Sample(Record):
     """Lowest score of what is counted as found."""
 
 
+class Answer(Record):
+    """What the model said to one of the run file's own public prompts."""
+
+    prompt: str
+    """As in the run file."""
+    base: str
+    """The base model's answer."""
+    adapted: str
+    """The answer with the adapter of the best round."""
+
+
 class Summary(Record):
     """The whole run in one object."""
 
@@ -192,6 +203,8 @@ class Summary(Record):
     """Site -> what the federation brought it; empty without the local_only reference."""
     sites: dict[str, SiteDescription] = {}
     """What the sites said of themselves when they joined."""
+    samples: tuple[Answer, ...] = ()
+    """Answers to the run file's own prompts, where it has some and the base model is at hand."""
     excluded: dict[str, dict[int, Exclusion]] = {}
     """Site -> round (0 while joining) -> why it did not count."""
     bytes: dict[str, int]

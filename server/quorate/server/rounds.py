@@ -129,7 +129,7 @@ def run_round(
     with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
         accumulator = rule.init(state, round)
         for site, update in _trained(grid, run, members, state, cohort, round, books):
-            weight = rule.weight(update.header.num_examples)
+            weight = rule.weight(update.header.num_examples, update.header.num_tokens)
             rule.add(accumulator, update.arrays, weight)
             _note(books, site, update, weight)
     if len(books.num_examples) < run.config.federation.quorum:
@@ -220,7 +220,7 @@ def _trained(
     def check(_request: RoundRequest, update: Update) -> None:
         update.arrays.check_schema(schema)
         norm = update.arrays.minus(state.adapter).l2_norm
-        check_trained(update, schema, norm, federation.max_update_norm)
+        check_trained(update, schema, norm, federation.max_update_norm, run.config.aggregation.weighting)
         books.norms[update.header.site] = norm
 
     arrays = downloaded(run.config, state, round)

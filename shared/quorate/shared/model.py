@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
+from quorate.shared.quantised import placed, quantised_kwargs
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
 from quorate.shared.tasks import Task
@@ -164,7 +168,7 @@ def load_base(run: RunConfig) -> Base:
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
-    model, drawn = _load_weights(folder, run.task)
+    model, drawn = _load_weights(folder, run)
     return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
 
 
@@ -186,7 +190,12 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
         base = load_base(run)
         peft = attach_lora(base.model, run.adapter, run.task)
         _check_drawn_is_saved(peft, base.drawn, run)
-    peft.eval().to(device or default_device())
+    if run.training.gradient_checkpointing and not checkpoint_layers(peft):
+        raise ModelError(
+            f"training.gradient_checkpointing: {type(base.model).__name__} has no layers that transformers "
+            "can checkpoint; set it to false."
+        )
+    placed(peft.eval(), run, device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
 
 
@@ -213,7 +222,8 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
     if (head := task.head_modules(base)) is not None:
         settings.modules_to_save = [*head, *(config.modules_to_save or ())]
     try:
-        peft = get_peft_model(base, settings)
+        with quiet_about_conv1d():
+            peft = get_peft_model(base, settings)
     except ValueError as error:
         why = str(error).splitlines()[0][:200]
         if why.startswith("No modules were targeted"):  # PEFT goes on about settings that a run does not have
@@ -242,6 +252,19 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
                 "can be; narrow adapter.target_modules or adapter.modules_to_save."
             )
     return peft
+
+
+@contextmanager
+def quiet_about_conv1d() -> Iterator[None]:
+    """Silence PEFT where it finds GPT-2's transposed linear layers, which it adapts rightly all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        yield
+
+
+def checkpoint_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers whose activations can be computed again instead of kept."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _check_all_found(
@@ -329,10 +352,11 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
+def _load_weights(folder: Path, run: RunConfig) -> tuple[nn.Module, frozenset[str]]:
     """Return the model, and the names of parameters that were drawn because the files do not hold them."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    task, quantised = run.task, quantised_kwargs(run)
     auto = getattr(transformers, task.auto_class)
     try:
         model, loading = auto.from_pretrained(
@@ -345,6 +369,7 @@ def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
             **task.kwargs_for(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+            **quantised,
         )
     except Exception as error:  # whatever transformers stumbles over in files that it does not expect
         raise ModelError(

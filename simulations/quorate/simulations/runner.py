@@ -10,11 +10,12 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from quorate.client.site import Site, SiteRows
-from quorate.server.outputs import measure, write_outputs
-from quorate.server.records import References, Summary, Worth
+from quorate.server.outputs import best_state, measure, write_outputs
+from quorate.server.records import Answer, References, Summary, Worth
 from quorate.server.rounds import Result, run_rounds
 from quorate.server.run import Run
 from quorate.server.trackers import Tracker
+from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
@@ -73,14 +74,28 @@ def simulate(
 
     final, best, outcomes = _all_the_same(result, lambda: measure(grid, run, result))
     references, gains = _all_the_same(result, compare)
+    answers = _all_the_same(result, lambda: _answers(site, run, result))
     summary = _all_the_same(
-        result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
+        result,
+        lambda: write_outputs(run, result, final, best, references=references, worth=gains, samples=answers),
     )
     if samples and result.progress is not None and result.stopped is None:
         write_samples(config, rows, output_dir, samples)
     if result.stopped is not None:
         raise result.stopped
     return summary
+
+
+def _answers(site: Site, run: Run, result: Result) -> list[Answer]:
+    """Return answers to the run file's own prompts, by the base model and by the best round's."""
+    if result.progress is None or result.stopped is not None:
+        return []
+    run.tell("phase", result.progress.round, "samples")
+    before, after = site.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
+    return [
+        Answer(prompt=prompt, base=base, adapted=adapted)
+        for (prompt, base), (_, adapted) in zip(before, after, strict=True)
+    ]
 
 
 def _all_the_same(result: Result, work: Callable[[], _T]) -> _T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quorate.client.trainer.checkpointing import checkpointed
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
@@ -231,8 +232,10 @@ def _training(
             if isinstance(module, _BatchNorm):
                 module.eval()
         stack.set_lora_training(True)
+        saving = run.training.gradient_checkpointing
         try:
-            yield
+            with checkpointed(model, stack.layout) if saving else nullcontext():
+                yield
         finally:
             model.peft.eval()
             stack.layout.generators = None

@@ -33,7 +33,7 @@ def predict(
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
-    """Try an adapter: print what it says of each text or image, with its probability.
+    """Try an adapter: print what it says of each text or image, with its probability; or answers to prompts.
 
     Example: quorate predict runs/demo "mean radius 20.6, mean texture 17.8"
     """
@@ -155,6 +155,12 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     from quorate.deploy.terminal import stdout_console
 
+    if "completion" in rows[0]:
+        table = Table("prompt", "completion", box=SIMPLE)
+        for row in rows:
+            table.add_row(Text(row["text"]), Text(row["completion"]))
+        stdout_console().print(table)
+        return
     name = next(iter(rows[0]))
     kinds = {"entities": "entity", "objects": "object", "value": "value"}
     what = next((kind for key, kind in kinds.items() if key in rows[0]), "label")

@@ -19,6 +19,7 @@ from quorate.server.report.origin import limits_section, origin_section
 from quorate.server.report.page import Headline, Section
 from quorate.server.report.quality import quality_section
 from quorate.server.report.rounds import participation_section
+from quorate.server.report.samples import samples_section
 from quorate.shared.errors import OutputError
 
 __all__ = ["REPORT_FILE", "render_page", "write_report"]
@@ -29,6 +30,7 @@ _SECTIONS = (
     learning_section,
     quality_section,
     finds_section,
+    samples_section,
     data_section,
     participation_section,
     cost_section,

@@ -15,6 +15,7 @@ SHARES = frozenset(
         "precision",
         "recall",
         "f1",
+        "token_accuracy",
         "map",
         "map_50",
         "map_75",
@@ -49,6 +50,8 @@ _MEANINGS = {
     "micro_f1": "F1 (balance of false alarms and misses) over all labels of all rows together",
     "map": "COCO's mean average precision: boxes found, told apart and placed, over labels and over overlaps "
     "of 0.5 to 0.95",
+    "perplexity": "among how many equally likely next tokens the model is undecided; lower is better",
+    "token_accuracy": "the share of tokens that the model held for the likeliest",
     "loss": "how surprised the model is by the right answer; lower is better",
 }
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from quorate.shared.tasks.base import Task
+from quorate.shared.tasks.causal_lm import CausalLM
 from quorate.shared.tasks.image_classification import ImageClassification, ImageRegression
 from quorate.shared.tasks.object_detection import ObjectDetection
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
@@ -18,7 +19,8 @@ TaskConfig = Annotated[
     | TokenClassification
     | ImageClassification
     | ImageRegression
-    | ObjectDetection,
+    | ObjectDetection
+    | CausalLM,
     Field(discriminator="name"),
 ]
 TASKS: tuple[type[Task], ...] = (
@@ -28,10 +30,12 @@ TASKS: tuple[type[Task], ...] = (
     ImageClassification,
     ImageRegression,
     ObjectDetection,
+    CausalLM,
 )
 
 __all__ = [
     "TASKS",
+    "CausalLM",
     "ImageClassification",
     "ImageRegression",
     "ObjectDetection",

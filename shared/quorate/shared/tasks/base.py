@@ -60,7 +60,7 @@ class Batch:
         inputs: the model's keyword arguments, each [rows, ...].
         targets: [rows, ...]; a list with one entry per row where rows have targets of unlike shape; or a
             mapping of names to such.
-        weights: loss weights, [rows] or [rows, labels].
+        weights: loss weights, [rows], [rows, labels] or [rows, tokens].
     """
 
     inputs: dict[str, Any]
@@ -90,6 +90,8 @@ class Task(ConfigModel, ABC):
 
     default_metric: ClassVar[str]
     """Metric that picks the best round."""
+    counts_tokens: ClassVar[bool] = False
+    """Whether `num_tokens` counts something."""
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     """Metrics of which a smaller value is the better one."""
     resamples: ClassVar[bool] = True
@@ -101,6 +103,8 @@ class Task(ConfigModel, ABC):
     no type for, whose head is named by `head_modules`."""
     auto_class: ClassVar[str]
     """Name of the transformers Auto class that loads the base model with this task's head."""
+    no_interval: ClassVar[frozenset[str]] = frozenset({"loss"})
+    """Metrics whose spread resampled outcomes do not show, for instance as only a sum over rows is known."""
     processor_class: ClassVar[str] = "AutoTokenizer"
     """Name of the transformers Auto class that loads what `encode` and `collate` take."""
     class_name: ClassVar[str] = "class"
@@ -164,6 +168,21 @@ class Task(ConfigModel, ABC):
         """Return what a reader of the report should know of a site's training rows, in counts alone."""
         return ()
 
+    def pack(self, examples: Sequence[Example]) -> list[Example]:
+        """Return training examples with several joined in one where the configuration asks for that."""
+        return list(examples)
+
+    def num_rows(self, examples: Sequence[Example]) -> int:
+        """Return how many of the site's rows these examples hold."""
+        return len(examples)
+
+    def num_tokens(self, examples: Sequence[Example]) -> int:
+        """Return how many tokens' losses are trained in these examples; 0 for a task that trains rows.
+
+        What `aggregation.weighting: tokens` weighs sites by, see `counts_tokens`.
+        """
+        return 0
+
     def weigh(self, examples: Sequence[Example]) -> list[Example]:
         """Return training examples with the loss weights the configuration asks for, from this site alone."""
         return list(examples)
@@ -220,6 +239,10 @@ class Task(ConfigModel, ABC):
     @abstractmethod
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return every metric of these outcomes; scalars at the top level are those that are compared."""
+
+    def samples(self, model: Any, processor: Any) -> list[tuple[str, str]]:
+        """Return what the model says to texts of the run file itself, for the report: (text, answer)."""
+        return []
 
     @abstractmethod
     def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:

@@ -293,7 +293,7 @@ def _coco(run: Any, model: Any, stack: Any, adapter: Any, sites: Any, encoded: A
 def test_no_interval_is_made_of_single_boxes(make_run_of: Any) -> None:
     outcomes = Outcomes(values=((0, 0, 9000, 1023), (1, 0, 0, 0)), counts=(2, 3), num_rows=2, loss_sum=4.0)
     found = summarise(task(), "test", {"a": outcomes}, samples=10)
-    assert found.intervals["pooled"] == {}
+    assert found.intervals == {}
     assert found.pooled["loss"] == 2.0 and found.pooled["map"] == pytest.approx(67 / 101)
     assert np.isnan(found.pooled["per_class"]["bar"]["ap"]), "no true bar: nothing is known"
 
@@ -465,7 +465,7 @@ def test_a_simulation_shows_what_is_found_where_it_is_asked_to(make_run_of: Any,
     run = make_run_of(shown_threshold=0.0)
     summary = simulate(run, rows, tmp_path / "out", samples=2)
     assert summary.best is not None and summary.best.test is not None
-    assert summary.best.test.intervals == {"pooled": {}, "sites": {"a": {}, "b": {}}}
+    assert summary.best.test.intervals == {}
     lines = (tmp_path / "out/samples/samples.jsonl").read_text().splitlines()
     shown = [Sample.model_validate_json(line) for line in lines]
     assert [len(each.true) for each in shown] == [0, 1] and all(len(each.found) == 7 for each in shown)

@@ -74,11 +74,11 @@ test-all:
 	$(MAKE) test
 	$(MAKE) test-slow
 
-# timm brings torchvision, which may not go into .venv: see "timm" in pyproject.toml.
+# timm brings torchvision, which may not go into .venv: see "timm" in pyproject.toml. 0.28 is torch 2.13's.
 .venv-timm/.done: pyproject.toml constraints.txt
 	$(MAKE) venv VENV=.venv-timm
 	.venv-timm/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
-	.venv-timm/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev,timm]'
+	.venv-timm/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev,timm]' 'torchvision==0.28.*'
 	@touch $@
 
 test-timm: .venv-timm/.done

@@ -57,21 +57,32 @@ def examples_of(run: Any, model: LoadedModel, folder: Path, count: int, seed: in
     return run.task.encode(small.make_rows(folder, count, seed), model.processor)
 
 
-def test_the_loss_falls_and_stacked_sites_are_sites_alone(vgg: Path, tmp_path: Path) -> None:
-    run = run_of(vgg, training={"max_steps": 8, "per_device_train_batch_size": 6, "learning_rate": 3e-3})
+def test_the_loss_falls(vgg: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 40, "per_device_train_batch_size": 6, "lr_scheduler_type": "constant"}
+    run = run_of(vgg, training={**training, "learning_rate": 3e-3})
+    model = load_model(run)
+    losses: list[float] = []
+    task = SiteTask("north", examples_of(run, model, tmp_path, 12, 0), model.initial)
+    stack = AdapterStack.install(model)
+    fit(model, stack, run, 1, [task], frozenset(model.initial), lambda event: losses.append(event.loss))
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_stacked_sites_are_sites_alone(vgg: Path, tmp_path: Path) -> None:
+    run = run_of(vgg, training={"max_steps": 2, "adam_epsilon": 1e-5})
     model = load_model(run)
     stack = AdapterStack.install(model)
     sites = [
-        SiteTask(name, examples_of(run, model, tmp_path, 12, seed), model.initial)
-        for seed, name in enumerate(("north", "south"))
+        SiteTask(name, examples_of(run, model, tmp_path, count, count), model.initial)
+        for name, count in (("north", 9), ("south", 3))
     ]
     names = frozenset(model.initial)
-    losses: list[float] = []
-    together = fit(model, stack, run, 1, sites, names, lambda event: losses.append(event.loss))
-    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
-    (alone,) = fit(model, stack, run, 1, sites[1:], names, ignore_step)
-    other = together[1].adapter
-    assert max(np.abs(alone.adapter[name] - other[name]).max() for name in other) < 1e-5
+    together = fit(model, stack, run, 1, sites, names, ignore_step)
+    for site, fitted in zip(sites, together, strict=True):
+        (alone,) = fit(model, stack, run, 1, [site], names, ignore_step)
+        moved = [np.abs(fitted.adapter[name] - site.start[name]).max() for name in names]
+        assert max(moved) > 1e-3, "nothing was trained"
+        assert max(np.abs(alone.adapter[n] - fitted.adapter[n]).max() for n in names) < 1e-5
 
 
 def test_peft_loads_the_export(vgg: Path, tmp_path: Path) -> None:

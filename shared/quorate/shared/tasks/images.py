@@ -169,10 +169,8 @@ def head_of(base: nn.Module) -> tuple[str, ...]:
     A timm model inside transformers is all backbone; it names its classifier itself.
     """
     backbone = getattr(base, "base_model_prefix", "")
-    inner = getattr(base, backbone, None)
-    named = (
-        inner.get_classifier() if isinstance(inner, nn.Module) and hasattr(inner, "get_classifier") else ()
-    )
+    ask = getattr(getattr(base, backbone, None), "get_classifier", None)
+    named = () if ask is None else ask()
     classifiers = named if isinstance(named, tuple) else (named,)
     return tuple(
         name

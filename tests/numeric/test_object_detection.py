@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,15 @@ def test_a_model_that_cannot_be_trained_so_is_refused(make_run_of: Any) -> None:
 
     with pytest.raises(ModelError, match="rt_detr"):
         task().prepare_processor(None, Other, None, "folder")
+
+
+@pytest.mark.parametrize("module", ["pycocotools.cocoeval", "scipy.optimize"])
+def test_a_library_that_is_missing_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ModelError, match=rf"needs {module.split('.')[0]}.* pip install 'quorate\[detection\]'"
+    ):
+        task().prepare_processor(None, None, None, "folder")
 
 
 def test_a_site_says_what_it_has(make_run_of: Any, tmp_path: Path) -> None:

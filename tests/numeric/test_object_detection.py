@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,7 +294,7 @@ def _coco(run: Any, model: Any, stack: Any, adapter: Any, sites: Any, encoded: A
 def test_no_interval_is_made_of_single_boxes(make_run_of: Any) -> None:
     outcomes = Outcomes(values=((0, 0, 9000, 1023), (1, 0, 0, 0)), counts=(2, 3), num_rows=2, loss_sum=4.0)
     found = summarise(task(), "test", {"a": outcomes}, samples=10)
-    assert found.intervals["pooled"] == {}
+    assert found.intervals == {}
     assert found.pooled["loss"] == 2.0 and found.pooled["map"] == pytest.approx(67 / 101)
     assert np.isnan(found.pooled["per_class"]["bar"]["ap"]), "no true bar: nothing is known"
 
@@ -397,6 +398,15 @@ def test_a_model_that_cannot_be_trained_so_is_refused(make_run_of: Any) -> None:
         task().prepare_processor(None, Other, None, "folder")
 
 
+@pytest.mark.parametrize("module", ["pycocotools.cocoeval", "scipy.optimize"])
+def test_a_library_that_is_missing_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ModelError, match=rf"needs {module.split('.')[0]}.* pip install 'quorate\[detection\]'"
+    ):
+        task().prepare_processor(None, None, None, "folder")
+
+
 def test_a_site_says_what_it_has(make_run_of: Any, tmp_path: Path) -> None:
     rows = make_rows(tmp_path, 10, 0)
     site = Site({"a": {"train": rows, "validation": rows[:3], "test": rows[:2]}})
@@ -465,7 +475,7 @@ def test_a_simulation_shows_what_is_found_where_it_is_asked_to(make_run_of: Any,
     run = make_run_of(shown_threshold=0.0)
     summary = simulate(run, rows, tmp_path / "out", samples=2)
     assert summary.best is not None and summary.best.test is not None
-    assert summary.best.test.intervals == {"pooled": {}, "sites": {"a": {}, "b": {}}}
+    assert summary.best.test.intervals == {}
     lines = (tmp_path / "out/samples/samples.jsonl").read_text().splitlines()
     shown = [Sample.model_validate_json(line) for line in lines]
     assert [len(each.true) for each in shown] == [0, 1] and all(len(each.found) == 7 for each in shown)

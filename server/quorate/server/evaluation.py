@@ -36,7 +36,7 @@ def summarise(
     sites = {site: task.metrics(each) for site, each in present.items()}
     names = scalars(task.metrics(pooled))
     intervals: dict[str, Any] = {}
-    if samples and present:
+    if samples and _can_resample(task, pooled):
         intervals = {
             "pooled": interval(task, pooled, samples, seed, "pooled"),
             "sites": {site: interval(task, each, samples, seed, site) for site, each in present.items()},
@@ -51,10 +51,15 @@ def summarise(
     )
 
 
+def _can_resample(task: Task, outcomes: Outcomes) -> bool:
+    """Not of a task that says sums alone, nor of one whose outcomes are parts of a row."""
+    return task.resamples and outcomes.units > 0
+
+
 def resample(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str) -> dict[str, list[float]]:
     """Return each scalar metric over `samples` bootstrap resamples of the rows."""
     draws: dict[str, list[float]] = {}
-    if not (outcomes.units and task.resamples):  # a task that says sums alone, or boxes of one image apart
+    if not _can_resample(task, outcomes):
         return draws
     generator = rng(seed, "bootstrap", name)
     for _ in range(samples):

@@ -213,7 +213,7 @@ def _warnings(files: RunFiles) -> list[str]:
         )
     elif result and sum(result.rows.values()) < FEW_ROWS:
         rows = count(sum(result.rows.values()), "test row")
-        why = ", as the wide intervals show" if result.intervals.get("pooled") else ""
+        why = ", as the wide intervals show" if result.intervals else ""
         found.append(f"There are only {rows}: small differences mean little{why}.")
     return found
 

@@ -74,8 +74,9 @@ def test_focal_weighs_a_well_classified_example_down_as_the_paper_says() -> None
 
 
 def linear_macro_f1(steps: int, seed: int, **options: Any) -> tuple[float, Array]:
-    """Macro-F1 on balanced rows, and how sure it is of each, of a linear model after a few steps of training on
-    rows of which 6 % carry the rarer label."""
+    """Macro-F1 on balanced rows, and how sure it is of each, of a linear model after some steps.
+
+    Of its training rows 6 % carry the rarer label."""
     ours = task(labels=("a", "b"), **options)
     generator = torch.Generator().manual_seed(seed)
 

@@ -23,6 +23,8 @@ _HUB_TASKS = {
 """Task -> what model hubs call it."""
 _HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}
 """Metric -> the type under which hubs list it, where its name is not that already."""
+_ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "tanh": "Tanh"}
+"""Activation of a head -> its class in torch.nn."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
@@ -156,5 +158,6 @@ def _loading(run: RunConfig) -> Mapping[str, Any]:
         "at": f", revision={revision!r}" if revision else "",
         "auto_class": run.task.auto_class,
         "processor": run.task.processor_class,
+        "activation": _ACTIVATIONS[run.adapter.head.activation] if run.adapter.head else "",
         "keywords": keywords.replace("`", "\\x60"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,10 @@ def export_adapter(config: RunConfig, state: GlobalState, folder: Path, summary:
     peft_config.revision = config.model.revision
     # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
     peft_config.target_modules = [layer.removeprefix("base_model.model.") for layer in lora_layers(adapter)]
-    peft_config.modules_to_save = saved_modules(adapter) or None
+    modules = saved_modules(adapter)
+    if settings.head is not None:  # one Sequential, not each of its layers
+        modules = sorted({re.sub(r"\.\d+$", "", name) for name in modules})
+    peft_config.modules_to_save = modules or None
     peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas
     peft_config.inference_mode = True
     with tempfile.TemporaryDirectory() as temporary:

@@ -29,6 +29,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
+from quorate.shared.heads import build_head
 from quorate.shared.quantised import placed, quantised_kwargs
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
@@ -169,6 +170,8 @@ def load_base(run: RunConfig) -> Base:
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
     model, drawn = _load_weights(folder, run)
+    if run.adapter.head is not None:
+        build_head(model, run.adapter.head, run.task)
     return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
 
 

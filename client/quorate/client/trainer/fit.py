@@ -191,7 +191,8 @@ def _lay_out(
     layout.rows = tuple(map(len, examples))
     layout.lengths = tuple(max(map(run.task.length, site)) for site in examples)
     layout.length = max(layout.lengths)
-    with_dropout = run.adapter.lora_dropout > 0
+    head = run.adapter.head
+    with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
     layout.generators = tuple(members[i].generator for i in present) if with_dropout else None
 
 

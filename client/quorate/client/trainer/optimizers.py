@@ -31,7 +31,7 @@ def make_optimizer(
     groups = _groups(training, parameters, rate_factors(training, parameters if names is None else names))
     if training.optim == "adafactor":
         # As transformers' Trainer sets it up: the rate is the run's, not one that Adafactor makes up.
-        adafactor: torch.optim.Optimizer = Adafactor(
+        adafactor: torch.optim.Optimizer = Adafactor(  # type: ignore[no-untyped-call]
             groups, training.learning_rate, scale_parameter=False, relative_step=False
         )
         return adafactor

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
 from quorate.shared.errors import AdapterError
+from quorate.shared.heads import HeadDropout
 from quorate.shared.model import LoadedModel
 
 
@@ -196,6 +197,10 @@ class AdapterStack:
             setattr(modules[parent], child, stacked)
             for kind, parameter in stacked.named_parameters(recurse=False):
                 arrays[_saved_name(name, kind)] = parameter
+        for name, module in modules.items():  # PEFT keeps the head it found beside the copy that is trained
+            if isinstance(module, HeadDropout) and ".modules_to_save." in name:
+                parent, _, child = name.rpartition(".")
+                setattr(modules[parent], child, StackedDropout(module.p, layout))
         layers = [module for module in modules.values() if isinstance(module, LoraLayer)]
         for layer in layers:
             for key, dropout in layer.lora_dropout.items():

@@ -64,6 +64,17 @@ class ModelConfig(ConfigModel):
         return self
 
 
+class HeadConfig(ConfigModel):
+    """Hidden layers between a classifier's features and its labels."""
+
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """Width of each hidden layer."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
+    """After each hidden layer."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """After each activation, in training; drawn from a generator per site."""
+
+
 class AdapterConfig(ConfigModel):
     """The LoRA adapter, in PEFT's own words."""
 
@@ -77,6 +88,8 @@ class AdapterConfig(ConfigModel):
     """Module name endings, or one regular expression; PEFT's default for the architecture when left out."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained whole besides the task's head, such as a pooler that the base model's files lack."""
+    head: HeadConfig | None = None
+    """Replace the single layer of a classifier's head by several, which are trained whole."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)."""
     use_dora: bool = False

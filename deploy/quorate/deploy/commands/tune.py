@@ -37,7 +37,10 @@ def tune(
     overrides: OverridesArgument = None,
     sites: SitesOption = None,
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Number of trials; the space file's when left out.")
+        int | None,
+        typer.Option(
+            "--trials", metavar="N", min=1, help="Number of trials; the space file's when left out."
+        ),
     ] = None,
     output: Annotated[
         Path | None,

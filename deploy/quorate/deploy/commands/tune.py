@@ -26,18 +26,22 @@ if TYPE_CHECKING:
 
 def tune(
     run: RunArgument,
+    overrides: OverridesArgument = None,
     space: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--space",
             metavar="SPACE",
-            help="The space file: which fields of the run file are searched, and how.",
+            help="The space file: which fields of the run file are searched, and how. NAME.space.yaml beside "
+            "NAME.yaml when left out.",
         ),
-    ],
-    overrides: OverridesArgument = None,
+    ] = None,
     sites: SitesOption = None,
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Number of trials; the space file's when left out.")
+        int | None,
+        typer.Option(
+            "--trials", metavar="N", min=1, help="Number of trials; the space file's when left out."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -63,7 +67,8 @@ def tune(
     from quorate.simulations.space import load_space
 
     config = load_run(run_path, overrides or [])
-    searched = load_space(space, run_path, overrides or [])
+    space_path = space or run_path.with_name(f"{run_path.stem}.space{run_path.suffix}")
+    searched = load_space(space_path, run_path, overrides or [])
     if trials is not None:
         searched = searched.model_copy(update={"trials": trials})
     sites_config = load_sites_file(sites_path)

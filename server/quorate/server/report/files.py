@@ -91,7 +91,8 @@ class RunFiles:
             values = {r: v for r, v in scored.items() if v is not None}
             if not values:
                 return None
-            best = Measured(round=max(values, key=lambda r: (values[r], -r)))
+            better = self.config.task.sign(self.metric)
+            best = Measured(round=max(values, key=lambda r: (better * values[r], -r)))
         return best.model_copy(update={"validation": best.validation or validated.get(best.round)})
 
     @cached_property

@@ -20,7 +20,7 @@ task:
   max_length: 40
   max_new_tokens: 6
   packing: true
-  sample_prompts: [<b>fever?]
+  sample_prompts: ["<b>fever?"]
 data: questions
 model: {model_name_or_path: "${TINY_LM}"}
 adapter: {r: 8, target_modules: all-linear}

@@ -225,7 +225,9 @@ def count_passes(run: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Adapter, in
 
     def watched(*arguments: Any, **options: Any) -> Any:
         model = unwatched(*arguments, **options)
-        layer = next(module for name, module in model.peft.named_modules() if name.endswith("layers.0"))
+        layer = next(
+            module for name, module in model.peft.named_modules() if name.endswith(("layers.0", "h.0"))
+        )
         next(iter(layer.children())).register_forward_hook(counted)
         return model
 
@@ -235,20 +237,20 @@ def count_passes(run: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Adapter, in
     return fitted.adapter, passes
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("kind", "dropout"), [("llama", 0.0), ("llama", 0.3), ("gpt2", 0.3)])
 def test_gradient_checkpointing_changes_no_gradient(
-    folder: Any, dropout: float, monkeypatch: pytest.MonkeyPatch
+    folder: Any, kind: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = {"r": 4, "lora_dropout": dropout}
     sgd = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 2}
-    plain, once = count_passes(lm_run(folder("llama"), adapter=adapter, training=sgd), monkeypatch)
-    run = lm_run(folder("llama"), adapter=adapter, training={**sgd, "gradient_checkpointing": True})
+    plain, once = count_passes(lm_run(folder(kind), adapter=adapter, training=sgd), monkeypatch)
+    run = lm_run(folder(kind), adapter=adapter, training={**sgd, "gradient_checkpointing": True})
     saved, twice = count_passes(run, monkeypatch)
     assert twice == 2 * once, "every layer must run again in the backward pass"
     # SGD at a rate of 1 moves by the gradient itself.
     assert largest_difference(plain, saved) < 1e-6
     if dropout:
-        dry = train(lm_run(folder("llama"), training=sgd), {"a": lm_rows(8, 5)})[0].adapter
+        dry = train(lm_run(folder(kind), training=sgd), {"a": lm_rows(8, 5)})[0].adapter
         assert largest_difference(plain, dry) > 1e-3, "dropout must matter"
 
 

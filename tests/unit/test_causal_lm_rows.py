@@ -72,6 +72,10 @@ def test_of_a_conversation_the_assistants_turns_are_learnt(turns: tuple[str, ...
     whole = processor.apply_chat_template(talk(*turns).values["messages"], tokenize=False)
     assert processor.decode(example.features["input_ids"]) == whole
     assert taught(example, processor) == "".join(f"{turn}<|im_end|>\n" for turn in turns[1::2])
+    asked = Row({"text": turns[0]}, "a")
+    (prompt,) = task(format="messages", max_length=128).encode([asked], processor, labelled=False)
+    before = processor.decode(prompt.features["input_ids"])
+    assert before == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" and whole.startswith(before)
 
 
 def test_a_template_that_marks_the_assistants_turns_is_taken_at_its_word() -> None:

@@ -96,9 +96,7 @@ class RowMapper:
         if is_missing(value):
             raise DataError(f"{where} is empty; fill it in or remove the row.")
         if kind == "text" and not isinstance(value, str):
-            remedy = (
-                "use `template` to write texts from columns" if TEXT in self.kinds else "write it as text"
-            )
+            remedy = "use `template` to write texts from columns" if TEXT in self.kinds else "make it one"
             raise DataError(f"{where} holds a {type(value).__name__}, not a text; {remedy}.")
         if kind == "text" and not is_text(value):
             raise DataError(

@@ -7,7 +7,7 @@ from quorate.server.report.page import Cell, Section, Table
 
 
 def samples_section(files: RunFiles) -> Section:
-    """Show each prompt with the answers of base model and adapter; a section without blocks where the run gives none."""
+    """Show each prompt with both models' answers; a section without blocks where the run gives none."""
     samples = files.summary.samples if files.summary else ()
     section = Section("samples", "What it writes")
     if not samples:

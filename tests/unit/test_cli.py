@@ -245,7 +245,7 @@ def test_validate_lists_every_problem(folder: Path, capsys: pytest.CaptureFixtur
         (["validate", "trial.yaml", "data=letters"], "has no data 'letters'; it has notes"),
         (["validate", "trial.yaml", "task.labels=[yes, maybe]"], "notes.csv:"),
         (["validate", "nosuch.yaml"], "nosuch.yaml: there is no such file"),
-        (["validate", "nosuch"], "there is no recipe 'nosuch'; there are banking77, demo"),
+        (["validate", "nosuch"], "there is no recipe 'nosuch'; there are banking77, "),
         (["validate", "trial.yaml", "--sites", "mine.yaml"], "mine.yaml: there is no such file"),
         (["simulate", "trial.yaml", "rounds=3"], "did you mean federation.rounds?"),
         (["report", "."], ".: holds no run (no run.yaml)"),

@@ -58,14 +58,14 @@ def examples_of(run: Any, model: LoadedModel, folder: Path, count: int, seed: in
 
 
 def test_the_loss_falls(vgg: Path, tmp_path: Path) -> None:
-    training = {"max_steps": 40, "per_device_train_batch_size": 6, "lr_scheduler_type": "constant"}
-    run = run_of(vgg, training={**training, "learning_rate": 3e-3})
+    training = {"max_steps": 30, "per_device_train_batch_size": 6, "lr_scheduler_type": "constant"}
+    run = run_of(vgg, training={**training, "learning_rate": 1e-3})
     model = load_model(run)
     losses: list[float] = []
     task = SiteTask("north", examples_of(run, model, tmp_path, 12, 0), model.initial)
     stack = AdapterStack.install(model)
     fit(model, stack, run, 1, [task], frozenset(model.initial), lambda event: losses.append(event.loss))
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
 def test_stacked_sites_are_sites_alone(vgg: Path, tmp_path: Path) -> None:

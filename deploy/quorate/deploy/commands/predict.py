@@ -127,7 +127,7 @@ def _objects(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Return a row per object found, for the table; an image without one keeps a row."""
     return [
         {
-            name: f"{row[name]}: {', '.join(f'{figure:.0f}' for figure in each['box'])}",
+            name: f"{', '.join(f'{figure:.0f}' for figure in each['box'])} in {row[name]}",
             "label": each["label"],
             "scores": {each["label"]: each["score"]},
         }

@@ -25,9 +25,9 @@ data: questions
 model: {model_name_or_path: "${TINY_LM}"}
 adapter: {r: 8, target_modules: all-linear}
 training: {max_steps: 15, per_device_train_batch_size: 2, learning_rate: 2e-2, gradient_checkpointing: true}
-federation: {rounds: 3, quorum: 2, grace_seconds: 0}
+federation: {rounds: 2, quorum: 2, grace_seconds: 0}
 aggregation: {name: fedavg, weighting: tokens}
-evaluation: {bootstrap_samples: 20, references: [local_only]}
+evaluation: {bootstrap_samples: 20}
 """
 SITES = (
     "data: {questions: {source: rows.jsonl, partition: {by: sizes, sites: [north, south], shares: [3, 1]}}}\n"
@@ -57,7 +57,7 @@ def test_from_rows_to_answers(folder: Path, capsys: pytest.CaptureFixture[str]) 
     records = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     losses = [record["validation"]["pooled"]["loss"] for record in records]
     assert losses[-1] < losses[0] - 0.3, "it must learn"
-    assert summary["metric"] == "loss" and summary["worth"]
+    assert summary["metric"] == "loss"
     record = json.loads((folder / "runs/tiny/record.jsonl").read_text().splitlines()[0])
     rows = summary["sites"]["north"]["rows"]["train"]
     assert record["num_examples"]["north"] == rows, "rows, not packed sequences"

@@ -7,7 +7,6 @@ the run's seed, so every site that holds the same base builds the same start wit
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import warnings
@@ -371,7 +370,7 @@ def _load_weights(folder: Path, run: RunConfig) -> tuple[nn.Module, frozenset[st
             local_files_only=True,
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
-            **task.kwargs_for(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+            **task.kwargs_for(transformers.PretrainedConfig.get_config_dict(folder)[0]),
             **quantised,
         )
     except Exception as error:  # whatever transformers stumbles over in files that it does not expect

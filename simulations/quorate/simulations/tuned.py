@@ -266,6 +266,9 @@ def _slice(trials: list[TrialRecord], result: Tuned, name: str, search: Search, 
         ]
         if getattr(parameter, "log", False):
             axes.set_xscale("log")
+            # Plain figures: the default's powers are markup, which an SVG with real text shows as it is.
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda value, _: "")
         if choices:
             axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
             axes.set_xlim(-0.5, len(choices) - 0.5)

@@ -186,8 +186,9 @@ class Classification(Task):
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return accuracy or exact_match and micro_f1, macro_f1, loss, per_class and the confusion matrix.
 
-        A label that occurs in neither truth nor prediction does not enter the macro average, so that a site
-        without a class is not punished for it.
+        Macro-F1 averages over the labels that occur in the truth, so that a site without a class is not
+        punished for it: with one label a row, a wrong answer already counts against the class it missed. With
+        several, nothing else would count it, and a label that was only guessed enters as well.
         """
         if not outcomes.rows:
             return {}
@@ -207,7 +208,7 @@ class Classification(Task):
             result["accuracy"] = float(hit.sum() / counts.sum())
             result["confusion"] = confusion.tolist()
         f1 = _f1(hit, true, guessed)
-        present = (true + guessed) > 0
+        present = (true + guessed if self.multi_label else true) > 0
         result["macro_f1"] = float(f1[present].mean()) if present.any() else 0.0
         result["loss"] = outcomes.loss_sum / outcomes.rows
         result["per_class"] = {

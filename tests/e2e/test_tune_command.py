@@ -124,8 +124,8 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, capsys: pytest.C
     assert not (folder / "third").exists()
 
 
-@pytest.mark.slow
-def test_trials_that_fall_behind_or_diverge(folder: Path) -> None:
+def searched(folder: Path, out: str, rates: list[float], *overrides: str) -> Any:
+    """Search over these learning rates, in this order, and return what came of it."""
     from quorate.simulations.sites import load_sites
     from quorate.simulations.trial import Search
     from quorate.simulations.tune import tune
@@ -133,7 +133,7 @@ def test_trials_that_fall_behind_or_diverge(folder: Path) -> None:
 
     (folder / "space.yaml").write_text(
         "sampler: grid\nstartup_trials: 1\nwarmup_rounds: 0\nspace:\n"
-        "  training.learning_rate: {type: categorical, choices: [3e-2, 1e-9, 1e38]}\n"
+        f"  training.learning_rate: {{type: categorical, choices: {rates}}}\n"
     )
     run_file = Path("tiny.yaml")
     rows = load_sites(load_sites_file(Path("tiny.sites.yaml")), folder, load_run(run_file))
@@ -142,24 +142,33 @@ def test_trials_that_fall_behind_or_diverge(folder: Path) -> None:
         seed: [each["training.learning_rate"] for each in space.model_copy(update={"seed": seed}).grid()]
         for seed in range(50)
     }
-    # What does not learn comes after what does, or there is nothing that it falls behind.
-    seed = next(seed for seed, order in orders.items() if order == [3e-2, 1e-9, 1e38])
+    seed = next(seed for seed, order in orders.items() if order == rates)
     said: list[str] = []
-    search = Search(
-        run_file,
-        ("training.max_steps=12",),
-        space.model_copy(update={"seed": seed}),
-        rows,
-        folder / "out",
-        say=said.append,
-    )
+    space = space.model_copy(update={"seed": seed})
+    search = Search(run_file, overrides, space, rows, folder / out, say=said.append)
     result = summarise(search, tune(search))
     # A grid ends by itself, with every point tried once.
-    assert [each.values["training.learning_rate"] for each in result.trials] == [3e-2, 1e-9, 1e38]
-    assert [each.state for each in result.trials] == ["done", "stopped early", "diverged"]
-    assert len(said) == 3 and result.best == result.trials[0]
-    records = [
-        (folder / f"out/trials/{each.number:03d}/record.jsonl").read_text().count("\n")
-        for each in result.trials
-    ]
-    assert records == [ROUNDS, 1, 0]
+    assert [each.values["training.learning_rate"] for each in result.trials] == rates
+    assert len(said) == len(rates)
+    return result
+
+
+def rounds_of(folder: Path, out: str, trial: Any) -> int:
+    return (folder / out / f"trials/{trial.number:03d}/record.jsonl").read_text().count("\n")
+
+
+@pytest.mark.slow
+def test_a_trial_that_falls_behind_is_stopped(folder: Path) -> None:
+    # What does not learn comes after what does, or there is nothing that it falls behind.
+    result = searched(folder, "out", [3e-2, 1e-9], "training.max_steps=12")
+    assert [each.state for each in result.trials] == ["done", "stopped early"]
+    assert result.best == result.trials[0]
+    assert [rounds_of(folder, "out", each) for each in result.trials] == [ROUNDS, 1]
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_told_apart(folder: Path) -> None:
+    far = ("training.optim=sgd", "training.max_grad_norm=0", "adapter.lora_alpha=1e9")
+    result = searched(folder, "far", [1e6, 1e5], *far)
+    assert [each.state for each in result.trials] == ["diverged", "diverged"]
+    assert rounds_of(folder, "far", result.trials[0]) == 0

@@ -28,6 +28,7 @@ from bad_input import (
 from quorate.client.site import Site
 from quorate.server import rounds
 from quorate.server.records import Summary
+from quorate.server.run import alone_in
 from quorate.shared.adapter import Adapter
 from quorate.shared.messages import RoundRequest, Update
 
@@ -172,6 +173,14 @@ def test_a_site_of_one_row_takes_part(folder: Path) -> None:
 
 
 # --- Writing
+
+
+def test_two_processes_do_not_run_into_one_folder(folder: Path) -> None:
+    with alone_in(folder / "out"):
+        said = command("simulate", "tiny.yaml", "-o", "out")
+    assert said.code == 2 and not list((folder / "out").iterdir())
+    assert_one_error(said.err, "OutputError: another process is running into out; | (-o)")
+    assert command("simulate", "tiny.yaml", "-o", "out").code == 0
 
 
 def test_a_tracker_that_cannot_write_is_named_and_the_run_goes_on(folder: Path) -> None:

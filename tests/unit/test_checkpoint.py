@@ -441,6 +441,26 @@ def test_another_run_is_not_resumed(play: Any) -> None:
     assert (run.output_dir / RUN_FILE).exists()
 
 
+@pytest.mark.parametrize("name", ["adapter", "record.jsonl", "summary.json"])
+def test_what_another_program_left_is_not_written_over(play: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=rf"holds {name} but no run .*choose another folder"):
+            play("out", resume=resume)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_sites_with_other_rows_than_before_are_named_on_resume(
+    make_sites: Any, play: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = play("mine", Stop(2, "train", interrupt))
+    play("mine", Stop(3, "train", interrupt), resume=True)
+    assert "the rows of" not in caplog.text
+    site = Site(make_sites(north=12, south=6, west=5))
+    run_rounds(InProcessGrid(site, site.names), Run.open(run.config, run.output_dir, resume=True))
+    assert "the rows of north, west are not those of the rounds before" in caplog.text
+
+
 def test_sites_that_start_elsewhere_do_not_resume(
     make_run: Any, make_sites: Any, play: Any, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import report_data
 from report_data import Shape
 
 from quorate.deploy.cli import run
-from quorate.server.compare import compare
+from quorate.server.compare import _t, compare
 from quorate.shared.errors import OutputError
 
 SEEDS = (2, 0, 1)
@@ -75,3 +75,27 @@ def test_runs_that_have_no_common_mean_are_refused(
     (folders[2] / "summary.json").unlink()
     assert run(["compare", *map(str, folders)]) == 2
     assert "has no readable summary.json; give folders of finished runs" in capsys.readouterr().err
+
+
+def test_a_site_without_a_reference_of_its_own_has_a_gap(
+    folders: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    del summary["references"]["local_only"]["heart"]
+    (folders[0] / "summary.json").write_text(json.dumps(summary))
+    assert run(["compare", *map(str, folders)]) == 0
+    (heart,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| heart |"))
+    assert heart.endswith("| - |")
+
+
+def test_runs_without_test_rows_are_refused(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    summary["best"]["test"].update(pooled={}, mean={}, sites={}, rows={}, intervals={})
+    (folders[0] / "summary.json").write_text(json.dumps(summary))
+    assert run(["compare", *map(str, folders)]) == 2
+    assert "have no test rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(9, 2.262), (10, 2.228), (20, 2.086), (100, 1.984)])
+def test_students_t_is_that_of_the_tables(degrees: int, quantile: float) -> None:
+    assert _t(degrees) == pytest.approx(quantile, abs=0.003)

@@ -125,6 +125,12 @@ def cells(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()]
 
 
+def test_words_of_a_site_cannot_steer_a_terminal() -> None:
+    out = io.StringIO()
+    ConsoleTracker(Console(file=out)).start(RUN, "x", Path("out"), {"north": site("\x1b[2J\nround 9/9")}, 0)
+    assert out.getvalue().splitlines()[-1] == "note: north:  [2J round 9/9"
+
+
 def test_plain_lines() -> None:
     out = io.StringIO()
     tracker = ConsoleTracker(Console(file=out))

@@ -16,14 +16,15 @@ from flwr.app import Error, Message
 from quorate.client.flower import unwrap, wrap
 from quorate.client.site import Site
 from quorate.server.checkpoint import list_checkpoints, load_checkpoint
+from quorate.server.checks import check_trained
 from quorate.server.joining import Members
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.rounds import Result, choose_cohort, run_rounds
 from quorate.server.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
 from quorate.shared.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
-from quorate.shared.errors import QuorumNotMet
-from quorate.shared.messages import RoundRequest, Update
+from quorate.shared.errors import NonFiniteUpdate, QuorumNotMet
+from quorate.shared.messages import RequestHeader, RoundRequest, Update
 from quorate.shared.model import load_model
 from quorate.simulations.grid import InProcessGrid
 
@@ -79,6 +80,12 @@ def edited(update: Update, arrays: Adapter | None = None, **header: Any) -> Upda
     return Update(
         update.header.model_copy(update=header), update.arrays if arrays is None else Adapter(arrays)
     )
+
+
+def described(update: Update, **fields: Any) -> Update:
+    """The answer to `join` of a site that says something else of itself."""
+    assert update.header.description is not None
+    return edited(update, description=update.header.description.model_copy(update=fields))
 
 
 def only(site: str, change: Change, phase: str = "fit", round: int | None = None) -> Change:
@@ -159,6 +166,13 @@ BAD = {
     "site": (lambda u: edited(u, site="north"), "protocol", "answered for site 'north'; asked was 'south'"),
     "start": (lambda u: edited(u, input_hash="0" * 64), "protocol", "other arrays than it was sent"),
     "no-rows": (lambda u: edited(u, num_examples=0), "protocol", "trained on no rows"),
+    "all-the-weight": (
+        lambda u: edited(u, num_examples=2**53),
+        "protocol",
+        "answered for 9007199254740992 rows; the site joined with 7",
+    ),
+    "figure": (lambda u: edited(u, metrics={"train_loss": 1.7e308}), "non-finite", "a training figure"),
+    "figure-name": (lambda u: edited(u, metrics={"\x1b[2J": 1.0}), "protocol", "not an answer"),
     "too-many-rows": (lambda u: edited(u, num_examples=10**400), "protocol", "not an answer"),
     "data": (lambda u: edited(u, Adapter({}), error="data"), "data", "could not use its own data"),
     "internal": (lambda u: edited(u, Adapter({}), error="internal"), "internal", "its log says why"),
@@ -180,6 +194,25 @@ def test_a_bad_update_is_set_aside_named_and_recorded(play: Any, kind: str) -> N
     assert record.num_examples == {"north": 12, "west": 5}
     assert set(record.update_norms) == set(record.num_steps) == {"north", "west"}
     assert record.cohort == ("north", "south", "west")
+
+
+def test_an_array_name_from_a_site_cannot_steer_a_terminal(play: Any) -> None:
+    name = "\x1b[2J\n" + "x" * 10_000
+    _, (record,), _, _ = play(
+        only("south", lambda u: edited(u, u.arrays.updated({name: np.ones(1, np.float32)})))
+    )
+    reason = record.excluded["south"].reason
+    assert "not part of this run's adapter" in reason and reason.isprintable() and len(reason) < 300
+
+
+def test_a_move_beyond_float32_is_set_aside() -> None:
+    """A round with an infinite norm in its record could not be read back."""
+    start, end = (Adapter({"a": np.full(2, value, np.float32)}) for value in (-3e38, 3e38))
+    request = RoundRequest(
+        RequestHeader(run_id="r", round=1, phase="fit", site="s", run_config="{}", config_hash="0" * 64)
+    )
+    with pytest.raises(NonFiniteUpdate, match="further than float32"):
+        check_trained(Update.reply(request, end, num_examples=5), end.schema, start, 5, None)
 
 
 def test_what_is_set_aside_leaves_no_trace_in_the_model(play: Any) -> None:
@@ -258,8 +291,11 @@ def test_a_site_that_claims_a_name_twice_is_refused_under_it(play: Any) -> None:
         (lambda u: edited(u, Adapter({}), error="data"), "data", "could not use its own data"),
         (spoiled, "non-finite", "holds NaN"),
         (lambda u: b"oops", "protocol", "not an answer"),
+        (lambda u: described(u, label_counts={"mine": 10**400}), "protocol", "not an answer"),
+        (lambda u: described(u, label_counts={"mine": 1}), "protocol", "other labels than the run lists"),
+        (lambda u: described(u, rows={"train": -1}), "protocol", "not an answer"),
     ],
-    ids=["name", "no-description", "data", "nan", "rubbish"],
+    ids=["name", "no-description", "data", "nan", "rubbish", "huge-count", "labels", "negative-rows"],
 )
 def test_a_site_that_cannot_join_is_named_by_its_node(
     play: Any, change: Change, code: str, reason: str
@@ -276,9 +312,7 @@ def moved(update: Update) -> Update:
 
 
 def other_files(update: Update) -> Update:
-    assert update.header.description is not None
-    described = update.header.description.model_copy(update={"model_files": {"model.safetensors": "00"}})
-    return edited(update, description=described)
+    return described(update, model_files={"model.safetensors": "00"})
 
 
 @pytest.mark.parametrize("change", [moved, other_files])
@@ -333,10 +367,18 @@ def test_the_timeout_ends_the_wait_for_a_quorum(play: Any) -> None:
     [
         ({"outcomes": None}, "without outcomes"),
         ({"num_examples": 5}, "another number of rows"),
+        (
+            {"num_examples": 2**53, "outcomes": {"values": ((0, 0),), "counts": (2**53,)}},
+            "the site joined with 9",
+        ),
+        (
+            {"outcomes": {"values": ((0, 0),), "counts": (9,), "loss_sum": 1.7e308}},
+            "a loss that no evaluation gives",
+        ),
         ({"outcomes": {"values": ((99, 0),), "counts": (9,)}}, "as this task has them"),
         ({"outcomes": {"values": ((0,),), "counts": (9,)}}, "as this task has them"),
     ],
-    ids=["none", "count", "label", "width"],
+    ids=["none", "count", "rows", "loss", "label", "width"],
 )
 def test_an_impossible_evaluation_is_set_aside(play: Any, header: dict[str, Any], reason: str) -> None:
     def change(update: Update) -> Update:

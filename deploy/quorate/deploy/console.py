@@ -134,5 +134,6 @@ class ConsoleTracker:
     def _line(self, text: str) -> None:
         if not self._quiet:
             # Long lines stay one line where nobody scrolls: a log is searched by line.
+            text = "".join(c if c.isprintable() else " " for c in text)  # a site's words may steer a terminal
             self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
             self._console.file.flush()

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
+from quorate.shared.adapter import Adapter
 from quorate.shared.errors import AdapterError, ConfigError, NonFiniteUpdate, ProtocolError
 from quorate.shared.messages import RoundRequest, Update
 from quorate.shared.tasks import Task
+
+_LARGEST = 1e100
+"""No figure of a working site is beyond this; sums over sites stay finite, and charts can be drawn."""
 
 
 class UpdateTooLarge(AdapterError):
@@ -32,40 +38,60 @@ def check_belongs(request: RoundRequest, update: Update) -> None:
         raise ProtocolError("started from other arrays than it was sent.")
 
 
-def check_measured(task: Task, update: Update) -> None:
-    """Raise ProtocolError unless `update` says what the task's evaluation of that many rows can say."""
+def check_measured(task: Task, update: Update, rows: int) -> None:
+    """Raise ProtocolError unless `update` says what the task's evaluation of the site's `rows` can say."""
     outcomes = update.header.outcomes
     if outcomes is None:
         raise ProtocolError("sent an evaluation without outcomes.")
     if outcomes.rows != update.header.num_examples:
         raise ProtocolError("sent outcomes of another number of rows than it names.")
+    _check_rows(update, rows)
+    if abs(outcomes.loss_sum) > _LARGEST:
+        raise ProtocolError("sent a loss that no evaluation gives.")
     task.check_outcomes(outcomes)
 
 
 def check_trained(
     update: Update,
     schema: Mapping[str, tuple[int, ...]],
-    norm: float,
+    start: Adapter,
+    rows: int,
     max_norm: float | None,
     weighting: str = "examples",
-) -> None:
-    """Raise AdapterError unless `update` holds the arrays asked for, finite, counted and near enough.
+) -> float:
+    """Return how far `update` moved from `start`, as an L2 norm [parameter units].
 
     Args:
         schema: name -> shape of the arrays that were asked for.
-        norm: L2 distance the update moved [parameter units].
-        max_norm: the run's bound on it.
+        start: the adapter the site was sent, with at least these arrays.
+        rows: the training rows that the site joined with.
+        max_norm: the run's bound on the norm.
         weighting: what the run weighs sites by.
+    Raises: AdapterError, ProtocolError: it does not hold the arrays asked for, finite, counted, near enough.
     """
     update.arrays.check_schema(schema)
     update.arrays.check_finite()
     if update.header.num_examples < 1:
         raise ProtocolError("sent an update trained on no rows.")
+    _check_rows(update, rows)
     if weighting == "tokens" and update.header.num_tokens < 1:
         raise ProtocolError("sent an update without the number of tokens that it is weighed by.")
-    if not all(math.isfinite(value) for value in update.header.metrics.values()):
-        raise NonFiniteUpdate("reports a training figure that is NaN or infinite.")
+    if not all(abs(value) <= _LARGEST for value in update.header.metrics.values()):
+        raise NonFiniteUpdate("reports a training figure that is NaN, infinite or near to that.")
+    with np.errstate(over="ignore"):
+        norm = update.arrays.minus(start).l2_norm
+    if not math.isfinite(norm):
+        raise NonFiniteUpdate("moved further than float32 can hold.")
     if max_norm is not None and norm > max_norm:
         raise UpdateTooLarge(
             f"moved {norm:.4g} from where it started; federation.max_update_norm allows {max_norm:.4g}."
+        )
+    return norm
+
+
+def _check_rows(update: Update, rows: int) -> None:
+    """Rows are a site's weight and its part in pooled figures: whoever changes them changes both."""
+    if update.header.num_examples != rows:
+        raise ProtocolError(
+            f"answered for {update.header.num_examples} rows; the site joined with {rows} of them."
         )

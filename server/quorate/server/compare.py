@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from quorate.server.evaluation import scalars
-from quorate.server.outputs import SUMMARY_FILE, read_summary
+from quorate.server.outputs import read_summary
 from quorate.server.records import Evaluation, Record, Summary
-from quorate.server.run import RUN_FILE
+from quorate.server.run import RUN_FILE, SUMMARY_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import OutputError
 
-# Student's t, 97.5 %, for 1 to 9 degrees of freedom; with 10 runs and more the normal's 1.96 is near enough.
+# Student's t, 97.5 %, for 1 to 9 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -76,21 +76,26 @@ def compare(folders: Sequence[Path]) -> Comparison:
     return Comparison(name=summaries[0].name, seeds=seeds, metrics=metrics, pooled=everywhere, sites=sites)
 
 
-def markdown(comparison: Comparison, metrics: Sequence[str] = ()) -> str:
+def markdown(comparison: Comparison) -> str:
     """Return the comparison as two Markdown tables: on all sites' rows, and at home."""
-    chosen = list(metrics) or [metric for metric in comparison.metrics if metric != "loss"]
+    chosen = [metric for metric in comparison.metrics if metric != "loss"]
     lines = [f"| tested on all sites' rows | {' | '.join(chosen)} |", "|---" * (len(chosen) + 1) + "|"]
     for model, figures in comparison.pooled.items():
         lines.append(f"| {model} | {' | '.join(_shown(figures[metric]) for metric in chosen)} |")
     first = chosen[0]
-    labels = list(next(iter(comparison.sites.values())))
+    labels = list(dict.fromkeys(label for models in comparison.sites.values() for label in models))
     lines += ["", f"| tested at home ({first}) | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|"]
     for site, models in comparison.sites.items():
-        lines.append(f"| {site} | {' | '.join(_shown(models[label][first]) for label in labels)} |")
+        lines.append(f"| {site} | {' | '.join(_home(models, label, first) for label in labels)} |")
     seeds = ", ".join(map(str, comparison.seeds))
     return "\n".join(
         [*lines, "", f"Mean over seeds {seeds}, with the 95 % t-interval where there are several."]
     )
+
+
+def _home(models: Mapping[str, Mapping[str, Figure]], label: str, metric: str) -> str:
+    """A site whose reference run failed in one of the runs has no mean of it."""
+    return _shown(models[label][metric]) if label in models else "-"
 
 
 def _shown(figure: Figure) -> str:
@@ -103,9 +108,16 @@ def _figure(values: Sequence[float]) -> Figure:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Figure(mean=mean, low=mean, high=mean, values=tuple(values))
-    t = _T[len(values) - 2] if len(values) <= len(_T) + 1 else 1.96
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    half = _t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Figure(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
+
+
+def _t(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t; beyond the table by its expansion, to 0.003."""
+    if degrees <= len(_T):
+        return _T[degrees - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def _models(summary: Summary) -> dict[str, Evaluation]:
@@ -138,6 +150,8 @@ def _read(folder: Path) -> Summary:
         raise OutputError(
             f"{folder} holds a run that did not finish ({summary.status}); continue it with --resume."
         )
+    if not summary.best.test.pooled:
+        raise OutputError(f"{folder} holds a run whose sites have no test rows: there is nothing to compare.")
     return summary
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
@@ -16,6 +18,8 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import NAME
 from quorate.shared.errors import ProtocolError, QuorumNotMet
 from quorate.shared.messages import RequestHeader, RoundRequest, SiteDescription, Update
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,9 +62,14 @@ def join(grid: Grid, run: Run) -> Members:
     )
     placeholder = {node: f"node {node}" for node in nodes}
     answers = Answers(placeholder, len(nodes), federation.timeout_seconds, federation.grace_seconds)
+    labels = run.config.task.label_counts(())
+
+    def check(_request: RoundRequest, update: Update) -> None:
+        _check(update, labels.keys())
+
     asked = {node: RoundRequest(header) for node in nodes}
     back = {name: node for node, name in placeholder.items()}
-    replied = [(back[name], update) for name, update in answers.ask(grid, asked, _check)]
+    replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
     members = _agreeing(run, replied)
     members.refused.update(answers.excluded)
     if len(members.nodes) < federation.quorum:
@@ -72,11 +81,14 @@ def join(grid: Grid, run: Run) -> Members:
     return members
 
 
-def _check(request: RoundRequest, update: Update) -> None:
-    if update.header.description is None:
+def _check(update: Update, labels: Set[str]) -> None:
+    description = update.header.description
+    if description is None:
         raise ProtocolError("joined without a description of itself.")
     if not re.fullmatch(NAME, update.header.site):
         raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
+    if description.label_counts.keys() != labels:
+        raise ProtocolError("counted other labels than the run lists.")
     update.arrays.check_finite()
 
 
@@ -106,3 +118,24 @@ def _identity(update: Update) -> str:
     description = update.header.description
     files = description.model_files if description else {}
     return json.dumps([files, update.arrays.content_hash], sort_keys=True)
+
+
+def warn_of_changes(before: Mapping[str, SiteDescription], now: Mapping[str, SiteDescription]) -> None:
+    """Name the sites whose rows are not those that the run began with.
+
+    Sites may come and go, but the run no longer ends where it would have ended, and rows that were trained on
+    may now be tested on.
+    """
+    changed = [
+        site
+        for site in sorted(before.keys() | now.keys())
+        if site not in before
+        or site not in now
+        or (before[site].rows, before[site].label_counts) != (now[site].rows, now[site].label_counts)
+    ]
+    if changed:
+        log.warning(
+            "the rows of %s are not those of the rounds before (other data or another sites file): figures "
+            "before and after do not compare, and a test may hold rows that were trained on",
+            ", ".join(changed),
+        )

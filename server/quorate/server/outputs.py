@@ -27,7 +27,7 @@ from quorate.server.records import (
 )
 from quorate.server.report import write_report
 from quorate.server.rounds import Result, evaluate_at_sites
-from quorate.server.run import RECORD_FILE, RUN_FILE, Run, read_jsonl
+from quorate.server.run import ADAPTER_DIR, RECORD_FILE, RUN_FILE, SUMMARY_FILE, Run, read_jsonl
 from quorate.shared.adapter import lora_layers, saved_modules
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.load import dump_yaml
@@ -37,7 +37,6 @@ from quorate.shared.export import as_lora
 from quorate.shared.model import lora_config
 from quorate.shared.outcomes import Outcomes
 
-ADAPTER_DIR, SUMMARY_FILE = "adapter", "summary.json"
 _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
 
 

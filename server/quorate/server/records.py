@@ -57,7 +57,8 @@ class RoundRecord(Record):
     bytes_up: dict[str, int]
     """Bytes received from each site."""
     seconds: dict[str, float]
-    """Wall time of each step of the round: cohort, train, check, aggregate, evaluate, checkpoint."""
+    """Wall time of each step of the round: cohort, train (with sending, checking and adding up), aggregate,
+    evaluate, checkpoint."""
     state_hash: str
     """Content hash of the global state after the round."""
     early_stop: str | None = None
@@ -208,8 +209,8 @@ class Summary(Record):
     excluded: dict[str, dict[int, Exclusion]] = {}
     """Site -> round (0 while joining) -> why it did not count."""
     bytes: dict[str, int]
-    """`down`, `up` and `total` over all rounds and sites."""
+    """`down`, `up` and `total` over all rounds and sites, training and validation together."""
     seconds: dict[str, float]
-    """Wall time by step, and `total`."""
+    """Wall time of the rounds by step, and `total`; joining, the test and reference runs come on top."""
     versions: dict[str, str]
     """Versions of quorate and the libraries that shape the result, at the coordinator."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from flwr.serverapp import Grid
 
 from quorate.server.best import Standing
+from quorate.server.books import Books, round_seconds
 from quorate.server.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.checks import check_measured, check_trained
 from quorate.server.collect import Answers
 from quorate.server.evaluation import summarise
-from quorate.server.joining import Members, join
-from quorate.server.records import Evaluation, Exclusion, RoundMetrics, RoundRecord
+from quorate.server.joining import Members, join, warn_of_changes
+from quorate.server.records import Evaluation, RoundMetrics
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
@@ -59,37 +59,6 @@ class Result:
         return self.progress.record.early_stop if self.progress else None
 
 
-@dataclass
-class _Books:
-    """What a round notes down while it runs."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    bytes_down: dict[str, int] = field(default_factory=dict)
-    bytes_up: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, Exclusion] = field(default_factory=dict)
-    num_examples: dict[str, int] = field(default_factory=dict)
-    num_steps: dict[str, int] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    train: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, run: Run, round: int, phase: str) -> Iterator[None]:
-        """Time one step of the round and tell the trackers that it began."""
-        run.tell("phase", round, phase)
-        started = time.monotonic()
-        yield
-        self.seconds[phase] = round_seconds(time.monotonic() - started)
-
-    def take(self, answers: Answers) -> None:
-        """Add an exchange's traffic and exclusions."""
-        for total, part in ((self.bytes_down, answers.bytes_down), (self.bytes_up, answers.bytes_up)):
-            for site, count in part.items():
-                total[site] = total.get(site, 0) + count
-        # Why a site's training did not count says more than why it was not measured after that.
-        self.excluded = {**answers.excluded, **self.excluded}
-
-
 def run_rounds(grid: Grid, run: Run) -> Result:
     """Run (or resume) all rounds; every finished round is on disk before the next begins.
 
@@ -123,7 +92,7 @@ def run_round(
 
     Raises: QuorumNotMet: fewer good updates than federation.quorum.
     """
-    rule, books = run.config.aggregation, _Books()
+    rule, books = run.config.aggregation, Books()
     with books.timed(run, round, "cohort"):  # 1 choose the cohort
         cohort = choose_cohort(run, members, round)
     with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
@@ -131,7 +100,7 @@ def run_round(
         for site, update in _trained(grid, run, members, state, cohort, round, books):
             weight = rule.weight(update.header.num_examples, update.header.num_tokens)
             rule.add(accumulator, update.arrays, weight)
-            _note(books, site, update, weight)
+            books.note(site, update, weight)
     if len(books.num_examples) < run.config.federation.quorum:
         raise _quorum_not_met(run, round, cohort, books)
     with books.timed(
@@ -179,7 +148,7 @@ def evaluate_at_sites(
     state: GlobalState,
     split: Split,
     round: int,
-    books: _Books | None = None,
+    books: Books | None = None,
 ) -> dict[str, Outcomes]:
     """Have every site measure `state` on its own rows; returns site -> outcomes of those that answered."""
     federation = run.config.federation
@@ -190,11 +159,13 @@ def evaluate_at_sites(
     asked = {
         node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
     }
+
+    def check(_request: RoundRequest, update: Update) -> None:
+        rows = members.sites[update.header.site].rows
+        check_measured(run.config.task, update, rows.get(split, 0))
+
     outcomes = {
-        site: update.header.outcomes or Outcomes()
-        for site, update in answers.ask(
-            grid, asked, lambda _request, update: check_measured(run.config.task, update)
-        )
+        site: update.header.outcomes or Outcomes() for site, update in answers.ask(grid, asked, check)
     }
     if books is not None:
         books.take(answers)
@@ -208,7 +179,7 @@ def _trained(
     state: GlobalState,
     cohort: tuple[str, ...],
     round: int,
-    books: _Books,
+    books: Books,
 ) -> Iterator[tuple[str, Update]]:
     """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
     federation = run.config.federation
@@ -218,22 +189,20 @@ def _trained(
     schema = upload_schema(run.config, members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
-        update.arrays.check_schema(schema)
-        norm = update.arrays.minus(state.adapter).l2_norm
-        check_trained(update, schema, norm, federation.max_update_norm, run.config.aggregation.weighting)
-        books.norms[update.header.site] = norm
+        site = update.header.site
+        books.norms[site] = check_trained(
+            update,
+            schema,
+            state.adapter,
+            members.sites[site].rows.get("train", 0),
+            federation.max_update_norm,
+            run.config.aggregation.weighting,
+        )
 
     arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
     yield from answers.ask(grid, asked, check)
     books.take(answers)
-
-
-def _note(books: _Books, site: str, update: Update, weight: float) -> None:
-    books.num_examples[site] = update.header.num_examples
-    books.num_steps[site] = update.header.num_steps
-    books.train[site] = update.header.metrics
-    books.weights[site] = weight
 
 
 def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
@@ -246,6 +215,7 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
             f"{run.output_dir}: the sites no longer start from the adapter this run began with "
             "(another base model or library version); resume where it began, or start in another folder."
         )
+    warn_of_changes(progress.sites, members.sites)
     # A kill may have come before or in the middle of this, and after the last round nothing else does it.
     drop_checkpoints(run.output_dir, progress, run.config.save_total_limit)
     return state, progress
@@ -258,28 +228,15 @@ def _finish(
     before: Progress | None,
     round: int,
     cohort: tuple[str, ...],
-    books: _Books,
+    books: Books,
     validation: Evaluation | None,
 ) -> Progress:
     """Step 9: checkpoint, then record."""
-    total = sum(books.weights.values())
     started = time.monotonic()
     standing = before.standing if before else Standing()
     standing = standing.after(run.config, round, validation)
-    record = RoundRecord(
-        round=round,
-        cohort=cohort,
-        weights={site: weight / total for site, weight in books.weights.items()},
-        num_examples=books.num_examples,
-        num_steps=books.num_steps,
-        update_norms={site: books.norms[site] for site in books.weights},
-        excluded=books.excluded,
-        bytes_down=books.bytes_down,
-        bytes_up=books.bytes_up,
-        seconds=books.seconds,
-        state_hash=state.pack().content_hash,
-        early_stop=standing.stops(run.config, round),
-    )
+    early_stop = standing.stops(run.config, round)
+    record = books.record(round, cohort, state.pack().content_hash, early_stop)
     metrics = RoundMetrics(round=round, train=books.train, validation=validation)
     progress = Progress(
         run_id=run.run_id,
@@ -314,15 +271,10 @@ def _check_stopping(run: Run, members: Members) -> None:
         )
 
 
-def _quorum_not_met(run: Run, round: int, cohort: tuple[str, ...], books: _Books) -> QuorumNotMet:
+def _quorum_not_met(run: Run, round: int, cohort: tuple[str, ...], books: Books) -> QuorumNotMet:
     why = "; ".join(f"{site}: {e.reason}" for site, e in sorted(books.excluded.items()))
     return QuorumNotMet(
         f"round {round} needs {run.config.federation.quorum} of {len(cohort)} sites, "
         f"{len(books.num_examples)} gave a good update ({why}); mend those sites or lower federation.quorum, "
         "then continue with --resume."
     )
-
-
-def round_seconds(seconds: float) -> float:
-    """Round to milliseconds: more digits are noise."""
-    return round(seconds, 3)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from quorate.shared.errors import CheckpointError, OutputError
 log = logging.getLogger(__name__)
 
 RUN_FILE, RECORD_FILE, METRICS_FILE = "run.yaml", "record.jsonl", "metrics.jsonl"
+ADAPTER_DIR, SUMMARY_FILE = "adapter", "summary.json"
 
 
 @dataclass
@@ -63,12 +67,9 @@ class Run:
             raise OutputError(
                 f"{output_dir} already holds a run; continue it with --resume, or choose another folder (-o)."
             )
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o."
-            ) from error
+        if not used:
+            _check_free(output_dir)
+        _make_folder(output_dir)
         if (output_dir / RUN_FILE).exists():
             _check_same(load_run(output_dir / RUN_FILE), config, output_dir)
         resumed = load_checkpoint(output_dir, checkpoints[-1]) if checkpoints else None
@@ -156,6 +157,50 @@ def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list
                 "take the line out, then try again."
             ) from error
     return read
+
+
+@contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """Make the output folder and keep other processes from running into it at the same time.
+
+    The lock is the system's and leaves no file: it is gone with the process, however that ends.
+
+    Raises: OutputError: another process has it, or it cannot be made.
+    """
+    _make_folder(output_dir)
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another process is running into {output_dir}; wait for its end, or choose "
+                "another folder (-o)."
+            ) from error
+        except OSError as error:  # some network file systems lock no folders
+            log.debug("%s: no lock (%s)", output_dir, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o."
+        ) from error
+
+
+def _check_free(output_dir: Path) -> None:
+    """Raise OutputError for something that a run would write over and that no run of ours left."""
+    for name in (ADAPTER_DIR, RECORD_FILE, METRICS_FILE, SUMMARY_FILE):
+        if (output_dir / name).exists():
+            raise OutputError(
+                f"{output_dir} holds {name} but no run ({RUN_FILE}), and a new one would write over it; "
+                "choose another folder (-o)."
+            )
 
 
 def _check_same(before: RunConfig, now: RunConfig, output_dir: Path) -> None:

@@ -36,7 +36,7 @@ class Adapter(Mapping[str, Array]):
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
         for name, array in arrays.items():
             if array.dtype != np.float32:
-                raise AdapterError(f"adapter array {name} has dtype {array.dtype}; expected float32.")
+                raise AdapterError(f"adapter array {_shown(name)} has dtype {array.dtype}; expected float32.")
         self._arrays = {name: arrays[name] for name in sorted(arrays)}
 
     def __getitem__(self, name: str) -> Array:
@@ -105,7 +105,7 @@ class Adapter(Mapping[str, Array]):
         """Raise NonFiniteUpdate, naming the first bad array, if a value is NaN or infinite."""
         for name, array in self.items():
             if not np.isfinite(array).all():
-                raise NonFiniteUpdate(f"array {name} holds NaN or infinity.")
+                raise NonFiniteUpdate(f"array {_shown(name)} holds NaN or infinity.")
 
     def check_schema(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise AdapterError, naming the first array that is missing, unexpected or of another shape."""
@@ -113,7 +113,7 @@ class Adapter(Mapping[str, Array]):
             if name not in self._arrays:
                 raise AdapterError(f"array {name} is missing.")
             if name not in expected:
-                raise AdapterError(f"array {name} is not part of this run's adapter.")
+                raise AdapterError(f"array {_shown(name)} is not part of this run's adapter.")
             found, wanted = list(self._arrays[name].shape), list(expected[name])
             if found != wanted:
                 raise AdapterError(f"array {name} has shape {found}; expected {wanted}.")
@@ -135,6 +135,11 @@ class Adapter(Mapping[str, Array]):
             raise AdapterError(f"these bytes are not a safetensors file: {error}") from error
         except KeyError as error:  # safetensors looks the dtype up in a table without bfloat16 and float8
             raise AdapterError(f"an array has dtype {error}; expected float32.") from error
+
+
+def _shown(name: str) -> str:
+    """Return a name for a message: what a site sent may be long, or hold a terminal's control characters."""
+    return name if len(name) <= 200 and name.isprintable() else f"{name[:100]!r}..."
 
 
 def is_lora_a(name: str) -> bool:

@@ -27,6 +27,10 @@ ERROR_CODE = r"^[a-z][a-z-]{0,39}$"
 ErrorCode = Annotated[str, StringConstraints(pattern=ERROR_CODE)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number of rows or steps; up to 2**53 a float64 weight holds it exactly."""
+Short = Annotated[str, StringConstraints(max_length=100)]
+"""Text that a reason may quote."""
+MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,64}$")]
+"""Names of figures stand in the record, and trackers make tags of them."""
 _HEADER = "quorate"
 H = TypeVar("H", bound=ConfigModel)
 
@@ -55,9 +59,9 @@ class RequestHeader(ConfigModel):
 class SiteDescription(ConfigModel):
     """What a site says of itself when it joins a run: counts and versions, never rows."""
 
-    rows: dict[Split, int]
+    rows: dict[Split, Count]
     """Usable rows per split."""
-    label_counts: dict[str, int]
+    label_counts: dict[str, Count]
     """Training rows per label name, zeros included."""
     model_files: dict[str, str]
     """SHA-256 of each file of the base model that the site uses."""
@@ -74,17 +78,17 @@ class UpdateHeader(ConfigModel):
 
     protocol: Literal[1] = PROTOCOL
     """Version of this message format."""
-    run_id: str
+    run_id: Short
     """The request's run."""
     round: int
     """The request's round."""
     phase: Phase
     """The request's phase."""
-    site: str
+    site: Short
     """Who answers."""
-    config_hash: str
+    config_hash: Short
     """Hash of the run configuration the site worked under."""
-    input_hash: str
+    input_hash: Short
     """Content hash of the arrays the site started from."""
     error: ErrorCode | None = None
     """Error code when the site could not do what was asked; all other fields are then empty."""
@@ -94,7 +98,7 @@ class UpdateHeader(ConfigModel):
     """Tokens whose loss is trained in the site's training rows (fit), for tasks that count them."""
     num_steps: Count = 0
     """Optimiser steps taken."""
-    metrics: dict[str, float] = {}
+    metrics: dict[MetricName, float] = {}
     """Figures of the training, such as `train_loss` and `grad_norm`."""
     seconds: float = Field(0.0, ge=0)
     """Time the site worked on the request; a stacked pass is shared out equally."""

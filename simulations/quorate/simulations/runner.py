@@ -13,7 +13,7 @@ from quorate.client.site import Site, SiteRows
 from quorate.server.outputs import best_state, measure, write_outputs
 from quorate.server.records import Answer, References, Summary, Worth
 from quorate.server.rounds import Result, run_rounds
-from quorate.server.run import Run
+from quorate.server.run import Run, alone_in
 from quorate.server.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
@@ -61,14 +61,20 @@ def simulate(
     pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
     site = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = site.prepare(config)
-    run = Run.open(config, output_dir, resume=resume, trackers=trackers)
-    if origin is not None:
-        origin.keep(output_dir)
+    with alone_in(output_dir):
+        run = Run.open(config, output_dir, resume=resume, trackers=trackers)
+        if origin is not None:
+            origin.keep(output_dir)
+        return _carry_out(run, rows, site, samples)
+
+
+def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site, samples: int) -> Summary:
+    """Run the rounds, measure what came of them, and write it."""
     grid = InProcessGrid(site, list(rows))
     result = serve(grid, run)
 
     def compare() -> tuple[References | None, dict[str, Worth]]:
-        if not config.evaluation.references or result.stopped is not None:
+        if not run.config.evaluation.references or result.stopped is not None:
             return None, {}
         return run_references(run, rows, site, result.members.initial, outcomes)
 
@@ -80,7 +86,7 @@ def simulate(
         lambda: write_outputs(run, result, final, best, references=references, worth=gains, samples=answers),
     )
     if samples and result.progress is not None and result.stopped is None:
-        write_samples(config, rows, output_dir, samples)
+        write_samples(run.config, rows, run.output_dir, samples)
     if result.stopped is not None:
         raise result.stopped
     return summary

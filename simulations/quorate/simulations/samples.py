@@ -11,10 +11,10 @@ from pathlib import Path
 
 from quorate.client.predict import predict
 from quorate.client.site import SiteRows
-from quorate.server.outputs import ADAPTER_DIR
 from quorate.server.records import Sample, SampleObject
 from quorate.server.report import write_report
 from quorate.server.report.files import SAMPLES_DIR, SAMPLES_FILE
+from quorate.server.run import ADAPTER_DIR
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.tasks import ObjectDetection

@@ -246,9 +246,9 @@ def test_sites_are_weighed_by_tokens_only_if_they_count_them() -> None:
     assert rule.weight(5, 700) == 700
     header = {"run_id": "r", "round": 1, "phase": "fit", "site": "a", "config_hash": "c", "input_hash": "i"}
     update = Update(UpdateHeader(**header, num_examples=5), Adapter({}))  # type: ignore[arg-type]
-    check_trained(update, {}, 0.0, None)
+    check_trained(update, {}, Adapter({}), 5, None)
     with pytest.raises(ProtocolError, match="without the number of tokens"):
-        check_trained(update, {}, 0.0, None, "tokens")
+        check_trained(update, {}, Adapter({}), 5, None, "tokens")
 
 
 def test_outcomes_are_right_or_wrong_tokens_without_intervals() -> None:

@@ -181,7 +181,7 @@ def test_an_anchor_within_itself(tmp_path: Path) -> None:
         ({"training": [1]}, "training: must be a section of `field: value` lines (value [1])."),
         ({"aggregation": {"name": "fedexx"}}, 'aggregation.name: must be one of fedavg, ffa, fedex, reptile (value "fedexx"); did you mean fedex?'),
         ({"aggregation": {"weighting": "uniform"}}, "aggregation.name: is missing; add it: one of fedavg, ffa, fedex, reptile."),
-        ({"aggregation": {"name": "fedavg", "weighting": "unifrom"}}, 'aggregation.weighting: must be one of examples, uniform, tokens (value "unifrom"); did you mean uniform?'),
+        ({"aggregation": {"name": "fedavg", "weighting": "unifrom"}}, 'aggregation.weighting: must be one of examples, tokens, uniform (value "unifrom"); did you mean uniform?'),
         ({"name": "my run!"}, 'name: must be 1 to 64 letters, digits, `_`, `.` or `-`, with a letter or digit in front (value "my run!").'),
         ({"model": {"model_name_or_path": "m", "sha256": "AB"}}, 'model.sha256: must be 64 hexadecimal digits in lower case (value "AB").'),
         ({"report_to": "tensorboard"}, 'report_to: must be a list (value "tensorboard"); write report_to: [tensorboard].'),

@@ -1,6 +1,7 @@
 # make demo      from a clone to a federated adapter; needs Python 3.11 or 3.12 and nothing else
 # make test      lint and fast tests; what to run before a commit
 # make test-all  lint and all tests; what CI runs
+# make test-timm VGG through timm, in an environment of its own (.venv-timm)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo lint test-fast test-slow test test-all clean
+.PHONY: help venv install demo lint test-fast test-slow test test-all test-timm clean
 
 help:
 	@grep -E '^# make' $(firstword $(MAKEFILE_LIST)) | cut -c3-
@@ -72,6 +73,16 @@ test:
 test-all:
 	$(MAKE) test
 	$(MAKE) test-slow
+
+# timm brings torchvision, which may not go into .venv: see "timm" in pyproject.toml. 0.28 is torch 2.13's.
+.venv-timm/.done: pyproject.toml constraints.txt
+	$(MAKE) venv VENV=.venv-timm
+	.venv-timm/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	.venv-timm/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev,timm]' 'torchvision==0.28.*'
+	@touch $@
+
+test-timm: .venv-timm/.done
+	.venv-timm/bin/python -m pytest tests/timm
 
 # Leaves the environment and runs/ alone.
 clean:

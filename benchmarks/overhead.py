@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from quorate.client.site import SiteRows
-from quorate.client.trainer.fit import make_optimizer
+from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import load_run, load_sites_file
@@ -98,7 +98,7 @@ def train_site(
     run: RunConfig, model: LoadedModel, site: str, examples: list[Example], start: Adapter, round: int
 ) -> Adapter:
     model.write_adapter(start)
-    parameters = [p for p in model.peft.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.peft.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(run.training, parameters)
     plan = Plan(len(examples), run.training, run.seed, site)
     total = run.federation.rounds * plan.steps_per_round
@@ -108,10 +108,9 @@ def train_site(
         for micro in micro_batches:
             batch = run.task.collate([examples[row] for row in micro], model.processor)
             (run.task.loss(model.peft(**batch.inputs).logits, batch).sum() / count).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, run.training.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), run.training.max_grad_norm)
         factor = lr_factor(run.training, (round - 1) * plan.steps_per_round + step, total)
-        for group in optimizer.param_groups:
-            group["lr"] = run.training.learning_rate * factor
+        set_learning_rate(optimizer, run.training.learning_rate * factor)
         optimizer.step()
     return model.read_adapter()
 

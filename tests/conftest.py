@@ -138,19 +138,25 @@ def make_sites() -> Callable[..., dict[str, dict[str, list[Any]]]]:
 
 @pytest.fixture
 def plain_peft_loop() -> Callable[..., Any]:
-    """The reference: PEFT's own model, with nothing of the trainer but the order of site `north`'s rows."""
+    """The reference: PEFT's own model, with nothing of the trainer but the order of site `north`'s rows.
+
+    Its optimiser is the trainer's, or what `optimizer` makes of the named trainable parameters, each group
+    with its own peak learning rate.
+    """
     import torch
 
-    from quorate.client.trainer.fit import make_optimizer
+    from quorate.client.trainer.optimizers import make_optimizer
     from quorate.client.trainer.schedule import Plan, lr_factor
     from quorate.shared.model import load_model
 
-    def loop(run: Any, rows: list[Any], start: Any, round: int) -> Any:
+    def loop(run: Any, rows: list[Any], start: Any, round: int, optimizer: Any = None) -> Any:
         model = load_model(run)
         model.write_adapter(start)
         examples = run.task.weigh(run.task.encode(rows, model.processor))
-        parameters = [p for p in model.peft.parameters() if p.requires_grad]
-        optimizer = make_optimizer(run.training, parameters)
+        parameters = {name: p for name, p in model.peft.named_parameters() if p.requires_grad}
+        make = optimizer or (lambda named: make_optimizer(run.training, named))
+        optimizer = make(parameters)
+        peaks = [group["lr"] for group in optimizer.param_groups]
         plan = Plan(len(rows), run.training, run.seed, "north")
         total = run.federation.rounds * plan.steps_per_round
         for step, micro_batches in enumerate(plan.steps(round)):
@@ -161,10 +167,10 @@ def plain_peft_loop() -> Callable[..., Any]:
                 loss = run.task.loss(model.peft(**batch.inputs).logits, batch).sum() / count
                 loss.backward()
             if run.training.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, run.training.max_grad_norm)
-            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), run.training.max_grad_norm)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 done = (round - 1) * plan.steps_per_round + step
-                group["lr"] = run.training.learning_rate * lr_factor(run.training, done, total)
+                group["lr"] = peak * lr_factor(run.training, done, total)
             optimizer.step()
         return model.read_adapter()
 

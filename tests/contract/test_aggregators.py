@@ -8,7 +8,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers
-from quorate.shared.aggregation import RULES, AggregationRule, Aggregator, GlobalState
+from quorate.shared.aggregation import RULES, AggregationRule, Aggregator, GlobalState, Reptile
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, WeightedSum
 from quorate.shared.errors import AdapterError
 
@@ -22,7 +22,11 @@ SHAPES = {
 WEIGHTS = (30.0, 50.0, 7.0)
 
 pytestmark = [
-    pytest.mark.parametrize("rule", [rule() for rule in RULES], ids=lambda rule: rule.name),
+    pytest.mark.parametrize(
+        "rule",
+        [*(rule() for rule in RULES), Reptile(outer_learning_rate=0.3, decay_rounds=4)],
+        ids=lambda rule: rule.name + ("-decayed" if getattr(rule, "decay_rounds", None) else ""),
+    ),
     pytest.mark.parametrize("round", [1, 2], ids=lambda round: f"round-{round}"),
 ]
 
@@ -46,6 +50,15 @@ def trained(rule: Aggregator, state: GlobalState, round: int, seed: int) -> Adap
 
 def upload(rule: Aggregator, state: GlobalState, round: int, seed: int) -> Adapter:
     return rule.upload(trained(rule, state, round, seed), state, round)
+
+
+def one_sites(rule: Aggregator, state: GlobalState, round: int, update: Adapter) -> GlobalState:
+    """What a rule makes of one site's update: the update itself; for Reptile, a part of the way to it."""
+    if not isinstance(rule, Reptile):
+        return GlobalState(state.adapter.updated(update))
+    rate = rule.rate(round)
+    moved = {name: (1 - rate) * state.adapter[name] + rate * update[name] for name in update}
+    return GlobalState(state.adapter.updated({name: a.astype(np.float32) for name, a in moved.items()}))
 
 
 def uploads(rule: Aggregator, state: GlobalState, round: int) -> list[Adapter]:
@@ -92,14 +105,14 @@ def test_one_site_gives_that_sites_update(rule: Aggregator, round: int) -> None:
     state = start()
     update = upload(rule, state, round, 0)
     result = aggregate(rule, state, round, [update], (17.0,))
-    assert_same_model(result, GlobalState(state.adapter.updated(update)))
+    assert_same_model(result, one_sites(rule, state, round, update))
 
 
 def test_equal_sites_give_any_one_of_them(rule: Aggregator, round: int) -> None:
     state = start()
     update = upload(rule, state, round, 0)
     result = aggregate(rule, state, round, [update] * 3, WEIGHTS)
-    assert_same_model(result, GlobalState(state.adapter.updated(update)))
+    assert_same_model(result, one_sites(rule, state, round, update))
 
 
 def test_the_order_of_sites_does_not_matter(rule: Aggregator, round: int) -> None:

@@ -39,7 +39,7 @@ def test_the_error_shown_is_the_one_raised(tmp_path: Path) -> None:
     (tmp_path / "budapest.csv").write_text("\n".join(rows), encoding="utf-8")
     source = data.sites[1].model_copy(update={"source": "budapest.csv"})
     with pytest.raises(DataError) as caught:
-        load_splits(source, tmp_path, ("text", "label"), ("no_disease", "heart_disease"))
+        load_splits(source, tmp_path, {"text": "text", "label": "label"}, ("no_disease", "heart_disease"))
     shown = " ".join(TEXT.split())
     assert str(caught.value).removeprefix(f"{tmp_path}/") in shown.replace(
         "/data/budapest.csv", "budapest.csv"

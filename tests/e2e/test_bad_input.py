@@ -152,7 +152,7 @@ MODEL: list[Case] = [
     ("target_modules that are no regular expression", None, "adapter.target_modules=((", "adapter.target_modules | '((' is not a regular expression | mend it"),
     ("target_modules that name nothing", None, "adapter.target_modules=[]", "adapter.target_modules | names no module | leave the field out"),
     ("target_modules that are the head", None, "adapter.target_modules=[classifier]", "adapter.target_modules ('classifier',) | trained whole | name some of them"),
-    ("target_modules that are no linear layers", None, "adapter.target_modules=[word_embeddings]", "word_embeddings | only linear layers can be | narrow adapter.target_modules"),
+    ("target_modules that are no linear layers", None, "adapter.target_modules=[word_embeddings]", "word_embeddings | only linear layers and convolutions can be | narrow adapter.target_modules"),
 ]  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_where_it_was(
     assert_goes_on(folder)
 
 
-SPACE = {24: "record.jsonl", 44: "checkpoint-2", 60: "adapter", 80: "summary.json", 100: "report.html"}
+SPACE = {32: "record.jsonl", 52: "checkpoint-2", 68: "adapter", 88: "summary.json", 108: "report.html"}
 """Size of the disk [KiB] -> what no longer fits on it; a few KiB more or less make it a neighbour of it."""
 ON_SMALL_DISKS = """
 import json, shutil, subprocess, sys

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from quorate.client.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
@@ -197,18 +197,29 @@ def test_a_site_with_nan_spoils_no_other(make_run: Any, make_sites: Any) -> None
     assert not np.isfinite(bad.adapter["base_model.model.classifier.weight"]).all()
 
 
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_schedules_are_those_of_transformers(kind: str, warmup: float) -> None:
-    config = TrainingConfig(lr_scheduler_type=kind, warmup_ratio=warmup, learning_rate=1.0)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize("field", ["warmup_ratio", "warmup_steps"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 3])
+def test_schedules_are_those_of_transformers(kind: str, field: str, warmup: float) -> None:
     total = 12
+    if warmup >= 1 and field == "warmup_ratio":
+        warmup /= total
+    config = TrainingConfig(lr_scheduler_type=kind, learning_rate=1.0, **{field: warmup})  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     name = "constant_with_warmup" if kind == "constant" else kind
-    theirs = get_scheduler(name, optimizer, int(total * warmup), total)
+    steps = TrainingArguments(warmup_steps=warmup, report_to=[]).get_warmup_steps(total)
+    theirs = get_scheduler(name, optimizer, steps, total)
     for step in range(total):
         assert lr_factor(config, step, total) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
+
+
+def test_a_warmup_is_said_once_and_in_whole_steps() -> None:
+    with pytest.raises(ValueError, match="both say how long the warmup is"):
+        TrainingConfig(warmup_ratio=0.1, warmup_steps=3)
+    with pytest.raises(ValueError, match="neither a whole number of steps nor a share"):
+        TrainingConfig(warmup_steps=2.5)
 
 
 def test_the_walk_through_a_sites_rows_covers_every_epoch_and_continues_across_rounds() -> None:

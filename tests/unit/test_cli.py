@@ -65,9 +65,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def commands() -> dict[str, click.Command]:
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
-    return {"": group, **group.commands}
+    found: dict[str, click.Command] = {"": typer.main.get_command(app)}
+    groups = [""]
+    while groups:  # `data inspect` is a command in a group in the program
+        name = groups.pop()
+        group = found[name]
+        assert isinstance(group, click.Group)
+        inside = {f"{name} {each}".strip(): command for each, command in group.commands.items()}
+        groups += [each for each, command in inside.items() if isinstance(command, click.Group)]
+        found |= inside
+    return found
 
 
 def flags() -> str:
@@ -245,7 +252,7 @@ def test_validate_lists_every_problem(folder: Path, capsys: pytest.CaptureFixtur
         (["validate", "trial.yaml", "data=letters"], "has no data 'letters'; it has notes"),
         (["validate", "trial.yaml", "task.labels=[yes, maybe]"], "notes.csv:"),
         (["validate", "nosuch.yaml"], "nosuch.yaml: there is no such file"),
-        (["validate", "nosuch"], "there is no recipe 'nosuch'; there are banking77, demo"),
+        (["validate", "nosuch"], "there is no recipe 'nosuch'; there are banking77, "),
         (["validate", "trial.yaml", "--sites", "mine.yaml"], "mine.yaml: there is no such file"),
         (["simulate", "trial.yaml", "rounds=3"], "did you mean federation.rounds?"),
         (["report", "."], ".: holds no run (no run.yaml)"),
@@ -259,6 +266,26 @@ def test_bad_input_is_one_clear_line(
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_inspect_reports_and_judges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "inspect", "trial.yaml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True and [each["name"] for each in found["sites"]] == ["north", "south"]
+    assert found["sources"][0]["rows"] == {"train": len(ROWS)}
+    assert "lengths in tokens were not measured" in found["notes"][0]  # the model's files are empty
+    assert run(["data", "inspect", "trial.yaml", "--site", "south", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"] == found["sites"][1:]
+
+    with (folder / "notes.csv").open("a") as stream:
+        stream.write("text of a patient,maybe\n")
+    assert run(["data", "inspect", "trial.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert f"notes.csv:{len(ROWS) + 2}: column 'label': label 'maybe' is not among" in out
+    assert "north" in out and "south" in out and "patient" not in out + err
+    assert err == "DataError: a run would refuse these data: notes: 1 rows cannot be used\n"
+    assert run(["data", "inspect", "trial.yaml", "--site", "west"]) == 2
+    assert "there is no site 'west'; there are north, south" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["run", "sites"])
@@ -325,7 +352,7 @@ def test_help_of_no_command_loads_a_heavy_library() -> None:
 import sys
 from quorate.deploy.cli import run
 for name in sys.argv[1:]:
-    assert run([name, "--help"]) == 0
+    assert run([*name.split(), "--help"]) == 0
 assert not {"torch", "transformers", "flwr", "numpy", "pydantic"} & sys.modules.keys(), sys.modules.keys()
 """
     names = [name for name in commands() if name]

@@ -177,11 +177,11 @@ def test_an_anchor_within_itself(tmp_path: Path) -> None:
         ({"training": {"adam_beta1": 1}}, "training.adam_beta1: must be a number of at least 0 and below 1 (value 1)."),
         ({"training": {"learning_rate": math.inf}}, "training.learning_rate: must be a number above 0 and at most 1000000 (value Infinity); infinity and NaN are not allowed."),
         ({"training": {"bf16": "perhaps"}}, 'training.bf16: must be true or false (value "perhaps").'),
-        ({"training": {"optim": "adam"}}, 'training.optim: must be one of adamw_torch, sgd (value "adam"); did you mean adamw_torch?'),
+        ({"training": {"optim": "adam"}}, 'training.optim: must be one of adamw_torch, adamw_bnb_8bit, adafactor, sgd (value "adam"); did you mean adamw_torch?'),
         ({"training": [1]}, "training: must be a section of `field: value` lines (value [1])."),
-        ({"aggregation": {"name": "fedexx"}}, 'aggregation.name: must be one of fedavg, ffa, fedex (value "fedexx"); did you mean fedex?'),
-        ({"aggregation": {"weighting": "uniform"}}, "aggregation.name: is missing; add it: one of fedavg, ffa, fedex."),
-        ({"aggregation": {"name": "fedavg", "weighting": "unifrom"}}, 'aggregation.weighting: must be one of examples, uniform (value "unifrom"); did you mean uniform?'),
+        ({"aggregation": {"name": "fedexx"}}, 'aggregation.name: must be one of fedavg, ffa, fedex, reptile (value "fedexx"); did you mean fedex?'),
+        ({"aggregation": {"weighting": "uniform"}}, "aggregation.name: is missing; add it: one of fedavg, ffa, fedex, reptile."),
+        ({"aggregation": {"name": "fedavg", "weighting": "unifrom"}}, 'aggregation.weighting: must be one of examples, tokens, uniform (value "unifrom"); did you mean uniform?'),
         ({"name": "my run!"}, 'name: must be 1 to 64 letters, digits, `_`, `.` or `-`, with a letter or digit in front (value "my run!").'),
         ({"model": {"model_name_or_path": "m", "sha256": "AB"}}, 'model.sha256: must be 64 hexadecimal digits in lower case (value "AB").'),
         ({"report_to": "tensorboard"}, 'report_to: must be a list (value "tensorboard"); write report_to: [tensorboard].'),
@@ -216,7 +216,7 @@ def test_one_wrong_field_of_the_task(tmp_path: Path, task: dict[str, Any], said:
 
 def test_a_section_written_as_its_name(tmp_path: Path) -> None:
     (line,) = problems(write(tmp_path, {**BASE, "aggregation": "fedex"}))
-    assert "write aggregation.name: fedex, one of fedavg, ffa, fedex." in line
+    assert "write aggregation.name: fedex, one of fedavg, ffa, fedex, reptile." in line
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:

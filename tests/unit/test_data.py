@@ -22,7 +22,7 @@ def load(folder: Path, rows: Raw, run_labels: tuple[str, ...] = LABELS, **fields
     file = folder / ("rows.csv" if isinstance(rows, str) else "rows.jsonl")
     file.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(source=file.name, split={"validation": 0, "test": 0}, **fields)
-    splits = load_splits(source, folder, ("text", "label"), run_labels)
+    splits = load_splits(source, folder, {"text": "text", "label": "label"}, run_labels)
     assert not splits["validation"]
     assert not splits["test"]
     return splits["train"]
@@ -151,7 +151,7 @@ def test_mappings_that_do_not_fit_the_run(tmp_path: Path) -> None:
         load(tmp_path, labelled(0), labels={"K": "cause"})
     source = SourceConfig(source="rows.jsonl", template="{text}")
     with pytest.raises(ConfigError, match="template builds a text, but the task has no column `text`"):
-        load_splits(source, tmp_path, ("tokens", "ner_tags"), ())
+        load_splits(source, tmp_path, {"tokens": "tokens", "ner_tags": "tags"}, ())
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def many(count: int) -> Raw:
 def split_file(folder: Path, raw: Raw, **split: Any) -> dict[str, list[LoadedRow]]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw))
     source = SourceConfig(source="rows.jsonl", split=split)
-    return dict(load_splits(source, folder, ("text", "label"), LABELS))
+    return dict(load_splits(source, folder, {"text": "text", "label": "label"}, LABELS))
 
 
 def test_one_file_is_split_by_share_and_label(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_only_the_splits_without_a_file_are_taken_from_training(tmp_path: Path) 
     for name in ("train", "test"):
         lines = "".join(json.dumps(row) + "\n" for row in many(100))
         (tmp_path / f"{name}.jsonl").write_text(lines)
-    splits = load_splits(SourceConfig(source="."), tmp_path, ("text", "label"), LABELS)
+    splits = load_splits(SourceConfig(source="."), tmp_path, {"text": "text", "label": "label"}, LABELS)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 85, "validation": 15, "test": 100}
     assert all("train.jsonl" in row.source for name in ("train", "validation") for row in splits[name])
     assert all("test.jsonl" in row.source for row in splits["test"])

@@ -3,10 +3,12 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from quorate.client.readers.hub import read_hub
+from quorate.client.readers.hub import _rows, read_hub
 from quorate.shared.errors import DataError
 
 FEATURES = """---
@@ -54,3 +56,27 @@ def test_class_numbers_become_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("train", {"text": "good", "label": "pos", "tags": ["a", "b"]}),
         ("test", {"text": "held back", "label": -1, "tags": []}),
     ]
+
+
+@pytest.mark.parametrize("form", ["fields of lists", "list of fields", "sequence of fields"])
+def test_categories_of_boxes_become_names(form: str) -> None:
+    """Their numbers follow the data set's order too, however the features are nested."""
+    category, plain = SimpleNamespace(names=["dog", "cat"]), SimpleNamespace()
+
+    def listed(feature: Any) -> Any:
+        return SimpleNamespace(feature=feature)
+
+    fields = {"category": category, "bbox": listed(plain)}
+    boxes, found = [[1, 2, 3, 4], [5, 6, 7, 8]], [1, 0]
+    value: Any = {"category": found, "bbox": boxes}
+    wanted: Any = {"category": ["cat", "dog"], "bbox": boxes}
+    feature: Any = {name: listed(each) for name, each in fields.items()}
+    if form == "sequence of fields":
+        feature = listed(fields)
+    if form == "list of fields":
+        feature = listed(fields)
+        value = [{"category": c, "bbox": b} for c, b in zip(found, boxes, strict=True)]
+        wanted = [{"category": c, "bbox": b} for c, b in zip(("cat", "dog"), boxes, strict=True)]
+    table = [{"image": "a.png", "objects": value}]
+    (row,) = _rows(table, {"image": plain, "objects": feature}, "hub:org/name")
+    assert row.values == {"image": "a.png", "objects": wanted}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SitesConfig
+from quorate.shared.config.sites import SiteList, SitesConfig
 from quorate.shared.errors import ConfigError, DataError
+from quorate.shared.tasks import TokenClassification
+from quorate.shared.template import TextTemplate
 from quorate.simulations.sites import default_sites_path, find_recipe, load_sites, recipes
 
 SECRET = "Mrs Miller of 4 Mill Lane"
@@ -22,6 +25,8 @@ REAL = {
     "sentiment": "sentiment_3sites",
     "banking77": "banking77",
 }
+# Recipes on data or columns that no model hub has in this form.
+LOCAL = {"heart_columns": "heart_hospitals", "medical_abstracts": "medical_abstracts"}
 
 
 @pytest.fixture
@@ -149,10 +154,10 @@ def test_the_sites_file_lies_beside_the_run_file() -> None:
 
 
 def test_recipes_are_found_by_name() -> None:
-    assert {"demo", *REAL, *(f"hub/{name}" for name in REAL)} <= set(RECIPES)
+    assert {"demo", *REAL, *LOCAL, "ner_disease", *(f"hub/{name}" for name in REAL)} <= set(RECIPES)
     assert find_recipe("demo").name == "demo.yaml"
     for name in ("absent", "demo.sites", "../demo", ""):
-        with pytest.raises(ConfigError, match=rf"there is no recipe '{name}'; there are banking77, demo, "):
+        with pytest.raises(ConfigError, match=rf"there is no recipe '{name}'; there are banking77, "):
             find_recipe(name)
 
 
@@ -179,9 +184,9 @@ def test_the_demos_hospitals_differ() -> None:
 
 
 @pytest.mark.skipif("QUORATE_DATA" not in os.environ, reason="QUORATE_DATA is not set")
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [*REAL, *LOCAL])
 def test_recipes_on_real_data_have_the_published_counts(name: str) -> None:
-    info = json.loads((Path(os.environ["QUORATE_DATA"]) / REAL[name] / "info.json").read_text())
+    info = json.loads((Path(os.environ["QUORATE_DATA"]) / (REAL | LOCAL)[name] / "info.json").read_text())
     run = load_run(RECIPES[name])
     assert list(run.task.labels) == info["label_names"]
     loaded = load_sites(load_sites_file(default_sites_path(RECIPES[name])), RECIPES[name].parent, run)
@@ -192,3 +197,53 @@ def test_recipes_on_real_data_have_the_published_counts(name: str) -> None:
         assert labels == info["class_balance"][split]
         if "site_rows" in info:
             assert {site: len(of[split]) for site, of in loaded.items()} == info["site_rows"][split]
+
+
+@pytest.mark.skipif("QUORATE_DATA" not in os.environ, reason="QUORATE_DATA is not set")
+def test_the_columns_of_hearts_are_written_where_they_were_measured() -> None:
+    path = find_recipe("heart_columns")
+    config = load_sites_file(default_sites_path(path))
+    source = config.data["heart"]
+    assert not isinstance(source, SiteList) and source.template is not None
+    columns = TextTemplate.parse(source.template).columns
+    assert len(columns) == 13 and not {"num", "label", "text", "site"} & set(columns), "that would be to peek"
+    rows = [
+        json.loads(line)
+        for split in ("train", "validation", "test")
+        for line in (Path(os.environ["QUORATE_DATA"]) / f"heart_hospitals/{split}.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    texts = [
+        row.values["text"]
+        for of in load_sites(config, path.parent, load_run(path)).values()
+        for split in of.values()
+        for row in split
+    ]
+    assert len(texts) == len(rows) and not any(
+        word in text for text in texts for word in ("None", "nan", ", ,")
+    )
+    for column, words in (("chol", "cholesterol"), ("ca", "vessels"), ("thal", "thallium")):
+        measured = sum(row[column] is not None for row in rows)
+        assert 0 < measured < len(rows)
+        assert sum(words in text for text in texts) == measured
+    # Every figure of a row stands in its text, rounded as the template says, and nothing else does.
+    shown = Counter(tuple(re.findall(r"-?[0-9.]+", text)) for text in texts)
+    expected = Counter(
+        tuple(f"{row[c]:.{int(c == 'oldpeak')}f}" for c in columns if row[c] is not None) for row in rows
+    )
+    assert shown == expected
+
+
+@pytest.mark.skipif("QUORATE_DATA" not in os.environ, reason="QUORATE_DATA is not set")
+def test_the_diseases_of_the_recipe_are_those_published() -> None:
+    info = json.loads((Path(os.environ["QUORATE_DATA"]) / "ner_disease" / "info.json").read_text())
+    path = find_recipe("ner_disease")
+    run = load_run(path)
+    assert isinstance(run.task, TokenClassification) and list(run.task.labels) == info["label_names"]
+    loaded = load_sites(load_sites_file(default_sites_path(path)), path.parent, run)
+    for split, count in info["splits"].items():
+        assert {site: len(of[split]) for site, of in loaded.items()} == info["site_rows"][split]
+        tags = [row.values["ner_tags"] for of in loaded.values() for row in of[split]]
+        assert len(tags) == count
+        assert sum(1 for each in tags for _ in run.task.entities(each)) == info["entities"][split]["Disease"]

@@ -1,4 +1,4 @@
-"""Try an adapter: what does it say to these texts?"""
+"""Try an adapter: what does it say to these texts, or images?"""
 
 from __future__ import annotations
 
@@ -14,33 +14,43 @@ from peft.utils import get_peft_model_state_dict
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
-from quorate.shared.model import Base, default_device, load_base
+from quorate.shared.model import Base, default_device, load_base, quiet_about_conv1d
+from quorate.shared.quantised import placed
 from quorate.shared.tasks.base import Row
 
 
-def predict(adapter_dir: Path, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
-    """Classify texts with an exported adapter, loaded as PEFT loads it.
+def predict(
+    adapter_dir: Path, inputs: Sequence[str], *, images: bool = False, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """Ask an exported adapter, loaded as PEFT loads it.
 
     Args:
         adapter_dir: the `adapter/` folder of a run.
-        texts: what to classify.
-        batch_size: texts in one forward pass.
-    Returns: per text what the task's `predictions` says, such as `label` and `scores`.
-    Raises: AdapterError: the folder is not such an adapter. ModelError: its base model cannot be loaded.
+        inputs: texts, prompts, or paths of images.
+        images: whether they are paths of images.
+        batch_size: inputs in one forward pass.
+    Returns: per input what the task's `predictions` says, such as `label` and `scores`, `entities`, or
+        `completion`.
+    Raises: AdapterError: the folder is not such an adapter, or takes the other kind of input. ModelError: its
+        base model cannot be loaded. DataError: an image cannot be opened.
     """
     for name in ("run.yaml", "adapter_config.json", "adapter_model.safetensors"):
         if not (adapter_dir / name).is_file():
             raise AdapterError(f"{adapter_dir} has no {name}; give the adapter/ folder of a finished run.")
     run = load_run(adapter_dir / "run.yaml")
+    column = "image" if images else "text"
+    if images != ("image" in run.task.columns):
+        raise AdapterError(f"{adapter_dir} does {run.task.name}, which takes no {column}.")
     base = load_base(run)
-    model = _with_adapter(base, adapter_dir).eval().to(default_device())
+    model = placed(_with_adapter(base, adapter_dir).eval(), run, default_device())
     answers: list[dict[str, Any]] = []
-    for start in range(0, len(texts), batch_size):
-        rows = [Row({"text": text}, "text") for text in texts[start : start + batch_size]]
+    for start in range(0, len(inputs), batch_size):
+        rows = [Row({column: each}, column) for each in inputs[start : start + batch_size]]
         examples = run.task.encode(rows, base.processor, labelled=False)
         batch = run.task.collate(examples, base.processor).to(model.device)
         with torch.inference_mode():
-            answers.extend(run.task.predictions(model(**batch.inputs).logits))
+            logits = run.task.forward(model, batch)
+        answers.extend(run.task.predictions(logits, batch, base.processor))
     return answers
 
 
@@ -54,9 +64,8 @@ def _with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
     try:
         stored = Adapter.from_bytes(weights.read_bytes())
         stored.check_finite()
-        with (
-            warnings.catch_warnings()
-        ):  # PEFT only warns of names that it does not find, and passes over others
+        with warnings.catch_warnings(), quiet_about_conv1d():
+            # PEFT only warns of names that it does not find, and passes over others.
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base.model, adapter_dir)
         taken = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -18,6 +18,8 @@ import torch
 
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
+from quorate.client.trainer.optimizers import check_optimizer
+from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
@@ -25,6 +27,7 @@ from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, Quo
 from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
+from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ class _Resident:
     run: RunConfig
     model: LoadedModel
     stack: AdapterStack
-    examples: dict[tuple[str, Split], list[Example]]
+    examples: dict[tuple[str, Split, int | None], list[Example]]
 
 
 class Site:
@@ -49,6 +52,8 @@ class Site:
         rows: site name -> split -> rows.
         device: where to train; the first visible GPU, else the CPU, when left out.
         on_step: told of every optimiser step.
+        as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
+            reference that holds what the sites have drawn.
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class Site:
         *,
         device: torch.device | None = None,
         on_step: OnStep = ignore_step,
+        as_given: Collection[str] = (),
     ) -> None:
         self._rows = rows
+        self._as_given = frozenset(as_given)
         self._device = device
         self._on_step = on_step
         self._resident: _Resident | None = None
@@ -90,11 +97,24 @@ class Site:
         resident = self._load(run)
         pinned = run.model.model_copy(update={"sha256": resident.model.sha256})
         resident.run = run.model_copy(update={"model": pinned})
+        check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
         for site in self._rows:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
         log.debug("prepared %d sites on %s", len(self._rows), resident.model.peft.device)
         return resident.run
+
+    def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
+        """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
+        resident = self._load(run)
+        answers = []
+        for state in states:
+            resident.model.set_residual(state.residual)
+            resident.stack.load([state.adapter], ())
+            resident.stack.layout.sites = (0,)
+            answers.append(run.task.samples(resident.model.peft, resident.model.processor))
+        return answers
 
     def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
         """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
@@ -137,18 +157,23 @@ class Site:
         return resident
 
     def _examples(self, resident: _Resident, site: str, split: Split) -> list[Example]:
-        key = (site, split)
+        few = resident.run.training.examples_per_class if split == "train" else None
+        key = (site, split, few)
         if key not in resident.examples:
             task = resident.run.task
-            rows = self._rows[site].get(split, ())
+            rows = self._used_rows(resident.run, site, split)
             if split == "train" and not rows:
                 raise DataError(
                     f"site {site} has no training rows; give it data or take it out of the sites."
                 )
             examples = task.encode(rows, resident.model.processor)
             resident.model.check_tokens(examples)
-            resident.examples[key] = task.weigh(examples) if split == "train" else examples
+            resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
         return resident.examples[key]
+
+    def _used_rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
+        rows = self._rows[site].get(split, ())
+        return few_shot(run, site, rows) if split == "train" and site not in self._as_given else rows
 
     def _answer(self, requests: list[RoundRequest]) -> list[Update]:
         resident = self._load(RunConfig.model_validate_json(requests[0].header.run_config))
@@ -162,12 +187,21 @@ class Site:
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
+        check_patterns(resident.run, resident.model.initial)
+        check_optimizer(resident.run.training, resident.model.peft.device)
         rows = {
-            split: len(self._examples(resident, site, split)) for split in ("train", "validation", "test")
+            split: task.num_rows(self._examples(resident, site, split))
+            for split in ("train", "validation", "test")
         }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
-        notes = (f"has no training row of: {', '.join(lacking)}",) if lacking else ()
+        used, there = self._used_rows(resident.run, site, "train"), len(self._rows[site].get("train", ()))
+        notes = task.notes(used, self._examples(resident, site, "train"))
+        if resident.run.training.examples_per_class is not None:
+            per = f"examples_per_class {resident.run.training.examples_per_class}"
+            notes = (f"trains on {len(used)} of its {there} training rows ({per})", *notes)
+        if lacking:
+            notes = (f"has no training row of: {', '.join(lacking)}", *notes)
         description = SiteDescription(
             rows=rows,
             label_counts=counts,
@@ -200,7 +234,7 @@ class Site:
             )
             for request, state in zip(requests, states, strict=True)
         ]
-        trainable = run.aggregation.trainable(resident.model.initial, round)
+        trainable = moving(run, resident.model.initial, round)
         fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = (time.monotonic() - started) / len(requests)
         return [
@@ -220,11 +254,12 @@ class Site:
         if not all(map(math.isfinite, done.metrics.values())):
             # Only this site's answer: those it was stacked with never saw its numbers.
             return _failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
-        arrays = run.aggregation.upload(done.adapter, state, request.header.round)
+        arrays = uploaded(run, done.adapter, state, request.header.round)
         return Update.reply(
             request,
             arrays,
-            num_examples=len(task.examples),
+            num_examples=run.task.num_rows(task.examples),
+            num_tokens=run.task.num_tokens(task.examples),
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,

@@ -16,10 +16,13 @@ import click
 import typer
 
 from quorate.deploy.commands.compare import compare
+from quorate.deploy.commands.data import data
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
+from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
 from quorate.deploy.commands.simulate import simulate
+from quorate.deploy.commands.tune import tune
 from quorate.deploy.commands.validate import validate
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import DONE, INTERRUPTED, report_failure
@@ -32,8 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (simulate, validate, schema, report, compare, predict):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
     app.command()(command)
+app.add_typer(data)
 
 
 def _print_version(asked: bool) -> None:

@@ -102,6 +102,8 @@ class ConsoleTracker:
         self._line(" · ".join(parts))
         for site, why in record.excluded.items():
             self._line(f"  set aside: {site}: {why.reason}")
+        if record.early_stop:
+            self._line(record.early_stop)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=record.round)
 

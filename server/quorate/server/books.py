@@ -50,7 +50,9 @@ class Books:
         self.train[site] = update.header.metrics
         self.weights[site] = weight
 
-    def record(self, round: int, cohort: tuple[str, ...], state_hash: str) -> RoundRecord:
+    def record(
+        self, round: int, cohort: tuple[str, ...], state_hash: str, early_stop: str | None
+    ) -> RoundRecord:
         """Return the round's record."""
         total = sum(self.weights.values())
         return RoundRecord(
@@ -65,6 +67,7 @@ class Books:
             bytes_up=self.bytes_up,
             seconds=self.seconds,
             state_hash=state_hash,
+            early_stop=early_stop,
         )
 
 

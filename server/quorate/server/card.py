@@ -14,10 +14,17 @@ from quorate.server.report.files import interval_of, value_of
 from quorate.shared.config.run import RunConfig
 from quorate.shared.sources import is_hub_id
 
-_HUB_TASKS = {"sequence_classification": "text-classification"}
+_HUB_TASKS = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
+    "image_classification": "image-classification",
+}
 """Task -> what model hubs call it."""
 _HUB_METRICS = {"macro_f1": "f1", "micro_f1": "f1"}
 """Metric -> the type under which hubs list it, where its name is not that already."""
+_ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "silu": "SiLU", "tanh": "Tanh"}
+"""Activation of a head -> its class in torch.nn."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
@@ -137,7 +144,9 @@ def _loading(run: RunConfig) -> Mapping[str, Any]:
     model = run.model.model_name_or_path
     on_hub = is_hub_id(model)
     revision = run.model.revision if on_hub else None
-    arguments = {"revision": revision} if revision else {}
+    arguments: dict[str, Any] = {"revision": revision} if revision else {}
+    if run.task.processor_class == "AutoImageProcessor":
+        arguments["ignore_mismatched_sizes"] = True  # the checkpoint's own head gives way
     # Python literals: quoted by repr, so that no label can end the line or the code block.
     keywords = "".join(
         f",\n    {name}={pprint.pformat(value, width=90, sort_dicts=False, compact=True)}"
@@ -149,5 +158,6 @@ def _loading(run: RunConfig) -> Mapping[str, Any]:
         "at": f", revision={revision!r}" if revision else "",
         "auto_class": run.task.auto_class,
         "processor": run.task.processor_class,
+        "activation": _ACTIVATIONS[run.adapter.head.activation] if run.adapter.head else "",
         "keywords": keywords.replace("`", "\\x60"),
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from quorate.server.best import Standing
 from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
@@ -39,6 +40,8 @@ class Progress(Record):
     """The best round so far on pooled validation rows."""
     best_value: float | None = None
     """Its value of the run's metric."""
+    rounds_without_improvement: int = 0
+    """Evaluated rounds since then that count as no improvement."""
     initial_hash: str
     """Content hash of the adapter's seeded start, which the sites must still have on resume."""
     sites: dict[str, SiteDescription]
@@ -49,6 +52,11 @@ class Progress(Record):
     """The round's record, also a line of record.jsonl."""
     metrics: RoundMetrics
     """The round's figures, also a line of metrics.jsonl."""
+
+    @property
+    def standing(self) -> Standing:
+        """The best round so far, to go on from."""
+        return Standing(self.best_round, self.best_value, self.rounds_without_improvement)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

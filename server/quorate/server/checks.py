@@ -52,7 +52,12 @@ def check_measured(task: Task, update: Update, rows: int) -> None:
 
 
 def check_trained(
-    update: Update, schema: Mapping[str, tuple[int, ...]], start: Adapter, rows: int, max_norm: float | None
+    update: Update,
+    schema: Mapping[str, tuple[int, ...]],
+    start: Adapter,
+    rows: int,
+    max_norm: float | None,
+    weighting: str = "examples",
 ) -> float:
     """Return how far `update` moved from `start`, as an L2 norm [parameter units].
 
@@ -61,6 +66,7 @@ def check_trained(
         start: the adapter the site was sent, with at least these arrays.
         rows: the training rows that the site joined with.
         max_norm: the run's bound on the norm.
+        weighting: what the run weighs sites by.
     Raises: AdapterError, ProtocolError: it does not hold the arrays asked for, finite, counted, near enough.
     """
     update.arrays.check_schema(schema)
@@ -68,6 +74,8 @@ def check_trained(
     if update.header.num_examples < 1:
         raise ProtocolError("sent an update trained on no rows.")
     _check_rows(update, rows)
+    if weighting == "tokens" and update.header.num_tokens < 1:
+        raise ProtocolError("sent an update without the number of tokens that it is weighed by.")
     if not all(abs(value) <= _LARGEST for value in update.header.metrics.values()):
         raise NonFiniteUpdate("reports a training figure that is NaN, infinite or near to that.")
     with np.errstate(over="ignore"):

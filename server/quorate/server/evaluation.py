@@ -14,8 +14,6 @@ from quorate.shared.seeds import rng
 from quorate.shared.tasks.base import Metrics, Task
 
 _LEVELS = (2.5, 97.5)
-NO_INTERVAL = "loss"
-"""Only a sum of it is known, not its spread over rows."""
 
 
 def scalars(metrics: Metrics) -> dict[str, float]:
@@ -38,7 +36,7 @@ def summarise(
     sites = {site: task.metrics(each) for site, each in present.items()}
     names = scalars(task.metrics(pooled))
     intervals: dict[str, Any] = {}
-    if samples and present:
+    if samples and _can_resample(task, pooled):
         intervals = {
             "pooled": interval(task, pooled, samples, seed, "pooled"),
             "sites": {site: interval(task, each, samples, seed, site) for site, each in present.items()},
@@ -53,13 +51,20 @@ def summarise(
     )
 
 
+def _can_resample(task: Task, outcomes: Outcomes) -> bool:
+    """Not of a task that says sums alone, nor of one whose outcomes are parts of a row."""
+    return task.resamples and outcomes.units > 0
+
+
 def resample(task: Task, outcomes: Outcomes, samples: int, seed: int, name: str) -> dict[str, list[float]]:
     """Return each scalar metric over `samples` bootstrap resamples of the rows."""
     draws: dict[str, list[float]] = {}
+    if not _can_resample(task, outcomes):
+        return draws
     generator = rng(seed, "bootstrap", name)
     for _ in range(samples):
         for metric, value in scalars(task.metrics(outcomes.resampled(generator))).items():
-            if metric != NO_INTERVAL:
+            if metric not in task.no_interval:
                 draws.setdefault(metric, []).append(value)
     return draws
 
@@ -76,13 +81,16 @@ def worth(
     """Return what the federation brought `site` on its own test rows.
 
     The two models' rows are resampled independently: pairing them would need both predictions of each row,
-    which do not leave a site. The interval is therefore wider than a paired one.
+    which do not leave a site. The interval is therefore wider than a paired one. A gain is positive where the
+    federated model is the better one, also by a metric of which less is better.
     """
     ours, theirs = task.metrics(federated)[metric], task.metrics(local)[metric]
+    sign = task.sign(metric)
     bounds = None
-    if samples:
-        a = resample(task, federated, samples, seed, f"{site}/federated")[metric]
-        b = resample(task, local, samples, seed, f"{site}/local")[metric]
-        low, high = np.percentile(np.subtract(a, b), _LEVELS).tolist()
+    a = resample(task, federated, samples, seed, f"{site}/federated").get(metric)
+    b = resample(task, local, samples, seed, f"{site}/local").get(metric)
+    if a and b:
+        low, high = np.percentile(sign * np.subtract(a, b), _LEVELS).tolist()
         bounds = (low, high)
-    return Worth(metric=metric, federated=ours, local_only=theirs, gain=ours - theirs, interval=bounds)
+    gain = sign * (ours - theirs)
+    return Worth(metric=metric, federated=ours, local_only=theirs, gain=gain, interval=bounds)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +15,20 @@ from flwr.serverapp import Grid
 from quorate.server.card import model_card
 from quorate.server.checkpoint import load_checkpoint, write_file, write_folder
 from quorate.server.evaluation import summarise
-from quorate.server.records import Evaluation, Exclusion, Measured, References, RoundRecord, Summary, Worth
+from quorate.server.records import (
+    Answer,
+    Evaluation,
+    Exclusion,
+    Measured,
+    References,
+    RoundRecord,
+    Summary,
+    Worth,
+)
 from quorate.server.report import write_report
 from quorate.server.rounds import Result, evaluate_at_sites
 from quorate.server.run import ADAPTER_DIR, RECORD_FILE, RUN_FILE, SUMMARY_FILE, Run, read_jsonl
-from quorate.shared.adapter import lora_layers
+from quorate.shared.adapter import lora_layers, saved_modules
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.load import dump_yaml
 from quorate.shared.config.run import RunConfig
@@ -81,10 +91,11 @@ def write_outputs(
     *,
     references: References | None = None,
     worth: Mapping[str, Worth] | None = None,
+    samples: Sequence[Answer] = (),
 ) -> Summary:
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
     run.tell("phase", result.progress.round if result.progress else 0, "outputs")
-    summary = _summary(run, result, final, best, references, worth or {})
+    summary = _summary(run, result, final, best, references, worth or {}, samples)
     if result.progress is not None:
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
     write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
@@ -106,6 +117,10 @@ def export_adapter(config: RunConfig, state: GlobalState, folder: Path, summary:
     peft_config.revision = config.model.revision
     # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
     peft_config.target_modules = [layer.removeprefix("base_model.model.") for layer in lora_layers(adapter)]
+    modules = saved_modules(adapter)
+    if settings.head is not None:  # one Sequential, not each of its layers
+        modules = sorted({re.sub(r"\.\d+$", "", name) for name in modules})
+    peft_config.modules_to_save = modules or None
     peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas
     peft_config.inference_mode = True
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,6 +144,7 @@ def _summary(
     best: Measured | None,
     references: References | None,
     worth: Mapping[str, Worth],
+    samples: Sequence[Answer],
 ) -> Summary:
     records = [
         each
@@ -150,7 +166,7 @@ def _summary(
         run_id=run.run_id,
         status=result.status,
         rounds=result.progress.round if result.progress else 0,
-        stopped=str(result.stopped) if isinstance(result.stopped, QuorumNotMet) else None,
+        stopped=str(result.stopped) if isinstance(result.stopped, QuorumNotMet) else result.early,
         metric=run.metric,
         seed=run.config.seed,
         config_hash=run.config.content_hash,
@@ -159,6 +175,7 @@ def _summary(
         references=references,
         worth=dict(worth),
         sites=result.members.sites,
+        samples=tuple(samples),
         excluded=excluded,
         bytes={"down": down, "up": up, "total": down + up},
         seconds={**seconds, "total": round(sum(seconds.values()), 3)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 from quorate.shared.messages import SiteDescription
 from quorate.shared.tasks.base import Metrics
@@ -61,6 +61,8 @@ class RoundRecord(Record):
     evaluate, checkpoint."""
     state_hash: str
     """Content hash of the global state after the round."""
+    early_stop: str | None = None
+    """Why no round followed though the run asks for more, in words: early stopping."""
 
 
 class Evaluation(Record):
@@ -131,6 +133,47 @@ class Worth(Record):
     wide side: the same rows were scored twice)."""
 
 
+class SampleObject(Record):
+    """One box of a sample image."""
+
+    label: str
+    """Its label."""
+    box: tuple[float, float, float, float]
+    """x, y, width, height [pixels of the image]."""
+    score: float | None = None
+    """The model's, of a box it found."""
+
+
+class Sample(Record):
+    """A test image with its boxes, true and found; written by simulations alone."""
+
+    file: Annotated[str, StringConstraints(pattern=r"^[0-9]+\.png$")]
+    """The image, beside this record."""
+    site: str
+    """Whose image it is."""
+    width: int
+    """Width [pixels]."""
+    height: int
+    """Height [pixels]."""
+    true: tuple[SampleObject, ...]
+    """The boxes of the data."""
+    found: tuple[SampleObject, ...]
+    """What the best round's model finds."""
+    threshold: float
+    """Lowest score of what is counted as found."""
+
+
+class Answer(Record):
+    """What the model said to one of the run file's own public prompts."""
+
+    prompt: str
+    """As in the run file."""
+    base: str
+    """The base model's answer."""
+    adapted: str
+    """The answer with the adapter of the best round."""
+
+
 class Summary(Record):
     """The whole run in one object."""
 
@@ -149,7 +192,8 @@ class Summary(Record):
     config_hash: str
     """SHA-256 of the resolved run configuration."""
     stopped: str | None = None
-    """What ended the run early, in words (status `quorum-not-met`): sites and reasons, never text of data."""
+    """What ended the run before its last round, in words: early stopping (status `done`), or sites and
+    reasons (status `quorum-not-met`), never text of data."""
     final: Measured | None = None
     """The model after the last round."""
     best: Measured | None = None
@@ -160,6 +204,8 @@ class Summary(Record):
     """Site -> what the federation brought it; empty without the local_only reference."""
     sites: dict[str, SiteDescription] = {}
     """What the sites said of themselves when they joined."""
+    samples: tuple[Answer, ...] = ()
+    """Answers to the run file's own prompts, where it has some and the base model is at hand."""
     excluded: dict[str, dict[int, Exclusion]] = {}
     """Site -> round (0 while joining) -> why it did not count."""
     bytes: dict[str, int]

@@ -10,20 +10,22 @@ from typing import Literal
 
 from flwr.serverapp import Grid
 
+from quorate.server.best import Standing
 from quorate.server.books import Books, round_seconds
 from quorate.server.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.checks import check_measured, check_trained
 from quorate.server.collect import Answers
-from quorate.server.evaluation import scalars, summarise
+from quorate.server.evaluation import summarise
 from quorate.server.joining import Members, join, warn_of_changes
 from quorate.server.records import Evaluation, RoundMetrics
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.errors import CheckpointError, QuorumNotMet
+from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
 from quorate.shared.messages import Phase, RequestHeader, RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.seeds import rng
+from quorate.shared.selection import downloaded, upload_schema
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,11 @@ class Result:
             return "done"
         return "interrupted" if isinstance(self.stopped, KeyboardInterrupt) else "quorum-not-met"
 
+    @property
+    def early(self) -> str | None:
+        """Why the last finished round was to be the last one, though the run asks for more."""
+        return self.progress.record.early_stop if self.progress else None
+
 
 def run_rounds(grid: Grid, run: Run) -> Result:
     """Run (or resume) all rounds; every finished round is on disk before the next begins.
@@ -58,6 +65,7 @@ def run_rounds(grid: Grid, run: Run) -> Result:
     Raises: QuorumNotMet: too few sites could join. BadInput: the run cannot be carried out as asked.
     """
     members = join(grid, run)
+    _check_stopping(run, members)
     state, progress = _start(run, members)
     run.tell(
         "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
@@ -66,6 +74,8 @@ def run_rounds(grid: Grid, run: Run) -> Result:
     first = progress.round + 1 if progress else 1
     try:
         for round in range(first, run.config.federation.rounds + 1):
+            if result.early is not None:
+                break
             result.state, result.progress = run_round(
                 grid, run, members, result.state, result.progress, round
             )
@@ -88,7 +98,7 @@ def run_round(
     with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
         accumulator = rule.init(state, round)
         for site, update in _trained(grid, run, members, state, cohort, round, books):
-            weight = rule.weight(update.header.num_examples)
+            weight = rule.weight(update.header.num_examples, update.header.num_tokens)
             rule.add(accumulator, update.arrays, weight)
             books.note(site, update, weight)
     if len(books.num_examples) < run.config.federation.quorum:
@@ -145,7 +155,7 @@ def evaluate_at_sites(
     answers = Answers(
         members.by_node, len(members.nodes), federation.timeout_seconds, federation.grace_seconds
     )
-    arrays = run.config.aggregation.download(state, round)
+    arrays = downloaded(run.config, state, round)
     asked = {
         node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
     }
@@ -172,18 +182,24 @@ def _trained(
     books: Books,
 ) -> Iterator[tuple[str, Update]]:
     """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
-    federation, rule = run.config.federation, run.config.aggregation
+    federation = run.config.federation
     answers = Answers(
         members.by_node, federation.quorum, federation.timeout_seconds, federation.grace_seconds
     )
-    schema = rule.upload_schema(members.initial.schema, round)
+    schema = upload_schema(run.config, members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
         site = update.header.site
-        rows = members.sites[site].rows.get("train", 0)
-        books.norms[site] = check_trained(update, schema, state.adapter, rows, federation.max_update_norm)
+        books.norms[site] = check_trained(
+            update,
+            schema,
+            state.adapter,
+            members.sites[site].rows.get("train", 0),
+            federation.max_update_norm,
+            run.config.aggregation.weighting,
+        )
 
-    arrays = rule.download(state, round)
+    arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
     yield from answers.ask(grid, asked, check)
     books.take(answers)
@@ -217,15 +233,18 @@ def _finish(
 ) -> Progress:
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
-    record = books.record(round, cohort, state.pack().content_hash)
+    standing = before.standing if before else Standing()
+    standing = standing.after(run.config, round, validation)
+    early_stop = standing.stops(run.config, round)
+    record = books.record(round, cohort, state.pack().content_hash, early_stop)
     metrics = RoundMetrics(round=round, train=books.train, validation=validation)
-    best_round, best_value = _best(run.metric, before, round, validation)
     progress = Progress(
         run_id=run.run_id,
         config_hash=run.config.content_hash,
         round=round,
-        best_round=best_round,
-        best_value=best_value,
+        best_round=standing.round,
+        best_value=standing.value,
+        rounds_without_improvement=standing.without,
         initial_hash=members.initial.content_hash,
         sites=members.sites,
         refused=members.refused,
@@ -241,15 +260,15 @@ def _finish(
     return progress
 
 
-def _best(
-    metric: str, before: Progress | None, round: int, validation: Evaluation | None
-) -> tuple[int | None, float | None]:
-    """Return the best round so far and its value; ties go to the earlier round."""
-    best = (before.best_round, before.best_value) if before else (None, None)
-    value = scalars(validation.pooled).get(metric) if validation else None
-    if value is None or (best[1] is not None and value <= best[1]):
-        return best
-    return round, value
+def _check_stopping(run: Run, members: Members) -> None:
+    """Raise ConfigError where a run is to stop by what it can never measure."""
+    if run.config.evaluation.early_stopping_patience is None:
+        return
+    if not any(site.rows.get("validation") for site in members.sites.values()):
+        raise ConfigError(
+            "evaluation.early_stopping_patience: no site has validation rows to stop by; give the sites "
+            "some, or leave it out."
+        )
 
 
 def _quorum_not_met(run: Run, round: int, cohort: tuple[str, ...], books: Books) -> QuorumNotMet:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from quorate.server.best import metric_of
 from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, write_file, writing
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.trackers import Tracker
@@ -48,7 +49,7 @@ class Run:
     @property
     def metric(self) -> str:
         """The metric that picks the best round."""
-        return self.config.evaluation.metric_for_best_model or self.config.task.default_metric
+        return metric_of(self.config)
 
     @classmethod
     def open(

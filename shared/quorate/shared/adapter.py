@@ -164,3 +164,9 @@ def lora_layers(names: Iterable[str]) -> list[str]:
             if layer + ending not in present:
                 raise AdapterError(f"layer {layer} has no {ending[1:]} array: both LoRA factors are needed.")
     return layers
+
+
+def saved_modules(names: Iterable[str]) -> list[str]:
+    """Return the sorted names, inside the base model, of modules that are trained whole."""
+    whole = (n for n in names if not (is_lora_a(n) or is_lora_b(n) or n.endswith(LORA_MAGNITUDE)))
+    return sorted({name.removeprefix("base_model.model.").rpartition(".")[0] for name in whole})

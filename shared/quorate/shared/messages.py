@@ -94,6 +94,8 @@ class UpdateHeader(ConfigModel):
     """Error code when the site could not do what was asked; all other fields are then empty."""
     num_examples: Count = 0
     """Training rows of the site (fit) or rows evaluated (evaluate)."""
+    num_tokens: Count = 0
+    """Tokens whose loss is trained in the site's training rows (fit), for tasks that count them."""
     num_steps: Count = 0
     """Optimiser steps taken."""
     metrics: dict[MetricName, float] = {}

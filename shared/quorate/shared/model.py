@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
+from quorate.shared.heads import build_head
+from quorate.shared.quantised import placed, quantised_kwargs
 from quorate.shared.seeds import derive_seed
 from quorate.shared.sources import resolve_model
 from quorate.shared.tasks import Task
@@ -41,7 +46,12 @@ _FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "*.model",
+    "preprocessor_config.json",
+    "chat_template*",
 )
+_PROCESSORS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+TRAINABLE = (nn.Linear, nn.Conv2d)
+"""Layers that can be trained: those the trainer can stack."""
 
 
 @dataclass
@@ -158,8 +168,18 @@ def load_base(run: RunConfig) -> Base:
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
-    model, drawn = _load_weights(folder, run.task)
+    model, drawn = _load_weights(folder, run)
+    if run.adapter.head is not None:
+        build_head(model, run.adapter.head, run.task)
     return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
+
+
+def load_tokenizer(run: RunConfig) -> Any:
+    """Return the processor of the run's base model alone, without its weights.
+
+    Raises: ModelError: there is no model, or it has none.
+    """
+    return _load_auto_processor(resolve_model(run.model.model_name_or_path, run.model.revision), run)
 
 
 def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedModel:
@@ -172,7 +192,12 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
         base = load_base(run)
         peft = attach_lora(base.model, run.adapter, run.task)
         _check_drawn_is_saved(peft, base.drawn, run)
-    peft.eval().to(device or default_device())
+    if run.training.gradient_checkpointing and not checkpoint_layers(peft):
+        raise ModelError(
+            f"training.gradient_checkpointing: {type(base.model).__name__} has no layers that transformers "
+            "can checkpoint; set it to false."
+        )
+    placed(peft.eval(), run, device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
 
 
@@ -184,39 +209,68 @@ def default_device() -> torch.device:
 def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel:
     """Wrap `base` in PEFT.
 
-    Raises: ModelError: target_modules match nothing, or something other than linear layers would be trained.
+    Raises: ModelError: target_modules match nothing, or other layers than TRAINABLE would be trained.
     """
     targets = config.target_modules
-    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    _check_all_found("target_modules", targets, base, linear)
-    _check_all_found("modules_to_save", config.modules_to_save, base, linear)
+    able = [name for name, module in base.named_modules() if isinstance(module, TRAINABLE)]
+    _check_all_found("target_modules", targets, base, able)
+    _check_all_found("modules_to_save", config.modules_to_save, base, able)
+    settings = lora_config(config, task)
+    if settings.target_modules is None and (found := task.default_targets(base)) is not None:
+        settings.target_modules = found if isinstance(found, str) else list(found)
+    if settings.target_modules == "all-linear" and settings.task_type == "TOKEN_CLS":
+        # PEFT trains these whole, but leaves them out of all-linear for sequence classification alone.
+        settings.exclude_modules = ["classifier", "score"]
+    if (head := task.head_modules(base)) is not None:
+        settings.modules_to_save = [*head, *(config.modules_to_save or ())]
     try:
-        peft = get_peft_model(base, lora_config(config, task))
+        with quiet_about_conv1d():
+            peft = get_peft_model(base, settings)
     except ValueError as error:
         why = str(error).splitlines()[0][:200]
         if why.startswith("No modules were targeted"):  # PEFT goes on about settings that a run does not have
             why = "they name the head alone, which is trained whole."
         raise ModelError(
             f"adapter.target_modules {targets!r} cannot be adapted in {type(base).__name__}: {why} "
-            f"Linear modules there: {_endings(linear)}; name some of them."
+            f"Layers that can be adapted: {_endings(able)}; name some of them."
         ) from error
     modules = dict(peft.named_modules())
+    for name, module in modules.items():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if isinstance(layer, nn.Conv2d) and max(layer.dilation) > 1:
+            raise ModelError(
+                f"{name} is a dilated convolution, for which PEFT's LoRA has no factors of the right shape; "
+                "leave it out of adapter.target_modules."
+            )
     for name, parameter in peft.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         if (
             parameter.requires_grad
-            and not isinstance(owner, nn.Linear)
+            and not isinstance(owner, TRAINABLE)
             and "lora_magnitude_vector" not in name
         ):
             raise ModelError(
-                f"{name} ({type(owner).__name__}) would be trained, but only linear layers can be; "
-                "narrow adapter.target_modules or adapter.modules_to_save."
+                f"{name} ({type(owner).__name__}) would be trained, but only linear layers and convolutions "
+                "can be; narrow adapter.target_modules or adapter.modules_to_save."
             )
     return peft
 
 
+@contextmanager
+def quiet_about_conv1d() -> Iterator[None]:
+    """Silence PEFT where it finds GPT-2's transposed linear layers, which it adapts rightly all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        yield
+
+
+def checkpoint_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers whose activations can be computed again instead of kept."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def _check_all_found(
-    field: str, wanted: tuple[str, ...] | str | None, base: nn.Module, linear: list[str]
+    field: str, wanted: tuple[str, ...] | str | None, base: nn.Module, able: list[str]
 ) -> None:
     """Raise ModelError for a name that no module ends in; PEFT passes over it when another one matches."""
     names = [name for name, _ in base.named_modules()]
@@ -226,13 +280,13 @@ def _check_all_found(
         raise ModelError(
             f"adapter.{field}: the regular expression {wanted!r} matches no module's whole name in "
             f"{type(base).__name__}; write name endings as a list, [query, value]. "
-            f"Linear modules there: {_endings(linear)}."
+            f"Layers that can be adapted: {_endings(able)}."
         )
     for each in wanted if isinstance(wanted, tuple) else ():
         if not any(name == each or name.endswith(f".{each}") for name in names):
             raise ModelError(
                 f"adapter.{field}: {type(base).__name__} has no module {each!r}. "
-                f"Linear modules there: {_endings(linear)}; name some of them."
+                f"Layers that can be adapted: {_endings(able)}; name some of them."
             )
 
 
@@ -250,7 +304,7 @@ def _check_drawn_is_saved(peft: PeftModel, drawn: frozenset[str], run: RunConfig
         return
     lost = sorted(owners)
     names = ", ".join([*(run.adapter.modules_to_save or ()), *lost])
-    trainable = all(isinstance(modules[owner], nn.Linear) for owner in owners.values())
+    trainable = all(isinstance(modules[owner], TRAINABLE) for owner in owners.values())
     remedy = (
         f"train them with it: adapter.modules_to_save: [{names}]"
         if trainable
@@ -264,7 +318,9 @@ def _check_drawn_is_saved(peft: PeftModel, drawn: frozenset[str], run: RunConfig
 
 
 def _endings(names: list[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    """List layer names by their last part; those of a Sequential, which are numbers, by their last two."""
+    parts = [name.split(".") for name in names]
+    return ", ".join(sorted({".".join(p[-2:] if p[-1].isdigit() else p[-1:]) for p in parts}))
 
 
 def lora_config(config: AdapterConfig, task: Task) -> LoraConfig:
@@ -298,10 +354,11 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
+def _load_weights(folder: Path, run: RunConfig) -> tuple[nn.Module, frozenset[str]]:
     """Return the model, and the names of parameters that were drawn because the files do not hold them."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    task, quantised = run.task, quantised_kwargs(run)
     auto = getattr(transformers, task.auto_class)
     try:
         model, loading = auto.from_pretrained(
@@ -313,6 +370,8 @@ def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
             local_files_only=True,
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
+            **task.kwargs_for(transformers.PretrainedConfig.get_config_dict(folder)[0]),
+            **quantised,
         )
     except Exception as error:  # whatever transformers stumbles over in files that it does not expect
         raise ModelError(
@@ -326,35 +385,16 @@ def _load_weights(folder: Path, task: Task) -> tuple[nn.Module, frozenset[str]]:
 
 
 def _load_processor(folder: Path, run: RunConfig, base: Any) -> Any:
+    processor = _load_auto_processor(folder, run)
+    return run.task.prepare_processor(processor, base, run.model.pad_token, str(folder))
+
+
+def _load_auto_processor(folder: Path, run: RunConfig) -> Any:
     auto = getattr(transformers, run.task.processor_class)
     try:
-        processor = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above
+        kind = _PROCESSORS.get(run.task.processor_class, "processor")
         raise ModelError(
-            f"{folder} has no usable tokenizer: {in_brief(error)}; get the tokenizer's files again."
+            f"{folder} has no usable {kind}: {in_brief(error)}; get the {kind}'s files again."
         ) from error
-    # Without a vocabulary transformers makes a tokenizer to which every word is unknown.
-    if processor.vocab_size <= len(processor.all_special_tokens):
-        raise ModelError(f"{folder} holds no vocabulary (tokenizer.json); put the model's tokenizer there.")
-    if run.model.pad_token is not None:
-        if processor.convert_tokens_to_ids(run.model.pad_token) in (None, processor.unk_token_id) and (
-            run.model.pad_token != processor.unk_token
-        ):
-            raise ModelError(
-                f"model.pad_token {run.model.pad_token!r} is not in the tokenizer's vocabulary; "
-                f"name one of its special tokens: {', '.join(processor.all_special_tokens)}."
-            )
-        processor.pad_token = run.model.pad_token
-    if processor.pad_token is None:
-        raise ModelError(
-            f"{folder}: the tokenizer has no pad token, so texts cannot be batched; set model.pad_token "
-            f"(its special tokens: {', '.join(processor.all_special_tokens) or 'none'})."
-        )
-    base.config.pad_token_id = processor.pad_token_id
-    # RoBERTa's first positions are never used, which its tokenizer alone knows.
-    limits = (getattr(base.config, "max_position_embeddings", None), processor.model_max_length)
-    limit = min(limit for limit in limits if limit is not None)
-    asked = getattr(run.task, "max_length", None)
-    if asked is not None and asked > limit:
-        raise ModelError(f"task.max_length {asked} is above the {limit} positions of {folder}; lower it.")
-    return processor

@@ -1,8 +1,9 @@
 """What a site says about an evaluation: how often each outcome occurred, never a row.
 
 An outcome is a short tuple of integers that a task defines, for single-label classification
-(true class, predicted class). Counts of outcomes add up over sites, all of a task's metrics follow from
-them, and resampling test rows with replacement is a multinomial draw over the counts.
+(true class, predicted class); there is one per row, or per token, entity or box. Counts of outcomes add up
+over sites, all of a task's metrics follow from them, and resampling with replacement is a multinomial draw
+over the counts.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from quorate.shared.config.base import ConfigModel
 
 
 class Outcomes(ConfigModel):
-    """Counts of distinct outcomes over a set of rows, and the rows' summed loss."""
+    """Counts of distinct outcomes over a set of rows, and sums over these rows."""
 
     values: tuple[tuple[int, ...], ...] = ()
     """Distinct outcomes, sorted; all of one width."""
     counts: tuple[int, ...] = ()
-    """Rows with each outcome."""
+    """How often each occurred."""
     loss_sum: float = 0.0
-    """Loss summed over rows [nats]."""
+    """Loss summed over rows, or tokens [nats]."""
+    num_rows: int | None = Field(None, ge=0)
+    """Rows measured, where outcomes are not one per row."""
+    sums: dict[str, float] = {}
+    """Further figures that add up over rows and sites."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Outcomes:
@@ -35,35 +40,58 @@ class Outcomes(ConfigModel):
         return self
 
     @property
-    def rows(self) -> int:
-        """Number of rows counted."""
+    def units(self) -> int:
+        """Number of outcomes: rows, tokens, entities or boxes."""
         return sum(self.counts)
 
+    @property
+    def rows(self) -> int:
+        """Number of rows measured."""
+        return self.units if self.num_rows is None else self.num_rows
+
     @classmethod
-    def of_rows(cls, rows: npt.NDArray[np.int64], loss_sum: float) -> Outcomes:
-        """Count the outcomes of `rows` [rows, width]."""
-        if not len(rows):
-            return cls(loss_sum=loss_sum)
-        values, counts = np.unique(rows, axis=0, return_counts=True)
+    def of_rows(
+        cls,
+        rows: npt.NDArray[np.int64],
+        loss_sum: float,
+        num_rows: int | None = None,
+        sums: dict[str, float] | None = None,
+    ) -> Outcomes:
+        """Count outcomes [n, width]; `num_rows` where they are not one per row."""
+        values, counts = np.unique(rows, axis=0, return_counts=True) if len(rows) else (rows, rows)
         return cls(
-            values=tuple(map(tuple, values.tolist())), counts=tuple(counts.tolist()), loss_sum=loss_sum
+            values=tuple(map(tuple, values.tolist())),
+            counts=tuple(counts.tolist()),
+            loss_sum=loss_sum,
+            num_rows=None if num_rows == sum(counts.tolist()) else num_rows,
+            sums=sums or {},
         )
 
     @classmethod
     def pooled(cls, parts: Iterable[Outcomes]) -> Outcomes:
         """Add up the outcomes of several sites."""
         total: dict[tuple[int, ...], int] = {}
-        loss = 0.0
+        loss, rows = 0.0, 0
+        sums: dict[str, float] = {}
         for part in parts:
-            loss += part.loss_sum
-            for value, count in zip(part.values, part.counts, strict=True):
-                total[value] = total.get(value, 0) + count
+            loss, rows = loss + part.loss_sum, rows + part.rows
+            for name, value in part.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+            for outcome, count in zip(part.values, part.counts, strict=True):
+                total[outcome] = total.get(outcome, 0) + count
         values = tuple(sorted(total))
-        return cls(values=values, counts=tuple(total[value] for value in values), loss_sum=loss)
+        counts = tuple(total[value] for value in values)
+        return cls(
+            values=values,
+            counts=counts,
+            loss_sum=loss,
+            num_rows=None if rows == sum(counts) else rows,
+            sums=sums,
+        )
 
     def resampled(self, rng: np.random.Generator) -> Outcomes:
-        """Return one bootstrap sample of the rows, drawn with replacement; the loss sum is kept."""
-        counts = rng.multinomial(self.rows, np.array(self.counts) / self.rows)
+        """Return one bootstrap sample of the outcomes, drawn with replacement; sums are kept."""
+        counts = rng.multinomial(self.units, np.array(self.counts) / self.units)
         # Not validated again: a bootstrap makes thousands of these from values that were.
         return self.model_copy(update={"counts": tuple(counts.tolist())})
 

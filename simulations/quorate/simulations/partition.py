@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from quorate.client.data import LABEL, LoadedRow, stratum
+from quorate.client.data import stratum
+from quorate.client.mapping import LABEL, LoadedRow
 from quorate.shared.config.sites import Column, Dirichlet, Iid, Partition, Sizes
 from quorate.shared.errors import DataError
 from quorate.shared.messages import Split
@@ -87,7 +88,7 @@ def _dirichlet(kind: Dirichlet, rows: Rows, sites: int) -> dict[Split, npt.NDArr
     several labels at once count as one label per combination.
     """
     train = rows["train"]
-    if any(LABEL not in row.values for row in train[:1]):
+    if any(not isinstance(row.values.get(LABEL), int | list) for row in train[:1]):
         raise DataError("a Dirichlet partition needs labels, which this task's rows lack; use iid or sizes.")
     if len(train) < sites * kind.min_rows:
         raise DataError(

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quorate.client.site import Site, SiteRows
+from quorate.client.trainer.sampling import few_shot
 from quorate.server.collect import exclusion
 from quorate.server.evaluation import summarise, worth
 from quorate.server.records import Exclusion, Measured, References, Worth
@@ -89,8 +90,12 @@ def run_references(
     return References(local_only=local, centralised=centralised, failed=failed), gains
 
 
-def pool(rows: Mapping[str, SiteRows]) -> dict[Split, Sequence[Row]]:
-    """Return all sites' rows as those of one site."""
+def pool(rows: Mapping[str, SiteRows], config: RunConfig) -> dict[Split, Sequence[Row]]:
+    """Return all sites' rows as those of one site; of the training rows, those that the sites use."""
+    rows = {
+        name: {**splits, "train": few_shot(config, name, splits.get("train", ()))}
+        for name, splits in rows.items()
+    }
     splits: tuple[Split, ...] = ("train", "validation", "test")
     return {split: [row for site in rows.values() for row in site.get(split, ())] for split in splits}
 
@@ -132,10 +137,11 @@ def train_alone(
 
 
 def _value(run: Run, outcomes: Outcomes | None) -> float:
-    """Return the run's metric, unknown without validation rows."""
+    """Return the run's metric, with a sign so that more is better; unknown without validation rows."""
     if outcomes is None or not outcomes.rows:
         return _UNKNOWN
-    return float(run.config.task.metrics(outcomes)[run.metric])
+    task = run.config.task
+    return task.sign(run.metric) * float(task.metrics(outcomes)[run.metric])
 
 
 def _measure(

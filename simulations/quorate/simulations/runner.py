@@ -10,16 +10,19 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from quorate.client.site import Site, SiteRows
-from quorate.server.outputs import measure, write_outputs
-from quorate.server.records import References, Summary, Worth
+from quorate.server.outputs import best_state, measure, write_outputs
+from quorate.server.records import Answer, References, Summary, Worth
 from quorate.server.rounds import Result, run_rounds
 from quorate.server.run import Run, alone_in
 from quorate.server.trackers import Tracker
+from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
+from quorate.simulations.origin import Origin
 from quorate.simulations.references import POOL, pool, run_references
+from quorate.simulations.samples import check_samples, write_samples
 
 _T = TypeVar("_T")
 
@@ -30,8 +33,10 @@ def simulate(
     output_dir: Path,
     *,
     resume: bool = False,
+    samples: int = 0,
     trackers: Sequence[Tracker] = (),
     on_step: OnStep = ignore_step,
+    origin: Origin | None = None,
 ) -> Summary:
     """Run `config` with these sites and write everything to `output_dir`.
 
@@ -39,8 +44,10 @@ def simulate(
         config: the run.
         rows: site name -> split -> rows.
         output_dir: a new folder, or with `resume` one that holds this run.
+        samples: test images that the report shows, where the task has pictures.
         trackers: told of phases, rounds and the end.
         on_step: told of every optimiser step.
+        origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
     Raises: BadInput: before anything is trained, where something cannot work. QuorumNotMet,
         KeyboardInterrupt: after writing what finished rounds gave.
@@ -50,17 +57,21 @@ def simulate(
             f"federation.quorum: {config.federation.quorum} is above the number of sites ({len(rows)}: "
             f"{', '.join(rows)}); lower it to at most {len(rows)}."
         )
-    pooled = {POOL: pool(rows)} if "centralised" in config.evaluation.references else {}
-    site = Site({**rows, **pooled}, on_step=on_step)
+    check_samples(config, samples)
+    pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
+    site = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = site.prepare(config)
     with alone_in(output_dir):
-        return _carry_out(Run.open(config, output_dir, resume=resume, trackers=trackers), rows, site)
+        run = Run.open(config, output_dir, resume=resume, trackers=trackers)
+        if origin is not None:
+            origin.keep(output_dir)
+        return _carry_out(run, rows, site, samples)
 
 
-def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site) -> Summary:
+def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site, samples: int) -> Summary:
     """Run the rounds, measure what came of them, and write it."""
     grid = InProcessGrid(site, list(rows))
-    result = _serve(grid, run)
+    result = serve(grid, run)
 
     def compare() -> tuple[References | None, dict[str, Worth]]:
         if not run.config.evaluation.references or result.stopped is not None:
@@ -69,12 +80,28 @@ def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site) -> Summary:
 
     final, best, outcomes = _all_the_same(result, lambda: measure(grid, run, result))
     references, gains = _all_the_same(result, compare)
+    answers = _all_the_same(result, lambda: _answers(site, run, result))
     summary = _all_the_same(
-        result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
+        result,
+        lambda: write_outputs(run, result, final, best, references=references, worth=gains, samples=answers),
     )
+    if samples and result.progress is not None and result.stopped is None:
+        write_samples(run.config, rows, run.output_dir, samples)
     if result.stopped is not None:
         raise result.stopped
     return summary
+
+
+def _answers(site: Site, run: Run, result: Result) -> list[Answer]:
+    """Return answers to the run file's own prompts, by the base model and by the best round's."""
+    if result.progress is None or result.stopped is not None:
+        return []
+    run.tell("phase", result.progress.round, "samples")
+    before, after = site.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
+    return [
+        Answer(prompt=prompt, base=base, adapted=adapted)
+        for (prompt, base), (_, adapted) in zip(before, after, strict=True)
+    ]
 
 
 def _all_the_same(result: Result, work: Callable[[], _T]) -> _T:
@@ -91,7 +118,7 @@ def _all_the_same(result: Result, work: Callable[[], _T]) -> _T:
         return work()
 
 
-def _serve(grid: Grid, run: Run) -> Result:
+def serve(grid: Grid, run: Run) -> Result:
     """Run the rounds inside a Flower ServerApp, as a SuperLink would."""
     app = ServerApp()
     results: list[Result] = []

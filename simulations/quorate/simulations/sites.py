@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quorate.client.data import LoadedRow, load_splits
+from quorate.client.data import load_splits
+from quorate.client.mapping import LoadedRow
 from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
+from quorate.shared.config.sites import PartitionedData, SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import BadInput, ConfigError, DataError
 from quorate.shared.messages import Split
 from quorate.shared.tasks.base import Row
@@ -28,12 +29,7 @@ def load_sites(sites: SitesConfig, base_dir: Path, run: RunConfig) -> dict[str, 
     Raises: ConfigError: the sites file does not know the alias, or does not fit the run. DataError: the data
         cannot be read, partitioned or used; names the site.
     """
-    data = sites.data.get(run.data)
-    if data is None:
-        raise ConfigError(
-            f"the sites file has no data {run.data!r}; it has {', '.join(sorted(sites.data))}. "
-            "Add it there, or correct `data` in the run file."
-        )
+    data = source_of(sites, run)
     loaded: Mapping[str, Mapping[Split, Sequence[LoadedRow]]]
     if isinstance(data, SiteList):
         loaded = {
@@ -52,6 +48,20 @@ def load_sites(sites: SitesConfig, base_dir: Path, run: RunConfig) -> dict[str, 
         name: {split: [Row(row.values, row.source) for row in rows] for split, rows in splits.items()}
         for name, splits in loaded.items()
     }
+
+
+def source_of(sites: SitesConfig, run: RunConfig) -> PartitionedData | SiteList:
+    """Return what the run's data alias means.
+
+    Raises: ConfigError: the sites file does not know it.
+    """
+    data = sites.data.get(run.data)
+    if data is None:
+        raise ConfigError(
+            f"the sites file has no data {run.data!r}; it has {', '.join(sorted(sites.data))}. "
+            "Add it there, or correct `data` in the run file."
+        )
+    return data
 
 
 def _load_one(

@@ -6,10 +6,13 @@ files, lines and columns, never the text of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from quorate.client.readers.files import describe_columns, read_file, read_folder
+from quorate.client.readers.coco import is_coco, read_coco, read_coco_folder
+from quorate.client.readers.files import Refuse, describe_columns, has_table, read_file, read_folder, stop
 from quorate.client.readers.hub import read_hub
+from quorate.client.readers.images import locate_images, read_image_folder
 from quorate.client.readers.toy import read_sklearn
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import DataError
@@ -18,12 +21,16 @@ from quorate.shared.sources import expand, resolve_local
 from quorate.shared.tasks.base import Row
 
 
-def read_source(source: SourceConfig, base_dir: Path) -> dict[Split, list[Row]]:
+def read_source(
+    source: SourceConfig, base_dir: Path, images: Sequence[str] = (), refuse: Refuse = stop
+) -> dict[Split, list[Row]]:
     """Read every split a source has files for; one file is all `train`, to be split later.
 
     Args:
         source: where rows come from.
         base_dir: where relative paths start.
+        images: columns that hold images; their cells become absolute paths or bytes.
+        refuse: told of every row of a file that cannot be read.
     Returns: raw rows per split, in file order; `train` is always there, no split is empty.
     Raises: ConfigError: an unset variable. DataError: missing, empty or damaged data.
     """
@@ -33,11 +40,19 @@ def read_source(source: SourceConfig, base_dir: Path) -> dict[Split, list[Row]]:
     if kind == "sklearn":
         return {"train": read_sklearn(name)}
     if kind == "hub":
-        return _train_first(read_hub(name, source.revision), text)
+        splits = _train_first(read_hub(name, source.revision), text)
+        return {split: locate_images(rows, images, Path()) for split, rows in splits.items()}
     path = resolve_local(source.source, base_dir, where=where)
-    if path.is_dir():
-        return _train_first(read_folder(path), str(path))
-    return {"train": read_file(path)}
+    if images and path.is_file() and is_coco(path):
+        return {"train": read_coco(path)}
+    if not path.is_dir():
+        return {"train": locate_images(read_file(path, refuse), images, path.parent)}
+    if images and (found := read_coco_folder(path)) is not None:
+        return _train_first(found, str(path))
+    if images and not has_table(path) and (found := read_image_folder(path)) is not None:
+        return _train_first(found, str(path))
+    splits = _train_first(read_folder(path, refuse), str(path))
+    return {split: locate_images(rows, images, path) for split, rows in splits.items()}
 
 
 def _train_first(splits: dict[Split, list[Row]], origin: str) -> dict[Split, list[Row]]:
@@ -46,4 +61,4 @@ def _train_first(splits: dict[Split, list[Row]], origin: str) -> dict[Split, lis
     return splits
 
 
-__all__ = ["describe_columns", "read_source"]
+__all__ = ["Refuse", "describe_columns", "read_source", "stop"]

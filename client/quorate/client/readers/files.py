@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -21,15 +21,23 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "test": ("test",),
 }
 """File names (without ending) that stand for each split."""
+Refuse = Callable[[DataError], None]
+"""Told of a row that cannot be used; returns to leave it out and go on with the next."""
 # Beyond this a column's name is likely a row that was taken for the header; it is not shown.
 _LONGEST_NAME = 40
 
 
-def read_file(path: Path) -> list[Row]:
+def stop(error: DataError) -> None:
+    """Raise at the first row that cannot be used."""
+    raise error from None  # the cause may carry the whole line
+
+
+def read_file(path: Path, refuse: Refuse = stop) -> list[Row]:
     """Read one file of rows.
 
     Args:
         path: ends in one of `SUFFIXES`, which says what it is; texts are UTF-8, with or without a BOM.
+        refuse: told of every row that cannot be read.
     Returns: one Row per row, values as the file has them, blank cells of a CSV file as None, source
         `file:line` (Parquet: `file:row`, from 1).
     Raises: DataError: unknown ending, unreadable, empty or damaged file; names file and line.
@@ -41,9 +49,9 @@ def read_file(path: Path) -> list[Row]:
         if suffix == ".parquet":
             rows = list(_read_parquet(path))
         elif suffix in (".csv", ".tsv"):
-            rows = list(_read_csv(path))
+            rows = list(_read_csv(path, refuse))
         else:
-            rows = list(_read_jsonl(path))
+            rows = list(_read_jsonl(path, refuse))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     if not rows:
@@ -51,7 +59,7 @@ def read_file(path: Path) -> list[Row]:
     return rows
 
 
-def read_folder(folder: Path) -> dict[Split, list[Row]]:
+def read_folder(folder: Path, refuse: Refuse = stop) -> dict[Split, list[Row]]:
     """Read a folder with a file for `train`, and for `validation` and `test` where it has them.
 
     Raises: DataError: no train file, two files for one split, or what `read_file` raises.
@@ -73,7 +81,12 @@ def read_folder(folder: Path) -> dict[Split, list[Row]]:
             f"{folder} has no training rows: there is no train file ({', '.join(SUFFIXES)}), only: {found}."
             " Rename the file, or name it as source and it is split."
         )
-    return {split: read_file(chosen[split]) for split in SPLIT_NAMES if split in chosen}
+    return {split: read_file(chosen[split], refuse) for split in SPLIT_NAMES if split in chosen}
+
+
+def has_table(folder: Path) -> bool:
+    """Whether the folder has a file of training rows, as `read_folder` reads them."""
+    return any(p.suffix.lower() in SUFFIXES and split_of(p.stem) == "train" for p in folder.iterdir())
 
 
 def split_of(name: str) -> Split | None:
@@ -90,22 +103,24 @@ def describe_columns(names: Iterable[str]) -> str:
     return ", ".join(shown)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, refuse: Refuse) -> Iterator[str]:
     """Yield a text file's lines with their ends, so that the line of a wrong byte can be named."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                # `from None`: the codec's own error carries the whole line.
-                raise DataError(
-                    f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; "
-                    "save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8 helps with most)."
-                ) from None
+                refuse(
+                    DataError(
+                        f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; "
+                        "save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8 helps with most)."
+                    )
+                )
+                yield "\n"  # the lines after it keep their numbers
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
+def _read_jsonl(path: Path, refuse: Refuse) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path, refuse), start=1):
         if not line.strip():
             continue
         source = f"{path}:{number}"
@@ -113,12 +128,17 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             values = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             column = f" (at character {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise DataError(
-                f"{source}: not one whole JSON object on the line{column}; "
-                "the line may be cut off, or the file may be one JSON list instead of JSON lines."
-            ) from None
+            refuse(
+                DataError(
+                    f"{source}: not one whole JSON object on the line{column}; "
+                    "the line may be cut off, or the file may be one JSON list instead of JSON lines."
+                )
+            )
+            continue
         if not isinstance(values, dict):
-            raise DataError(f"{source}: a line must be a JSON object, this one is a {_json_type(values)}.")
+            kind = _json_type(values)
+            refuse(DataError(f"{source}: a line must be a JSON object, this one is a {kind}."))
+            continue
         yield Row(values, source)
 
 
@@ -127,25 +147,30 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    lines = _lines(path)
+def _read_csv(path: Path, refuse: Refuse) -> Iterator[Row]:
+    lines = _lines(path, refuse)
     first = next(lines, "")
     # The header decides: files saved where the comma is the decimal sign use semicolons.
     delimiter = max((",", ";", "\t"), key=first.count)
-    rows = _csv_rows(path, chain([first], lines), delimiter)
+    rows = _csv_rows(path, chain([first], lines), delimiter, refuse)
     header = _header(next(rows, (1, []))[1], path)
     for line, cells in rows:
         source = f"{path}:{line}"
         if len(cells) != len(header):
-            raise DataError(
-                f"{source}: {len(cells)} cells under a header of {len(header)} columns; "
-                "a cell that holds the separator needs double quotes around it."
+            refuse(
+                DataError(
+                    f"{source}: {len(cells)} cells under a header of {len(header)} columns; "
+                    "a cell that holds the separator needs double quotes around it."
+                )
             )
+            continue
         named = zip(header, cells, strict=True)
         yield Row({name: cell if cell.strip() else None for name, cell in named if name}, source)
 
 
-def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(
+    path: Path, lines: Iterable[str], delimiter: str, refuse: Refuse
+) -> Iterator[tuple[int, list[str]]]:
     """Yield each row that is not blank, with the line it begins on."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1
@@ -155,10 +180,11 @@ def _csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tupl
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(
-                f"{path}:{line}: not a row of a CSV file: {error}; a double quote that opens a cell must be "
-                'closed, and one inside a cell is written twice ("").'
-            ) from error
+            advice = (
+                'a double quote that opens a cell must be closed, and one inside a cell is written twice ("")'
+            )
+            refuse(DataError(f"{path}:{line}: not a row of a CSV file: {error}; {advice}."))
+            cells = []
         if cells:
             yield line, cells
         line = reader.line_num + 1

@@ -44,6 +44,9 @@ def read_hub(repo_id: str, revision: str | None) -> dict[Split, list[Row]]:
     splits: dict[Split, list[Row]] = {}
     for name, table in loaded.items():
         if (split := split_of(name)) is not None:
+            for column, feature in table.features.items():
+                if isinstance(feature, library.Image):  # as files have it: opened later, by the task
+                    table = table.cast_column(column, library.Image(decode=False))
             splits[split] = list(_rows(table, table.features, f"{origin}/{name}"))
             if not splits[split]:
                 raise DataError(f"{origin}/{name} is empty: it holds no row.")
@@ -64,19 +67,27 @@ def _datasets(origin: str) -> Any:
 
 
 def _rows(table: Iterable[Mapping[str, Any]], features: Mapping[str, Any], origin: str) -> Iterable[Row]:
-    # A list of class labels keeps their names one level further in.
-    names = {
-        column: labels
-        for column, feature in features.items()
-        if (labels := getattr(getattr(feature, "feature", feature), "names", None))
-    }
+    classes = {column: feature for column, feature in features.items() if _has_names(feature)}
     for number, values in enumerate(table, start=1):
-        named = {column: _named(values[column], labels) for column, labels in names.items()}
+        named = {column: _named(values[column], feature) for column, feature in classes.items()}
         yield Row({**values, **named}, f"{origin}:{number}")
 
 
-def _named(value: Any, labels: list[str]) -> Any:
+def _has_names(feature: Any) -> bool:
+    """Whether a feature is class labels, or lists or fields of them (the categories of boxes)."""
+    if isinstance(feature, Mapping):
+        return any(map(_has_names, feature.values()))
+    inner = getattr(feature, "feature", None)
+    return bool(getattr(feature, "names", None)) or (inner is not None and _has_names(inner))
+
+
+def _named(value: Any, feature: Any) -> Any:
+    inner = getattr(feature, "feature", None)
+    if isinstance(value, Mapping):  # a sequence of fields may be read as fields of sequences
+        fields = feature if isinstance(feature, Mapping) else inner if isinstance(inner, Mapping) else {}
+        return {key: _named(each, fields.get(key)) for key, each in value.items()}
     if isinstance(value, list):
-        return [_named(item, labels) for item in value]
+        return [_named(item, feature if inner is None else inner) for item in value]
+    names = getattr(feature, "names", None)
     # -1 says that a label is held back; it stays, to be refused with the row's number.
-    return value if value is None or value < 0 else labels[value]
+    return value if not names or value is None or value < 0 else names[value]

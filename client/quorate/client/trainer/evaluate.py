@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
@@ -20,8 +21,8 @@ from quorate.shared.tasks.base import Batch, Example
 
 def forward(
     model: LoadedModel, stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
-) -> Iterator[tuple[list[int], Batch, Tensor]]:
-    """Yield (row indices, batch, logits [rows, ...]) over all examples, of similar length together."""
+) -> Iterator[tuple[list[int], Batch, Any]]:
+    """Yield (row indices, batch, the task's logits) over all examples, of similar length together."""
     stack.load([adapter], ())
     stack.layout.sites = (0,)
     order = sorted(range(len(examples)), key=lambda row: run.task.length(examples[row]))
@@ -31,7 +32,7 @@ def forward(
         rows = order[start : start + size]
         batch = run.task.collate([examples[row] for row in rows], model.processor).to(device)
         with torch.inference_mode():  # full precision also where training is bf16: figures are compared
-            logits: Tensor = model.peft(**batch.inputs).logits
+            logits = run.task.forward(model.peft, batch)
         yield rows, batch, logits
 
 
@@ -44,11 +45,14 @@ def evaluate(
     """
     outcomes = []
     loss = 0.0
+    sums: Counter[str] = Counter()
     for _, batch, logits in forward(model, stack, run, adapter, examples):
         outcomes.append(run.task.outcomes(logits, batch))
-        loss += float(run.task.loss(logits, batch).double().sum())
+        loss += float(run.task.measured_loss(logits, batch).double().sum())
+        for name, value in run.task.sums(logits, batch).items():
+            sums[name] += value  # type: ignore[assignment]  # a Counter adds floats as well
     if not outcomes:
         return Outcomes()
-    if not math.isfinite(loss):
+    if not all(map(math.isfinite, (loss, *sums.values()))):
         raise NonFiniteUpdate("the loss of this adapter is NaN or infinite; lower training.learning_rate.")
-    return Outcomes.of_rows(np.concatenate(outcomes), loss)
+    return Outcomes.of_rows(np.concatenate(outcomes), loss, len(examples), dict(sums))

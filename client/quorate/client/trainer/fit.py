@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quorate.client.trainer.checkpointing import checkpointed
+from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import RunConfig, TrainingConfig
 from quorate.shared.model import LoadedModel
 from quorate.shared.progress import OnStep, StepEvent
-from quorate.shared.seeds import derive_seed
+from quorate.shared.seeds import derive_seed, rng
 from quorate.shared.tasks.base import Batch, Example
 
 
@@ -83,7 +85,7 @@ def fit(
     with _training(model, stack, run, round, sites):
         for step in range(max(len(member.steps) for member in members)):
             live = [i for i, member in enumerate(members) if step < len(member.steps)]
-            losses = _step(model, stack, run, members, live, step)
+            losses = _step(model, stack, run, members, live, round, step)
             names = tuple(members[i].task.site for i in live)
             on_step(StepEvent(names, round, step + 1, len(members[live[0]].steps), sum(losses) / len(losses)))
     return [
@@ -101,7 +103,9 @@ def fit(
 
 
 def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site: SiteTask) -> _Member:
-    plan = Plan(len(site.examples), run.training, run.seed, site.site)
+    balanced = run.training.sampling == "balanced"
+    labels = [run.task.labels_of(example) for example in site.examples] if balanced else ()
+    plan = Plan(len(site.examples), run.training, run.seed, site.site, labels)
     parameters = stack.site_parameters(position)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device).manual_seed(derive_seed(run.seed, "dropout", site.site, round))
@@ -112,22 +116,7 @@ def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site
         total_steps=run.federation.rounds * plan.steps_per_round,
         generator=generator,
         parameters=parameters,
-        optimizer=make_optimizer(run.training, list(parameters.values())),
-    )
-
-
-def make_optimizer(training: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the configured optimiser over one site's parameters."""
-    if training.optim == "sgd":
-        return torch.optim.SGD(
-            parameters, training.learning_rate, training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(
-        parameters,
-        training.learning_rate,
-        (training.adam_beta1, training.adam_beta2),
-        training.adam_epsilon,
-        training.weight_decay,
+        optimizer=make_optimizer(run.training, parameters, stack.arrays),
     )
 
 
@@ -137,6 +126,7 @@ def _step(
     run: RunConfig,
     members: list[_Member],
     live: list[int],
+    round: int,
     step: int,
 ) -> list[float]:
     """Take one optimiser step with every site that has steps left; return their losses."""
@@ -145,7 +135,7 @@ def _step(
     losses = dict.fromkeys(live, 0.0)
     for micro in range(max(len(members[i].steps[step]) for i in live)):
         present = [i for i in live if micro < len(members[i].steps[step])]
-        per_site = _forward(model, stack, run, members, present, step, micro)
+        per_site = _forward(model, stack, run, members, present, round, step, micro)
         per_site.sum().backward()  # type: ignore[no-untyped-call]
         for i, loss in zip(present, per_site.detach().tolist(), strict=True):
             losses[i] += loss
@@ -161,6 +151,7 @@ def _forward(
     run: RunConfig,
     members: list[_Member],
     present: list[int],
+    round: int,
     step: int,
     micro: int,
 ) -> Tensor:
@@ -170,8 +161,10 @@ def _forward(
     """
     examples: list[list[Example]] = []
     for i in present:
-        rows = members[i].steps[step][micro]
-        examples.append([members[i].task.examples[row] for row in rows])
+        task = members[i].task
+        drawn = rng(run.seed, "augment", task.site, round, step, micro)
+        rows = [task.examples[row] for row in members[i].steps[step][micro]]
+        examples.append(run.task.augment(rows, drawn, model.processor))
     share = max(map(len, examples))
     filled = [e for site in examples for e in (*site, *[site[0]] * (share - len(site)))]
     batch = run.task.collate(filled, model.processor).to(model.peft.device)
@@ -198,15 +191,15 @@ def _lay_out(
     layout.rows = tuple(map(len, examples))
     layout.lengths = tuple(max(map(run.task.length, site)) for site in examples)
     layout.length = max(layout.lengths)
-    with_dropout = run.adapter.lora_dropout > 0
+    head = run.adapter.head
+    with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
     layout.generators = tuple(members[i].generator for i in present) if with_dropout else None
 
 
-def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Tensor:
+def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
     device = model.peft.device
     with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
-        logits: Tensor = model.peft(**batch.inputs).logits
-    return logits
+        return run.task.forward(model.peft, batch)
 
 
 def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, position: int, step: int) -> None:
@@ -218,8 +211,7 @@ def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, posi
     member.norm_sum += float(norm)
     factor = lr_factor(training, member.first_step + step, member.total_steps)
     member.learning_rate = training.learning_rate * factor
-    for group in member.optimizer.param_groups:
-        group["lr"] = member.learning_rate
+    set_learning_rate(member.optimizer, member.learning_rate)
     member.optimizer.step()
 
 
@@ -241,8 +233,10 @@ def _training(
             if isinstance(module, _BatchNorm):
                 module.eval()
         stack.set_lora_training(True)
+        saving = run.training.gradient_checkpointing
         try:
-            yield
+            with checkpointed(model, stack.layout) if saving else nullcontext():
+                yield
         finally:
             model.peft.eval()
             stack.layout.generators = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from quorate.client.trainer.sampling import BalancedWalk
 from quorate.shared.config.run import TrainingConfig
 from quorate.shared.seeds import rng
 
@@ -15,10 +16,11 @@ def lr_factor(config: TrainingConfig, step: int, total: int) -> float:
 
     The same curves as `transformers.get_scheduler` for constant_with_warmup, linear and cosine.
     """
-    warmup = math.ceil(total * config.warmup_ratio)
+    asked = config.warmup_steps
+    warmup = int(asked) if asked >= 1 else math.ceil(total * (asked or config.warmup_ratio))
     if step < warmup:
         return step / max(1, warmup)
-    if config.lr_scheduler_type == "constant":
+    if config.lr_scheduler_type in ("constant", "constant_with_warmup"):
         return 1.0
     done = (step - warmup) / max(1, total - warmup)
     if config.lr_scheduler_type == "linear":
@@ -31,13 +33,16 @@ class Plan:
     """Which rows a site trains on in one round: optimiser steps of micro-batches of row indices.
 
     The order is one endless walk through reshuffled epochs, a function of (seed, site) alone: round t starts
-    where round t - 1 would have ended, whether or not the site took part in it.
+    where round t - 1 would have ended, whether or not the site took part in it. With `sampling: balanced` it
+    is a BalancedWalk instead, in which an epoch is as many rows as the site has.
     """
 
     rows: int
     training: TrainingConfig
     seed: int
     site: str
+    labels: Sequence[Sequence[int]] = ()
+    """Label ids of each row, for `sampling: balanced`."""
 
     @property
     def rows_per_step(self) -> int:
@@ -53,7 +58,11 @@ class Plan:
 
     def steps(self, round: int) -> list[list[list[int]]]:
         """Return the round's steps (round from 1), each a list of micro-batches of row indices."""
-        if self.training.max_steps is None:
+        if self.training.max_steps is None and self.training.sampling == "balanced":
+            count = self.training.num_train_epochs * self.rows
+            walk = self._walk((round - 1) * count)
+            batches = list(_chunks([next(walk) for _ in range(count)], self.rows_per_step))
+        elif self.training.max_steps is None:
             epochs = range(
                 (round - 1) * self.training.num_train_epochs, round * self.training.num_train_epochs
             )
@@ -71,6 +80,8 @@ class Plan:
         return order
 
     def _walk(self, start: int) -> Iterator[int]:
+        if self.training.sampling == "balanced":
+            yield from BalancedWalk.over(self.labels, self.seed, self.site).rows(start)
         epoch, offset = divmod(start, self.rows)
         while True:
             yield from self._epoch(epoch)[offset:]

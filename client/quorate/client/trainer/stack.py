@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
 from quorate.shared.errors import AdapterError
+from quorate.shared.heads import HeadDropout
 from quorate.shared.model import LoadedModel
 
 
@@ -74,6 +75,39 @@ class StackedLinear(Stacked):
         if self.bias is not None:
             y = y + self.of_batch(self.bias)[:, None].to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class StackedConv2d(Stacked):
+    """`nn.Conv2d` for K sites: weight [K, c_out, c_in / groups, h, w], bias [K, c_out].
+
+    The sites become groups of one convolution: [k * b, c, h, w] is seen as [b, k * c, h, w].
+    """
+
+    def __init__(self, conv: nn.Conv2d, layout: Layout) -> None:
+        super().__init__(layout)
+        if type(conv) is not nn.Conv2d:
+            raise AdapterError(
+                f"a {type(conv).__name__} cannot be trained for several sites at once: it may compute other "
+                "things than a convolution; leave it out of adapter.target_modules."
+            )
+        if conv.padding_mode != "zeros":
+            raise AdapterError(f"convolutions with padding_mode {conv.padding_mode!r} cannot be trained.")
+        self.weight = nn.Parameter(conv.weight.detach()[None].clone())
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach()[None].clone())
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.groups = conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [k * b, c_in, h, w] to [k * b, c_out, h', w'], each site's images by its own weight."""
+        weight = self.of_batch(self.weight).to(x.dtype)
+        bias = None if self.bias is None else self.of_batch(self.bias).to(x.dtype).flatten()
+        sites = weight.shape[0]
+        side = x.reshape(sites, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+        y = nn.functional.conv2d(
+            side, weight.flatten(0, 1), bias, self.stride, self.padding, self.dilation, sites * self.groups
+        )
+        apart = y.reshape(y.shape[0], sites, -1, *y.shape[2:])
+        return apart.transpose(0, 1).flatten(0, 1)
 
 
 class StackedDropout(Stacked):
@@ -159,14 +193,14 @@ class AdapterStack:
             if not any(p.requires_grad for p in module.parameters(recurse=False)):
                 continue
             parent, _, child = name.rpartition(".")
-            stacked = (
-                StackedDora(module, layout)
-                if isinstance(module, DoraLinearLayer)
-                else StackedLinear(module, layout)
-            )
+            stacked = _stacked(name, module, layout)
             setattr(modules[parent], child, stacked)
             for kind, parameter in stacked.named_parameters(recurse=False):
                 arrays[_saved_name(name, kind)] = parameter
+        for name, module in modules.items():  # PEFT keeps the head it found beside the copy that is trained
+            if isinstance(module, HeadDropout) and ".modules_to_save." in name:
+                parent, _, child = name.rpartition(".")
+                setattr(modules[parent], child, StackedDropout(module.p, layout))
         layers = [module for module in modules.values() if isinstance(module, LoraLayer)]
         for layer in layers:
             for key, dropout in layer.lora_dropout.items():
@@ -211,6 +245,16 @@ class AdapterStack:
         """Tell PEFT's LoRA layers whether dropout is live; DoRA recomputes its base term then."""
         for layer in self.lora_layers:
             layer.training = training  # type: ignore[attr-defined]
+
+
+def _stacked(name: str, module: nn.Module, layout: Layout) -> Stacked:
+    if isinstance(module, DoraLinearLayer):
+        return StackedDora(module, layout)
+    if isinstance(module, nn.Linear):
+        return StackedLinear(module, layout)
+    if isinstance(module, nn.Conv2d):
+        return StackedConv2d(module, layout)
+    raise AdapterError(f"{name}: a {type(module).__name__} cannot be trained for several sites at once.")
 
 
 def _saved_name(module: str, kind: str) -> str:

@@ -1,11 +1,11 @@
-"""`quorate predict`: try an adapter on a text or a file of texts."""
+"""`quorate predict`: try an adapter on a text or a file of texts, or on images."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,27 +26,47 @@ def predict(
         str,
         typer.Argument(
             metavar="TEXT|FILE",
-            help="A text; or a file with one text a line, or JSON lines with a field `text`; or - for stdin.",
+            help="A text; or a file with one text a line, or JSON lines with a field `text`; or - for stdin; "
+            "or an image, or a folder of images.",
         ),
     ],
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
-    """Try an adapter: print the label of each text, with its probability.
+    """Try an adapter: print what it says of each text or image, with its probability; or answers to prompts.
 
     Example: quorate predict runs/demo "mean radius 20.6, mean texture 17.8"
     """
     configure_logging(log_level)
     folder = _adapter_folder(adapter)
-    texts = read_texts(text)
-    from quorate.client.predict import predict as predict_texts
+    images = find_images(text)
+    inputs = images or read_texts(text)
+    from quorate.client.predict import predict as predict_inputs
 
-    predictions = predict_texts(folder, texts)
-    rows = [{"text": each, **found} for each, found in zip(texts, predictions, strict=True)]
+    predictions = predict_inputs(folder, inputs, images=bool(images))
+    name = "image" if images else "text"
+    rows = [{name: each, **found} for each, found in zip(inputs, predictions, strict=True)]
     if as_json:
         print_json({"adapter": str(folder), "predictions": rows})
     else:
         _print_table(rows)
+
+
+def find_images(text: str) -> list[str]:
+    """Return the image that TEXT|FILE names, or all images in the folder it names; none if it names neither.
+
+    Raises: DataError: a folder without an image.
+    """
+    from quorate.shared.tasks.images import IMAGE_SUFFIXES
+
+    if text.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(text):  # noqa: PTH113 - as in read_texts
+        return [text]
+    if not os.path.isdir(text):  # noqa: PTH112 - as in read_texts
+        return []
+    found = sorted(str(p) for p in Path(text).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"{text}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    return found
 
 
 def read_texts(text: str) -> list[str]:
@@ -108,6 +128,26 @@ def _adapter_folder(folder: Path) -> Path:
     )
 
 
+def _found(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what was said of a text or an image, each with its probability."""
+    if "entities" in row:
+        return [(f"{each['text']} ({each['type']})", f"{each['score']:.3f}") for each in row["entities"]]
+    if "objects" in row:
+        return [
+            (f"{each['label']} at {_box(each['box'])}", f"{each['score']:.3f}") for each in row["objects"]
+        ]
+    if "value" in row:
+        return [(f"{row['value']:.6g}", "")]
+    labels = row["labels"] if "labels" in row else [row["label"]]
+    if not labels:
+        return []
+    return [(", ".join(labels), ", ".join(f"{row['scores'][label]:.3f}" for label in labels))]
+
+
+def _box(box: Sequence[float]) -> str:
+    return ", ".join(f"{figure:.0f}" for figure in box)
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
@@ -115,10 +155,21 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     from quorate.deploy.terminal import stdout_console
 
-    table = Table("label", "probability", "text", box=SIMPLE)
+    if "completion" in rows[0]:
+        table = Table("prompt", "completion", box=SIMPLE)
+        for row in rows:
+            table.add_row(Text(row["text"]), Text(row["completion"]))
+        stdout_console().print(table)
+        return
+    name = next(iter(rows[0]))
+    kinds = {"entities": "entity", "objects": "object", "value": "value"}
+    what = next((kind for key, kind in kinds.items() if key in rows[0]), "label")
+    table = Table(what, "probability", name, box=SIMPLE)
     for row in rows:
-        labels = row["labels"] if "labels" in row else [row["label"]]
-        shown = ", ".join(f"{row['scores'][label]:.3f}" for label in labels)
-        text = row["text"] if len(row["text"]) <= 70 else row["text"][:67] + "..."
-        table.add_row(Text(", ".join(labels) or "(none)"), shown, Text(text))
+        shown = row[name] if len(row[name]) <= 70 else row[name][:67] + "..."
+        for found, probability in _found(row) or [("(none)", "")]:
+            table.add_row(Text(found), probability, Text(shown))
+            shown = ""  # once for all that was found in it
+        if cut := row.get("words_cut"):
+            table.add_row(Text(f"(the last {cut} words are beyond max_length: not read)"), "", "")
     stdout_console().print(table)

@@ -54,13 +54,24 @@ def simulate(
     from quorate.deploy.results import print_results
     from quorate.deploy.terminal import stderr_console, stdout_console
     from quorate.server.trackers import configured_trackers
+    from quorate.simulations.origin import Origin
     from quorate.simulations.runner import simulate as run_simulation
 
     rows = load_rows(sites_config, sites_path, config)
     tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
     trackers = [tracker, *configured_trackers(config)]
+    origin = Origin.of(config, sites_config, sites_path.parent, rows)
     try:
-        run_simulation(config, rows, output_dir, resume=resume, trackers=trackers, on_step=tracker.step)
+        run_simulation(
+            config,
+            rows,
+            output_dir,
+            resume=resume,
+            samples=sites_config.samples,
+            trackers=trackers,
+            on_step=tracker.step,
+            origin=origin,
+        )
     finally:
         # A run that is interrupted or loses its quorum has a summary too, of the rounds it finished.
         tracker.close()

@@ -6,25 +6,31 @@ byte for byte when made again from the same files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from quorate.server.report.comparison import worth_section
 from quorate.server.report.cost import cost_section
 from quorate.server.report.files import RunFiles
+from quorate.server.report.finds import finds_section
 from quorate.server.report.headline import headline
 from quorate.server.report.learning import data_section, learning_section
 from quorate.server.report.origin import limits_section, origin_section
+from quorate.server.report.page import Headline, Section
 from quorate.server.report.quality import quality_section
 from quorate.server.report.rounds import participation_section
+from quorate.server.report.samples import samples_section
 from quorate.shared.errors import OutputError
 
-__all__ = ["REPORT_FILE", "write_report"]
+__all__ = ["REPORT_FILE", "render_page", "write_report"]
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
     worth_section,
     learning_section,
     quality_section,
+    finds_section,
+    samples_section,
     data_section,
     participation_section,
     cost_section,
@@ -59,6 +65,14 @@ def write_report(output_dir: Path) -> Path:
 
 def render(files: RunFiles) -> str:
     """Return the page."""
+    sections = [section for make in _SECTIONS if (section := make(files)).blocks]
+    return render_page(files.config.name, headline(files), sections)
+
+
+def render_page(
+    name: str, headline: Headline, sections: Sequence[Section], kicker: str = "Federated run"
+) -> str:
+    """Return a page in the report's style; `kicker` says what kind of page it is."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -68,7 +82,6 @@ def render(files: RunFiles) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [make(files) for make in _SECTIONS]
     return environment.get_template("report.html.j2").render(
-        name=files.config.name, headline=headline(files), sections=sections
+        name=name, headline=headline, sections=sections, kicker=kicker
     )

@@ -6,7 +6,23 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-SHARES = frozenset({"accuracy", "macro_f1", "micro_f1", "exact_match", "precision", "recall", "f1"})
+SHARES = frozenset(
+    {
+        "accuracy",
+        "macro_f1",
+        "micro_f1",
+        "exact_match",
+        "precision",
+        "recall",
+        "f1",
+        "token_accuracy",
+        "map",
+        "map_50",
+        "map_75",
+        "ap",
+        "ap50",
+    }
+)
 """Metrics between 0 and 1, shown in %."""
 
 _NAMES = {
@@ -17,6 +33,9 @@ _NAMES = {
     "precision": "Precision",
     "recall": "Recall",
     "f1": "F1",
+    "map": "mAP",
+    "map_50": "mAP at overlap 0.5",
+    "map_75": "mAP at overlap 0.75",
     "loss": "Loss",
     "support": "Rows",
 }
@@ -24,9 +43,15 @@ _NAMES = {
 _MEANINGS = {
     "accuracy": "the share of rows that got the right label",
     "exact_match": "the share of rows whose labels are all right and none too many",
+    "f1": "F1 (balance of false alarms and misses) over all entities; one is found if its type and both its "
+    "ends are right",
     "macro_f1": "F1 (balance of false alarms and misses) averaged over classes, rare ones counting as much "
     "as common ones",
     "micro_f1": "F1 (balance of false alarms and misses) over all labels of all rows together",
+    "map": "COCO's mean average precision: boxes found, told apart and placed, over labels and over overlaps "
+    "of 0.5 to 0.95",
+    "perplexity": "among how many equally likely next tokens the model is undecided; lower is better",
+    "token_accuracy": "the share of tokens that the model held for the likeliest",
     "loss": "how surprised the model is by the right answer; lower is better",
 }
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Summary
+from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Sample, Summary
 from quorate.server.report.figures import bounds, number
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import OutputError
 
 _R = TypeVar("_R", bound=Record)
+SAMPLES_DIR, SAMPLES_FILE = "samples", "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class RunFiles:
         records: lines of record.jsonl, by round.
         metrics: lines of metrics.jsonl, by round.
         summary: summary.json; None while the run goes on, or where it was killed.
+        samples: lines of samples/samples.jsonl, of a simulation that was asked for them.
+        images: their files, name -> PNG.
     """
 
     config: RunConfig
@@ -35,6 +38,8 @@ class RunFiles:
     records: list[RoundRecord]
     metrics: list[RoundMetrics]
     summary: Summary | None
+    samples: list[Sample] = field(default_factory=list)
+    images: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def read(cls, output_dir: Path) -> RunFiles:
@@ -50,12 +55,15 @@ class RunFiles:
                 f"{output_dir} holds no run (there is no run.yaml in it); name the output folder of a run."
             )
         summary = output_dir / "summary.json"
+        samples = _lines(output_dir / SAMPLES_DIR / SAMPLES_FILE, Sample)
         return cls(
             config=load_run(path),
             config_text=path.read_text(encoding="utf-8"),
             records=_lines(output_dir / "record.jsonl", RoundRecord),
             metrics=_lines(output_dir / "metrics.jsonl", RoundMetrics),
             summary=_parse(Summary, _text(summary), str(summary)) if summary.is_file() else None,
+            samples=samples,
+            images={each.file: _bytes(output_dir / SAMPLES_DIR / each.file) for each in samples},
         )
 
     @property
@@ -91,7 +99,8 @@ class RunFiles:
             values = {r: v for r, v in scored.items() if v is not None}
             if not values:
                 return None
-            best = Measured(round=max(values, key=lambda r: (values[r], -r)))
+            sign = self.config.task.sign(self.metric)
+            best = Measured(round=max(values, key=lambda r: (sign * values[r], -r)))
         return best.model_copy(update={"validation": best.validation or validated.get(best.round)})
 
     @cached_property
@@ -139,6 +148,15 @@ def _parse(kind: type[_R], text: str, where: str) -> _R:
         raise OutputError(
             f"{where}: {field} is not what a run writes; the file was edited or damaged. Restore it, or "
             "resume the run, which writes it again."
+        ) from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be read ({error}); run the simulation again with --resume."
         ) from error
 
 

@@ -134,7 +134,8 @@ def best_alone(files: RunFiles, metric: str) -> tuple[str, float] | None:
         for site, each in (references.local_only if references else {}).items()
         if (value := value_of(each.test, metric)) is not None
     }
-    return max(values.items(), key=lambda each: each[1]) if values else None
+    better = files.config.task.sign(metric)
+    return max(values.items(), key=lambda each: better * each[1]) if values else None
 
 
 def _against_centralised(files: RunFiles) -> str:
@@ -156,7 +157,7 @@ def _against_centralised(files: RunFiles) -> str:
     if central is not None:
         sentences.append(
             f"Training on all rows in one place reaches {show(metric, central)} {unit}: "
-            + _cost_of_federating(metric, ours - central)
+            + _cost_of_federating(metric, files.config.task.sign(metric) * (ours - central))
         )
     return " ".join(sentences)
 
@@ -166,7 +167,7 @@ def _cost_of_federating(metric: str, gap: float) -> str:
     words = {
         -1: f"leaving the rows where they are costs {shown}.",
         0: "leaving the rows where they are costs nothing.",
-        1: f"leaving the rows where they are costs nothing (the federated model is {shown} above).",
+        1: f"leaving the rows where they are costs nothing (the federated model is {shown} better).",
     }
     return words[figures.sign(metric, gap)]
 
@@ -204,6 +205,8 @@ def _warnings(files: RunFiles) -> list[str]:
             f"The run stopped after {done} of {asked} rounds for want of a quorum: "
             + (summary.stopped or "--resume continues it once enough sites can take part.")
         )
+    elif summary.stopped:
+        found.append(f"{summary.stopped[0].upper()}{summary.stopped[1:]} (early stopping).")
     if result and result.split != "test":
         found.append(
             f"No figures on test rows: these are on {result.split} rows, on which the best round was also "
@@ -211,7 +214,8 @@ def _warnings(files: RunFiles) -> list[str]:
         )
     elif result and sum(result.rows.values()) < FEW_ROWS:
         rows = count(sum(result.rows.values()), "test row")
-        found.append(f"There are only {rows}: small differences mean little, as the wide intervals show.")
+        why = ", as the wide intervals show" if result.intervals else ""
+        found.append(f"There are only {rows}: small differences mean little{why}.")
     return found
 
 

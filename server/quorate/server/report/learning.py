@@ -200,7 +200,7 @@ def _mix_chart(files: RunFiles, totals: Mapping[str, int]) -> Chart:
     )
     legend = [(variable(SERIES[i]), label) for i, label in enumerate(top)]
     legend += [(variable(OTHER), f"{rest} other labels")] if rest else []
-    title = "Labels of the training rows; at the right their number"
+    title = f"Labels of the training {files.config.task.counted}; at the right the number of rows"
     if len(shown) < len(sites):
         title += f" (the {len(shown)} largest of {len(sites)} sites)"
     return Chart(svg, legend, title=title)
@@ -232,4 +232,6 @@ def _counts_table(files: RunFiles, totals: Mapping[str, int]) -> Table:
         ]
         for label, total in totals.items()
     ]
-    return Table("Training rows of each label", ["Label", *names, "All"], rows, folded=True)
+    return Table(
+        f"Training {files.config.task.counted} of each label", ["Label", *names, "All"], rows, folded=True
+    )

@@ -67,13 +67,13 @@ def origin_section(files: RunFiles) -> Section:
     _differing_versions(files, section)
     section.blocks.append(Code("The run file, resolved (run.yaml)", files.config_text, folded=True))
     section.say(
-        "To make the run again with the same release, seed and data (SITES is the simulation's sites file), "
-        "and to make this page again from the output folder:"
+        "To make the run again with the same release and data (a simulation keeps what it needs for that in "
+        "its folder), and to make this page again from it:"
     )
     section.blocks.append(
         Code(
             "Commands",
-            "quorate simulate run.yaml --sites SITES -o NEW_FOLDER\nquorate report OUTPUT_FOLDER",
+            "quorate rerun OUTPUT_FOLDER -o NEW_FOLDER\nquorate report OUTPUT_FOLDER",
         )
     )
     return section

@@ -8,6 +8,7 @@ from quorate.server.report.figures import metric_name, show, show_interval
 from quorate.server.report.files import RunFiles, interval_of
 from quorate.server.report.headline import whose_rows
 from quorate.server.report.page import Cell, Section, Table
+from quorate.shared.tasks import Task
 
 MOST_CLASSES = 14
 """A larger confusion matrix cannot be read; the most frequent confusions are listed instead."""
@@ -31,7 +32,9 @@ def quality_section(files: RunFiles) -> Section:
         section.blocks.append(_frequent(confusion, labels))
     per_class = result.pooled.get("per_class")
     if isinstance(per_class, dict) and per_class:
-        section.blocks.append(_per_class(per_class))
+        boxes = all("ap" in found for found in per_class.values())
+        task = files.config.task
+        section.blocks.append(_boxes_per_class(per_class) if boxes else _per_class(per_class, task))
     section.blocks.append(_all_figures(result))
     return section
 
@@ -84,7 +87,7 @@ def _frequent(confusion: list[list[int]], labels: list[str]) -> Table:
     )
 
 
-def _per_class(per_class: dict[str, dict[str, float]]) -> Table:
+def _per_class(per_class: dict[str, dict[str, float]], task: Task) -> Table:
     rows = []
     for label, found in per_class.items():
         f1 = figures.number(found.get("f1"))
@@ -95,19 +98,36 @@ def _per_class(per_class: dict[str, dict[str, float]]) -> Table:
         ]
         rows.append(
             [
-                Cell(label, small="" if support else "none among these rows"),
+                Cell(label, small="" if support else f"none among these {task.unit_name}"),
                 Cell(f"{support:,}"),
                 *shares,
                 Cell(show("f1", f1) if support else figures.DASH, shade=f1 if support else None),
             ]
         )
     return Table(
-        "Per class",
-        ["Class", "Rows", "Precision", "Recall", "F1"],
+        f"Per {task.class_name}",
+        [task.class_name.capitalize(), task.unit_name.capitalize(), "Precision", "Recall", "F1"],
         rows,
         folded=len(rows) > 2 * MOST_CLASSES,
         hint="Precision: how many of those it named are right. Recall: how many of those there are it found. "
         "F1: the balance of both.",
+    )
+
+
+def _boxes_per_class(per_class: dict[str, dict[str, float]]) -> Table:
+    rows = []
+    for label, found in per_class.items():
+        support = int(found.get("support", 0))
+        ap, ap50 = (figures.number(found.get(name)) for name in ("ap", "ap50"))
+        name = Cell(label, small="" if support else "no box in these images")
+        rows.append([name, Cell(f"{support:,}"), Cell(show("ap50", ap50)), Cell(show("ap", ap), shade=ap)])
+    return Table(
+        "Per class",
+        ["Class", "Boxes", "AP at overlap 0.5", "AP"],
+        rows,
+        folded=len(rows) > 2 * MOST_CLASSES,
+        hint="Average precision: the precision at every recall, averaged; for AP also over overlaps from 0.5 "
+        "to 0.95. It is measured as COCO does; images are not resampled, so there is no interval.",
     )
 
 

@@ -10,8 +10,9 @@ from quorate.shared.aggregation.base import Aggregator, GlobalState
 from quorate.shared.aggregation.fedavg import FedAvg
 from quorate.shared.aggregation.fedex import FedEx
 from quorate.shared.aggregation.ffa import FFA
+from quorate.shared.aggregation.reptile import Reptile
 
-AggregationRule = Annotated[FedAvg | FFA | FedEx, Field(discriminator="name")]
-RULES: tuple[type[Aggregator], ...] = (FedAvg, FFA, FedEx)
+AggregationRule = Annotated[FedAvg | FFA | FedEx | Reptile, Field(discriminator="name")]
+RULES: tuple[type[Aggregator], ...] = (FedAvg, FFA, FedEx, Reptile)
 
-__all__ = ["FFA", "RULES", "AggregationRule", "Aggregator", "FedAvg", "FedEx", "GlobalState"]
+__all__ = ["FFA", "RULES", "AggregationRule", "Aggregator", "FedAvg", "FedEx", "GlobalState", "Reptile"]

@@ -93,15 +93,17 @@ class Aggregator(ConfigModel):
 
     linear: ClassVar[bool]
     """Whether the server needs only a weighted sum of the uploads."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """Weigh sites by their training rows, or equally."""
+    changes_base: ClassVar[bool] = False
+    """Whether the rule adds to the frozen base weights, which must then be floating point."""
+    weighting: Literal["examples", "tokens", "uniform"] = "examples"
+    """Weigh sites by their training rows, by the tokens trained in these rows (causal_lm), or equally."""
 
     def check_compatible(self, *, use_dora: bool) -> None:
         """Raise ValueError, with the reason, if this rule does not compose with the adapter asked for."""
 
-    def weight(self, num_examples: int) -> float:
-        """Return the weight of a site with `num_examples` training rows."""
-        return float(num_examples) if self.weighting == "examples" else 1.0
+    def weight(self, num_examples: int, num_tokens: int = 0) -> float:
+        """Return the weight of a site with `num_examples` training rows and `num_tokens` trained in them."""
+        return {"examples": float(num_examples), "tokens": float(num_tokens), "uniform": 1.0}[self.weighting]
 
     def trainable(self, names: Iterable[str], round: int) -> frozenset[str]:
         """Return which of the adapter's arrays are trained in `round` (from 1); the others stay frozen."""

@@ -38,6 +38,7 @@ class FedEx(Aggregator):
     name: Literal["fedex"] = "fedex"
     """The rule."""
     linear: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = True
 
     def check_compatible(self, *, use_dora: bool) -> None:
         """Raise ValueError for DoRA."""

@@ -50,7 +50,15 @@ def load_sites_file(path: Path) -> SitesConfig:
 
     Raises: ConfigError: one error that lists every problem, a line each.
     """
-    return _validate(SitesConfig, read_mapping(path), str(path))
+    return load_file(SitesConfig, path)
+
+
+def load_file(model: type[_M], path: Path) -> _M:
+    """Read and validate any configuration file.
+
+    Raises: ConfigError: one error that lists every problem, a line each.
+    """
+    return _validate(model, read_mapping(path), str(path))
 
 
 def dump_yaml(model: ConfigModel) -> str:

@@ -7,9 +7,9 @@ configuration with every request, so it must never hold paths of data, secrets o
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
@@ -17,6 +17,20 @@ from quorate.shared.tasks import TaskConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
+
+
+def _is_regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is neither the ending of a name nor a regular expression: {error}"
+        ) from error
+    return pattern
+
+
+Pattern = Annotated[str, StringConstraints(min_length=1), AfterValidator(_is_regular)]
+"""Names arrays of the adapter, see `quorate.shared.selection`."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -33,6 +47,32 @@ class ModelConfig(ConfigModel):
     given; written into the resolved run file otherwise."""
     pad_token: str | None = None
     """Token to pad with when the tokenizer has none, for instance its end-of-text token."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits (NF4); needs an NVIDIA GPU and `pip install 'quorate[quant]'`."""
+    load_in_8bit: bool = False
+    """Hold the frozen base in 8 bits; needs the same."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is held in fewer bits than it was stored in."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="after")
+    def _one_number_of_bits(self) -> Self:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; keep one")
+        return self
+
+
+class HeadConfig(ConfigModel):
+    """Hidden layers between a classifier's features and its labels."""
+
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """Width of each hidden layer."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
+    """After each hidden layer."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """After each activation, in training; drawn from a generator per site."""
 
 
 class AdapterConfig(ConfigModel):
@@ -48,6 +88,8 @@ class AdapterConfig(ConfigModel):
     """Module name endings, or one regular expression; PEFT's default for the architecture when left out."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained whole besides the task's head, such as a pooler that the base model's files lack."""
+    head: HeadConfig | None = None
+    """Replace the single layer of a classifier's head by several, which are trained whole."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)."""
     use_dora: bool = False
@@ -74,12 +116,15 @@ class TrainingConfig(ConfigModel):
 
     learning_rate: float = Field(2e-3, gt=0, le=1e6)
     """Peak learning rate."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    """Schedule over all rounds of the run, not over one."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    """Schedule over all rounds of the run, not over one. Each begins with the warmup, if one is asked for."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of all steps of the run in which the learning rate rises linearly from 0."""
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Local optimiser; its state starts afresh each round, as a site keeps nothing between rounds."""
+    warmup_steps: float = Field(0.0, ge=0)
+    """The same as a number of steps of the run; below 1 a share of them, as in transformers 5."""
+    optim: Literal["adamw_torch", "adamw_bnb_8bit", "adafactor", "sgd"] = "adamw_torch"
+    """Local optimiser; its state starts afresh each round, as a site keeps nothing between rounds.
+    adamw_bnb_8bit needs a CUDA device and `quorate[quant]`."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW's first moment decay."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -89,9 +134,23 @@ class TrainingConfig(ConfigModel):
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay (AdamW) or L2 term (SGD)."""
+    """Decoupled weight decay (AdamW, Adafactor) or L2 term (SGD); biases are not decayed."""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """Order of a site's rows: reshuffled epochs, or every label of the site equally often."""
+    examples_per_class: int | None = Field(None, ge=1)
+    """Train on so many rows of each label of a site, drawn by the seed (without labels: so many rows)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped."""
+    freeze: tuple[Pattern, ...] = ()
+    """Adapter arrays, or modules with adapters, that stay at their start and never travel: endings of names
+    (`query`, `classifier`, `lora_A`), or regular expressions that match a whole name."""
+    freeze_layers: int = Field(0, ge=0)
+    """Adapters of the first so many layers of the base model stay at their start; found as by PEFT's
+    layers_to_transform."""
+    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = {}
+    """Pattern, as in `freeze` -> factor on the learning rate; factors of several are multiplied."""
+    layer_lr_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate per layer below the last one: lower layers learn more slowly."""
     per_device_train_batch_size: int = Field(16, ge=1)
     """Rows of one site in one forward pass."""
     per_device_eval_batch_size: int = Field(32, ge=1)
@@ -104,10 +163,23 @@ class TrainingConfig(ConfigModel):
     """Passes over the site's rows in ONE round, when max_steps is left out."""
     bf16: bool = False
     """Run the forward pass under bfloat16 autocast; adapters and optimisers stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the base's layers and compute the rest again in the backward pass: less memory,
+    about a third more time, the same gradients."""
     base_dropout: bool = False
     """Use the base model's own dropout. Sites stacked in one pass then no longer equal sites alone."""
     max_stack: int = Field(8, ge=1)
     """How many sites at most share one forward pass in simulation."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainingConfig:
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError("warmup_ratio and warmup_steps both say how long the warmup is; keep one")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} is neither a whole number of steps nor a share below 1"
+            )
+        return self
 
 
 class FederationConfig(ConfigModel):
@@ -134,6 +206,11 @@ class EvaluationConfig(ConfigModel):
     """Evaluate on validation rows every so many rounds (and always after the last)."""
     metric_for_best_model: str | None = None
     """Pooled validation metric that picks the best round; the task's own when left out."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluated rounds in a row without an improvement of that metric; the schedule of
+    the learning rate stays that of all rounds, and reference runs keep all of them."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """How much the metric must improve on the best round so far to count as an improvement."""
     references: tuple[Literal["local_only", "centralised"], ...] = ()
     """Reference runs: each site alone, and all rows in one place, both with the same budget of steps."""
     bootstrap_samples: int = Field(1000, ge=0)
@@ -174,12 +251,39 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _rule_fits_base(self) -> RunConfig:
+        if self.model.quantised and self.aggregation.changes_base:
+            raise ValueError(
+                f"aggregation {self.aggregation.name} adds to the base weights, which a quantised base "
+                "cannot take exactly; choose fedavg or leave model.load_in_4bit and load_in_8bit out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_counted(self) -> RunConfig:
+        if self.aggregation.weighting == "tokens" and not self.task.counts_tokens:
+            raise ValueError(
+                f"aggregation.weighting tokens: task {self.task.name} trains rows and counts no tokens; "
+                "choose examples or uniform"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _metric_is_the_tasks(self) -> RunConfig:
         metric, known = self.evaluation.metric_for_best_model, self.task.metrics_for_best_model
         if metric is not None and metric not in known:
             raise ValueError(
                 f"evaluation.metric_for_best_model {metric!r} cannot pick the best round of this task; "
                 f"choose one of {', '.join(known)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_needs_labels(self) -> RunConfig:
+        if self.training.sampling == "balanced" and not self.task.labels_each_row:
+            raise ValueError(
+                f"training.sampling balanced needs rows with labels, which {self.task.name} has not; "
+                "use sampling: shuffle"
             )
         return self
 

@@ -195,3 +195,6 @@ class SitesConfig(ConfigModel):
 
     data: dict[Name, SiteData] = Field(min_length=1)
     """Data alias of the run file -> one partitioned data set, or a list of sites."""
+    samples: int = Field(0, ge=0, le=24)
+    """How many test images of the first site the report shows with the boxes found in them. The images then
+    lie in the output folder and in the report; a task without pictures refuses this."""

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from quorate.shared.tasks.base import Task
-from quorate.shared.tasks.sequence_classification import SequenceClassification
+from quorate.shared.tasks.causal_lm import CausalLM
+from quorate.shared.tasks.image_classification import ImageClassification, ImageRegression
+from quorate.shared.tasks.object_detection import ObjectDetection
+from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
+from quorate.shared.tasks.token_classification import TokenClassification
 
-TaskConfig = SequenceClassification
-TASKS: tuple[type[Task], ...] = (SequenceClassification,)
+TaskConfig = Annotated[
+    SequenceClassification
+    | SequenceRegression
+    | TokenClassification
+    | ImageClassification
+    | ImageRegression
+    | ObjectDetection
+    | CausalLM,
+    Field(discriminator="name"),
+]
+TASKS: tuple[type[Task], ...] = (
+    SequenceClassification,
+    SequenceRegression,
+    TokenClassification,
+    ImageClassification,
+    ImageRegression,
+    ObjectDetection,
+    CausalLM,
+)
 
-__all__ = ["TASKS", "SequenceClassification", "Task", "TaskConfig"]
+__all__ = [
+    "TASKS",
+    "CausalLM",
+    "ImageClassification",
+    "ImageRegression",
+    "ObjectDetection",
+    "SequenceClassification",
+    "SequenceRegression",
+    "Task",
+    "TaskConfig",
+    "TokenClassification",
+]

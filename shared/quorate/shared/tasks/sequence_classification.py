@@ -1,234 +1,41 @@
-"""Sequence classification: one label of several, or several labels at once, for a text."""
+"""Sequence classification and regression: labels, or a number, for a text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from pydantic import Field, StringConstraints, field_validator, model_validator
-from torch import Tensor
-from torch.nn import functional
-
-from quorate.shared.errors import DataError, ProtocolError
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Example, Metrics, Row, Task
-
-Label = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+from quorate.shared.tasks.base import Kind
+from quorate.shared.tasks.classification import Classification
+from quorate.shared.tasks.regression import Regression
+from quorate.shared.tasks.text import TextTask
 
 
-class SequenceClassification(Task):
+class SequenceClassification(Classification, TextTask):
     """Classify texts. Columns: `text`, and `label` (an id, or a list of ids for multi-label)."""
 
-    columns: ClassVar[tuple[str, ...]] = ("text", "label")
-    default_metric: ClassVar[str] = "macro_f1"
-    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
     name: Literal["sequence_classification"]
     """The task."""
-    labels: tuple[Label, ...] = Field(min_length=2)
-    """Label names, in the order of their ids."""
-    problem_type: Literal["single_label_classification", "multi_label_classification"] = (
-        "single_label_classification"
-    )
-    """One label per text, or any number of them."""
-    max_length: int = Field(128, ge=4)
-    """Longer texts are cut to this many tokens."""
-    class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0)], ...] = "none"
-    """Loss weight per label: none; balanced, from the site's own label counts; or a list in label order.
-    For several labels at once, the weight of a label's presence against its absence."""
-
-    @field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"label {twice[0]!r} is listed twice")
-        return labels
-
-    @model_validator(mode="after")
-    def _one_weight_per_label(self) -> SequenceClassification:
-        if isinstance(self.class_weights, tuple) and len(self.class_weights) != len(self.labels):
-            raise ValueError(
-                f"class_weights has {len(self.class_weights)} weights for {len(self.labels)} labels; "
-                "give one weight per label"
-            )
-        return self
 
     @property
-    def multi_label(self) -> bool:
-        """Whether a text may carry several labels."""
-        return self.problem_type == "multi_label_classification"
+    def columns(self) -> Mapping[str, Kind]:
+        """Return text and label."""
+        return {"text": "text", "label": "label"}
+
+
+class SequenceRegression(Regression, TextTask):
+    """Predict a number from a text. Columns: `text`, and `label` (a number)."""
+
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    name: Literal["sequence_regression"]
+    """The task."""
 
     @property
-    def metrics_for_best_model(self) -> tuple[str, ...]:
-        """Return the rates; loss is better when smaller."""
-        return ("exact_match", "micro_f1", "macro_f1") if self.multi_label else ("accuracy", "macro_f1")
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """Return the head's size and label names for `from_pretrained`."""
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: index for index, label in enumerate(self.labels)},
-            "problem_type": self.problem_type,
-        }
-
-    def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:
-        """Tokenise `text` (cut to max_length, not padded) and read `label`."""
-        blank: int | tuple[float, ...] = (0.0,) * len(self.labels) if self.multi_label else 0
-        targets = [self._target(row) if labelled else blank for row in rows]
-        if not rows:
-            return []
-        encoded = processor([row.values["text"] for row in rows], truncation=True, max_length=self.max_length)
-        return [
-            Example({name: encoded[name][index] for name in encoded}, target)
-            for index, target in enumerate(targets)
-        ]
-
-    def _target(self, row: Row) -> int | tuple[float, ...]:
-        label = row.values.get("label")
-        listed = isinstance(label, (list, tuple))
-        ids: Sequence[Any] = label if isinstance(label, (list, tuple)) else [label]
-        if self.multi_label != listed:
-            found, wanted, other = "one label", "a list of labels", "single"
-            if listed:
-                found, wanted, other = wanted, found, "multi"
-            raise DataError(
-                f"{row.source}: label holds {found} where this task takes {wanted}; write {wanted} in each "
-                f"row, or set task.problem_type: {other}_label_classification."
-            )
-        if not all(isinstance(index, int) and 0 <= index < len(self.labels) for index in ids):
-            raise DataError(
-                f"{row.source}: label {label!r} is not an id in 0..{len(self.labels) - 1}; "
-                "check the label column and the labels mapping."
-            )
-        if isinstance(label, int):
-            return label
-        return tuple(float(index in ids) for index in range(len(self.labels)))
-
-    def weigh(self, examples: Sequence[Example]) -> list[Example]:
-        """Give each example its loss weight: a number, or one per label for several labels at once."""
-        if self.class_weights == "none" or not examples:
-            return list(examples)
-        counts = np.array(list(self.label_counts(examples).values()), dtype=np.float64)
-        if isinstance(self.class_weights, tuple):
-            weights = np.array(self.class_weights)
-        elif self.multi_label:
-            weights = (len(examples) - counts) / np.maximum(counts, 1)
-        else:
-            # Labels this site lacks do not share in the mean weight of 1 that the others keep.
-            weights = len(examples) / (np.count_nonzero(counts) * np.maximum(counts, 1))
-        return [Example(e.features, e.target, self._weight_of(e, weights)) for e in examples]
-
-    def _weight_of(self, example: Example, weights: npt.NDArray[np.float64]) -> float | tuple[float, ...]:
-        if isinstance(example.target, int):
-            return float(weights[example.target])
-        return tuple(float(w) if t else 1.0 for w, t in zip(weights, example.target, strict=True))
-
-    def label_counts(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Count examples per label name."""
-        counts = np.zeros(len(self.labels), dtype=np.int64)
-        for example in examples:
-            if isinstance(example.target, int):
-                counts[example.target] += 1
-            else:
-                counts += np.array(example.target, dtype=np.int64)
-        return dict(zip(self.labels, counts.tolist(), strict=True))
-
-    def length(self, example: Example) -> int:
-        """Return the number of tokens."""
-        return len(example.features["input_ids"])
-
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest text of the batch."""
-        inputs = processor.pad(
-            {k: [e.features[k] for e in examples] for k in examples[0].features}, return_tensors="pt"
-        )
-        targets = torch.tensor([e.target for e in examples])
-        weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)
-        return Batch(dict(inputs), targets, weights)
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return weighted cross-entropy, or the mean over labels of weighted binary cross-entropy, [rows]."""
-        logits = logits.float()
-        if not self.multi_label:
-            return functional.cross_entropy(logits, batch.targets, reduction="none") * batch.weights
-        each = functional.binary_cross_entropy_with_logits(logits, batch.targets, reduction="none")
-        weights = batch.weights if batch.weights.ndim == 2 else batch.weights[:, None]
-        return (each * weights).mean(dim=1)
-
-    def outcomes(self, logits: Tensor, batch: Batch) -> npt.NDArray[np.int64]:
-        """Return (true, predicted) per row; for several labels the true bits, then the predicted bits."""
-        if not self.multi_label:
-            pairs = torch.stack([batch.targets, logits.argmax(dim=-1)], dim=1)
-        else:
-            pairs = torch.cat([batch.targets > 0.5, logits > 0], dim=1)
-        return pairs.cpu().numpy().astype(np.int64)
-
-    def check_outcomes(self, outcomes: Outcomes) -> None:
-        """Raise ProtocolError unless outcomes are pairs of label ids, or true and predicted bits."""
-        width, below = (2 * len(self.labels), 2) if self.multi_label else (2, len(self.labels))
-        for value in outcomes.values:
-            if len(value) != width or not all(0 <= each < below for each in value):
-                raise ProtocolError(
-                    f"sent outcomes that are not {width} numbers in 0..{below - 1}, as this task has them."
-                )
-
-    def metrics(self, outcomes: Outcomes) -> Metrics:
-        """Return accuracy or exact_match and micro_f1, macro_f1, loss, per_class and the confusion matrix.
-
-        A label that occurs in neither truth nor prediction does not enter the macro average, so that a site
-        without a class is not punished for it.
-        """
-        if not outcomes.rows:
-            return {}
-        values, counts = outcomes.arrays()
-        classes = len(self.labels)
-        result: Metrics = {}
-        if self.multi_label:
-            truth, guess = values[:, :classes].astype(bool), values[:, classes:].astype(bool)
-            hit = counts @ (truth & guess)
-            true, guessed = counts @ truth, counts @ guess
-            result["exact_match"] = float(counts[(truth == guess).all(axis=1)].sum() / counts.sum())
-            result["micro_f1"] = float(_f1(hit.sum(), true.sum(), guessed.sum()))
-        else:
-            confusion = np.zeros((classes, classes), dtype=np.int64)
-            np.add.at(confusion, (values[:, 0], values[:, 1]), counts)
-            hit, true, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-            result["accuracy"] = float(hit.sum() / counts.sum())
-            result["confusion"] = confusion.tolist()
-        f1 = _f1(hit, true, guessed)
-        present = (true + guessed) > 0
-        result["macro_f1"] = float(f1[present].mean()) if present.any() else 0.0
-        result["loss"] = outcomes.loss_sum / outcomes.rows
-        result["per_class"] = {
-            label: {
-                "precision": float(hit[i] / max(guessed[i], 1)),
-                "recall": float(hit[i] / max(true[i], 1)),
-                "f1": float(f1[i]),
-                "support": int(true[i]),
-            }
-            for i, label in enumerate(self.labels)
-        }
-        return result
-
-    def predictions(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Return each row's label (or labels) and the probability of every label."""
-        logits = logits.float()
-        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
-        shown: list[dict[str, Any]] = []
-        for row in probabilities.tolist():
-            scores: dict[str, float] = dict(zip(self.labels, row, strict=True))
-            if self.multi_label:
-                shown.append({"labels": [k for k, p in scores.items() if p > 0.5], "scores": scores})
-            else:
-                shown.append({"label": self.labels[int(np.argmax(row))], "scores": scores})
-        return shown
-
-
-def _f1(hit: Any, true: Any, guessed: Any) -> npt.NDArray[np.float64]:
-    """F1 = 2 hit / (true + guessed), 0 where a label occurs in neither."""
-    return np.asarray(2 * hit / np.maximum(true + guessed, 1), dtype=np.float64)
+    def columns(self) -> Mapping[str, Kind]:
+        """Return text and label."""
+        return {"text": "text", "label": "number"}

@@ -1,0 +1,70 @@
+"""From the forms in which data sets write boxes to those of a detection task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quorate.shared.errors import DataError
+
+Object = tuple[int, float, float, float, float]
+"""Label id, x, y, width, height [pixels], from the left upper corner of the upright image."""
+_CATEGORIES = ("category", "categories", "label", "labels", "category_id")
+_FORMS = '{"bbox": [[x, y, width, height], ...], "categories": [...]}'
+
+
+def objects_of(value: Any, label_id: Callable[[Any, str], int], where: str) -> list[Object]:
+    """Return an image's objects; an empty list where it shows none.
+
+    Args:
+        value: `{bbox: [[x, y, width, height], ...], categories: [...]}` as the image folders and data sets of
+            Hugging Face have it, or a list of `{bbox, category}`; in a CSV cell either as JSON.
+        label_id: from a category and where it stands to the label's id.
+        where: the row and column, for messages.
+    Raises: DataError: another form, a box that is no box, an unknown category; says which object.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise DataError(f"{where}: the objects are not JSON; write {_FORMS}.") from None
+    return [
+        (label_id(category, f"{where}, object {number}"), *_box(box, f"{where}, object {number}"))
+        for number, (box, category) in enumerate(_pairs(value, where), start=1)
+    ]
+
+
+def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
+    if isinstance(value, list | tuple) and all(isinstance(each, Mapping) for each in value):
+        return [(each.get("bbox"), _categories(each, where)) for each in value]
+    boxes = value.get("bbox") if isinstance(value, Mapping) else None
+    categories = _categories(value, where) if isinstance(boxes, list | tuple) else None
+    if not isinstance(boxes, list | tuple) or not isinstance(categories, list | tuple):
+        raise DataError(f"{where} does not hold boxes and their categories; write {_FORMS}.")
+    if len(boxes) != len(categories):
+        raise DataError(
+            f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each."
+        )
+    return list(zip(boxes, categories, strict=True))
+
+
+def _categories(value: Mapping[str, Any], where: str) -> Any:
+    found = [name for name in _CATEGORIES if name in value]
+    if len(found) != 1:
+        raise DataError(f"{where}: the objects need one of {', '.join(_CATEGORIES)} beside bbox.")
+    return value[found[0]]
+
+
+def _box(value: Any, where: str) -> tuple[float, float, float, float]:
+    figures = list(value) if isinstance(value, list | tuple) else []
+    if len(figures) != 4 or not all(
+        isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
+        for each in figures
+    ):
+        raise DataError(f"{where}: a box is four finite numbers, x, y, width and height in pixels.")
+    x, y, width, height = map(float, figures)
+    if width <= 0 or height <= 0:
+        raise DataError(f"{where}: the box is {width:g} wide and {height:g} high; correct it or remove it.")
+    return x, y, width, height

@@ -1,0 +1,241 @@
+"""What classification tasks have in common: one label of several, or several labels at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, StringConstraints, field_validator, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from quorate.shared.errors import DataError, ProtocolError
+from quorate.shared.outcomes import Outcomes
+from quorate.shared.tasks.base import Batch, Example, Metrics, Row, Task
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+
+
+class Classification(Task):
+    """A task that classifies rows. Column: `label` (an id, or a list of ids for multi-label)."""
+
+    default_metric: ClassVar[str] = "macro_f1"
+    labels_each_row: ClassVar[bool] = True
+
+    labels: tuple[Label, ...] = Field(min_length=2)
+    """Label names, in the order of their ids."""
+    problem_type: Literal["single_label_classification", "multi_label_classification"] = (
+        "single_label_classification"
+    )
+    """One label per row, or any number of them."""
+    class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0)], ...] = "none"
+    """Loss weight per label: none; balanced, from the site's own label counts; or a list in label order.
+    For several labels at once, the weight of a label's presence against its absence."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of a target that is spread evenly over all labels, in training alone."""
+    focal_gamma: float = Field(0.0, ge=0)
+    """Focal loss (arXiv:1708.02002) in training: (1 - p)**gamma times the cross-entropy of a label's p; 0 is
+    plain cross-entropy."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"label {twice[0]!r} is listed twice")
+        return labels
+
+    @model_validator(mode="after")
+    def _one_weight_per_label(self) -> Self:
+        if isinstance(self.class_weights, tuple) and len(self.class_weights) != len(self.labels):
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} weights for {len(self.labels)} labels; "
+                "give one weight per label"
+            )
+        return self
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text may carry several labels."""
+        return self.problem_type == "multi_label_classification"
+
+    @property
+    def metrics_for_best_model(self) -> tuple[str, ...]:
+        """Return the rates; loss is better when smaller."""
+        return ("exact_match", "micro_f1", "macro_f1") if self.multi_label else ("accuracy", "macro_f1")
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return the head's size and label names for `from_pretrained`."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+            "problem_type": self.problem_type,
+        }
+
+    @property
+    def blank_target(self) -> int | tuple[float, ...]:
+        """The first label, or none."""
+        return (0.0,) * len(self.labels) if self.multi_label else 0
+
+    def target(self, row: Row) -> int | tuple[float, ...]:
+        """Return a row's label id, or a 0 or 1 per label.
+
+        Raises: DataError: naming the row.
+        """
+        label = row.values.get("label")
+        listed = isinstance(label, (list, tuple))
+        ids: Sequence[Any] = label if isinstance(label, (list, tuple)) else [label]
+        if self.multi_label != listed:
+            found, wanted, other = "one label", "a list of labels", "single"
+            if listed:
+                found, wanted, other = wanted, found, "multi"
+            raise DataError(
+                f"{row.source}: label holds {found} where this task takes {wanted}; write {wanted} in each "
+                f"row, or set task.problem_type: {other}_label_classification."
+            )
+        if not all(isinstance(index, int) and 0 <= index < len(self.labels) for index in ids):
+            raise DataError(
+                f"{row.source}: label {label!r} is not an id in 0..{len(self.labels) - 1}; "
+                "check the label column and the labels mapping."
+            )
+        if isinstance(label, int):
+            return label
+        return tuple(float(index in ids) for index in range(len(self.labels)))
+
+    def weigh(self, examples: Sequence[Example]) -> list[Example]:
+        """Give each example its loss weight: a number, or one per label for several labels at once."""
+        if self.class_weights == "none" or not examples:
+            return list(examples)
+        counts = np.array(list(self.label_counts(examples).values()), dtype=np.float64)
+        if isinstance(self.class_weights, tuple):
+            weights = np.array(self.class_weights)
+        elif self.multi_label:
+            weights = (len(examples) - counts) / np.maximum(counts, 1)
+        else:
+            # Labels this site lacks do not share in the mean weight of 1 that the others keep.
+            weights = len(examples) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        return [Example(e.features, e.target, self._weight_of(e, weights)) for e in examples]
+
+    def _weight_of(self, example: Example, weights: npt.NDArray[np.float64]) -> float | tuple[float, ...]:
+        if isinstance(example.target, int):
+            return float(weights[example.target])
+        return tuple(float(w) if t else 1.0 for w, t in zip(weights, example.target, strict=True))
+
+    def label_counts(self, examples: Sequence[Example]) -> dict[str, int]:
+        """Count examples per label name."""
+        counts = np.zeros(len(self.labels), dtype=np.int64)
+        for example in examples:
+            if isinstance(example.target, int):
+                counts[example.target] += 1
+            else:
+                counts += np.array(example.target, dtype=np.int64)
+        return dict(zip(self.labels, counts.tolist(), strict=True))
+
+    def labels_of(self, example: Example) -> tuple[int, ...]:
+        """Return the label, or the labels that are present."""
+        if isinstance(example.target, int):
+            return (example.target,)
+        return tuple(index for index, present in enumerate(example.target) if present)
+
+    def loss(self, logits: Any, batch: Batch) -> Tensor:
+        """Return weighted cross-entropy, or the mean over labels of weighted binary cross-entropy, [rows]."""
+        return self._loss(logits, batch, self.label_smoothing, self.focal_gamma)
+
+    def measured_loss(self, logits: Any, batch: Batch) -> Tensor:
+        """Return the plain cross-entropy, whatever is done for training."""
+        return self._loss(logits, batch, 0.0, 0.0)
+
+    def _loss(self, logits: Any, batch: Batch, smoothing: float, gamma: float) -> Tensor:
+        logits = logits.float()
+        if not self.multi_label:
+            each = functional.cross_entropy(
+                logits, batch.targets, reduction="none", label_smoothing=smoothing
+            )
+            if gamma:
+                right = logits.softmax(dim=1).gather(1, batch.targets[:, None])[:, 0]
+                each = (1 - right) ** gamma * each
+            return each * batch.weights
+        targets = batch.targets * (1 - smoothing) + smoothing / 2
+        each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        if gamma:
+            positive = logits.sigmoid()
+            each = (batch.targets * (1 - positive) + (1 - batch.targets) * positive) ** gamma * each
+        weights = batch.weights if batch.weights.ndim == 2 else batch.weights[:, None]
+        return (each * weights).mean(dim=1)
+
+    def outcomes(self, logits: Any, batch: Batch) -> npt.NDArray[np.int64]:
+        """Return (true, predicted) per row; for several labels the true bits, then the predicted bits."""
+        if not self.multi_label:
+            pairs = torch.stack([batch.targets, logits.argmax(dim=-1)], dim=1)
+        else:
+            pairs = torch.cat([batch.targets > 0.5, logits > 0], dim=1)
+        return pairs.cpu().numpy().astype(np.int64)
+
+    def check_outcomes(self, outcomes: Outcomes) -> None:
+        """Raise ProtocolError unless outcomes are pairs of label ids, or true and predicted bits."""
+        width, below = (2 * len(self.labels), 2) if self.multi_label else (2, len(self.labels))
+        for value in outcomes.values:
+            if len(value) != width or not all(0 <= each < below for each in value):
+                raise ProtocolError(
+                    f"sent outcomes that are not {width} numbers in 0..{below - 1}, as this task has them."
+                )
+
+    def metrics(self, outcomes: Outcomes) -> Metrics:
+        """Return accuracy or exact_match and micro_f1, macro_f1, loss, per_class and the confusion matrix.
+
+        Macro-F1 averages over the labels that occur in the truth, so that a site without a class is not
+        punished for it: with one label a row, a wrong answer already counts against the class it missed. With
+        several, nothing else would count it, and a label that was only guessed enters as well.
+        """
+        if not outcomes.rows:
+            return {}
+        values, counts = outcomes.arrays()
+        classes = len(self.labels)
+        result: Metrics = {}
+        if self.multi_label:
+            truth, guess = values[:, :classes].astype(bool), values[:, classes:].astype(bool)
+            hit = counts @ (truth & guess)
+            true, guessed = counts @ truth, counts @ guess
+            result["exact_match"] = float(counts[(truth == guess).all(axis=1)].sum() / counts.sum())
+            result["micro_f1"] = float(_f1(hit.sum(), true.sum(), guessed.sum()))
+        else:
+            confusion = np.zeros((classes, classes), dtype=np.int64)
+            np.add.at(confusion, (values[:, 0], values[:, 1]), counts)
+            hit, true, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+            result["accuracy"] = float(hit.sum() / counts.sum())
+            result["confusion"] = confusion.tolist()
+        f1 = _f1(hit, true, guessed)
+        present = (true + guessed if self.multi_label else true) > 0
+        result["macro_f1"] = float(f1[present].mean()) if present.any() else 0.0
+        result["loss"] = outcomes.loss_sum / outcomes.rows
+        result["per_class"] = {
+            label: {
+                "precision": float(hit[i] / max(guessed[i], 1)),
+                "recall": float(hit[i] / max(true[i], 1)),
+                "f1": float(f1[i]),
+                "support": int(true[i]),
+            }
+            for i, label in enumerate(self.labels)
+        }
+        return result
+
+    def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:
+        """Return each row's label (or labels) and the probability of every label."""
+        logits = logits.float()
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+        shown: list[dict[str, Any]] = []
+        for row in probabilities.tolist():
+            scores: dict[str, float] = dict(zip(self.labels, row, strict=True))
+            if self.multi_label:
+                shown.append({"labels": [k for k, p in scores.items() if p > 0.5], "scores": scores})
+            else:
+                shown.append({"label": self.labels[int(np.argmax(row))], "scores": scores})
+        return shown
+
+
+def _f1(hit: Any, true: Any, guessed: Any) -> npt.NDArray[np.float64]:
+    """F1 = 2 hit / (true + guessed), 0 where a label occurs in neither."""
+    return np.asarray(2 * hit / np.maximum(true + guessed, 1), dtype=np.float64)

@@ -1,0 +1,39 @@
+"""Image classification and regression: labels, or a number, for an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from quorate.shared.tasks.base import Kind
+from quorate.shared.tasks.classification import Classification
+from quorate.shared.tasks.images import ImageTask
+from quorate.shared.tasks.regression import Regression
+
+
+class ImageClassification(Classification, ImageTask):
+    """Classify images. Columns: `image`, and `label` (an id, or a list of ids for multi-label)."""
+
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+
+    name: Literal["image_classification"]
+    """The task."""
+
+    @property
+    def columns(self) -> Mapping[str, Kind]:
+        """Return image and label."""
+        return {"image": "image", "label": "label"}
+
+
+class ImageRegression(Regression, ImageTask):
+    """Predict a number from an image. Columns: `image`, and `label` (a number)."""
+
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+
+    name: Literal["image_regression"]
+    """The task."""
+
+    @property
+    def columns(self) -> Mapping[str, Kind]:
+        """Return image and label."""
+        return {"image": "image", "label": "number"}

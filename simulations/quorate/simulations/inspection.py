@@ -1,0 +1,92 @@
+"""The data report over the sites of a sites file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quorate.client.inspect import Report, SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.mapping import LoadedRow
+from quorate.shared.config.run import RunConfig
+from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
+from quorate.shared.errors import BadInput, ConfigError, DataError, ModelError
+from quorate.shared.messages import Split
+from quorate.simulations.partition import partition
+from quorate.simulations.sites import source_of
+
+
+class DataReport(Report):
+    """What `quorate data inspect` prints."""
+
+    run: str
+    """Name of the run file."""
+    ok: bool
+    """Whether a run could use these data."""
+    sources: list[SourceReport]
+    """What was read."""
+    sites: list[SiteReport]
+    """What each site holds."""
+    errors: list[str]
+    """What would stop a run, a line each; bad rows are counted here and named with their source."""
+    notes: list[str]
+    """What was not looked at, and why."""
+
+
+def inspect_data(sites: SitesConfig, base_dir: Path, run: RunConfig, only: str | None = None) -> DataReport:
+    """Look at the data of every site, or of one.
+
+    Args:
+        sites: what each alias means.
+        base_dir: the sites file's folder.
+        run: its data alias, task and model.
+        only: the one site to look at.
+    Raises: ConfigError: the sites file does not know the alias or the site.
+    """
+    data = source_of(sites, run)
+    listed = data.sites if isinstance(data, SiteList) else ()
+    if listed and only is not None and only not in {site.name for site in listed}:
+        raise ConfigError(_no_such_site(only, [site.name for site in listed]))
+    notes: list[str] = []
+    processor = _tokenizer(run, notes)
+    sources: list[SourceReport] = []
+    found: dict[str, Mapping[Split, Sequence[LoadedRow]]] = {}
+    errors: list[str] = []
+    wanted: list[tuple[str, SourceConfig]] = [(run.data, data)] if not isinstance(data, SiteList) else [
+        (site.name, site) for site in listed if only in (None, site.name)
+    ]  # fmt: skip
+    for name, source in wanted:
+        try:
+            rows, report = read_all(source, base_dir, run.task, name)
+            sources.append(report)
+            if report.unusable:
+                errors.append(f"{name}: {report.unusable} rows cannot be used")
+            found.update({name: rows} if isinstance(data, SiteList) else partition(data.partition, rows))
+        except BadInput as error:
+            errors.append(f"{name}: {error}")
+    if not listed and only is not None and found:
+        if only not in found:
+            raise ConfigError(_no_such_site(only, list(found)))
+        found = {only: found[only]}
+    looked = [inspect_site(name, rows, run.task, processor) for name, rows in found.items()]
+    errors += [
+        f"{site.name}: {each.text}" for site in looked for each in site.findings if each.level == "error"
+    ]
+    return DataReport(run=run.name, ok=not errors, sources=sources, sites=looked, errors=errors, notes=notes)
+
+
+def _tokenizer(run: RunConfig, notes: list[str]) -> Any:
+    """Return the model's tokenizer, for lengths; without one a note says so, and the rest is looked at."""
+    if run.task.processor_class != "AutoTokenizer":
+        return None
+    from quorate.shared.model import load_tokenizer
+
+    try:
+        return load_tokenizer(run)
+    except (ModelError, DataError, ConfigError) as error:
+        notes.append(f"lengths in tokens were not measured: {error}")
+        return None
+
+
+def _no_such_site(name: str, known: Sequence[str]) -> str:
+    return f"--site: there is no site {name!r}; there are {', '.join(known)}."

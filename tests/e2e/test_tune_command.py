@@ -16,7 +16,7 @@ from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.simulations.space import load_space
 
-pytest.importorskip("optuna")
+pytest.importorskip("optuna", reason="needs the extra `tune`")
 
 ROUNDS = 3
 RUN = f"""

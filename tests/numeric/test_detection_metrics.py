@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("pycocotools")
+pytest.importorskip("pycocotools", reason="needs the extra `detection`")
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 

@@ -180,7 +180,7 @@ def test_8_bit_adamw_is_refused_without_cuda(make_run: Any) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_8_bit_adamw_moves_about_as_adamw_does(make_run: Any, make_sites: Any) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs the extra `quant`")
     rows = make_sites(north=14)["north"]["train"]
     start = noisy(load_model(make_run()).initial, 0)
     eight, full = (

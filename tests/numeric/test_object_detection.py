@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pycocotools")
-pytest.importorskip("scipy")
+pytest.importorskip("pycocotools", reason="needs the extra `detection`")
+pytest.importorskip("scipy", reason="needs the extra `detection`")
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval

@@ -94,7 +94,7 @@ def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site, samples: int)
 
 def _answers(site: Site, run: Run, result: Result) -> list[Answer]:
     """Return answers to the run file's own prompts, by the base model and by the best round's."""
-    if result.progress is None or result.stopped is not None:
+    if not run.config.task.prompts or result.progress is None or result.stopped is not None:
         return []
     run.tell("phase", result.progress.round, "samples")
     before, after = site.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quorate.client.site import Site, SiteRows
+from quorate.server.best import metric_of
 from quorate.server.evaluation import scalars
 from quorate.server.records import RoundMetrics, RoundRecord, Summary
 from quorate.server.run import Run
@@ -74,7 +75,7 @@ class Search:
     @property
     def metric(self) -> str:
         """What is searched for: the metric that picks a run's best round."""
-        return self.base.evaluation.metric_for_best_model or self.base.task.default_metric
+        return metric_of(self.base)
 
     @property
     def direction(self) -> str:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from quorate.server.best import metric_of
 from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Sample, Summary
 from quorate.server.report.figures import bounds, number
 from quorate.shared.config.load import load_run
@@ -69,8 +70,7 @@ class RunFiles:
     @property
     def metric(self) -> str:
         """The metric that picks the best round."""
-        config = self.config
-        return config.evaluation.metric_for_best_model or config.task.default_metric
+        return metric_of(self.config)
 
     @cached_property
     def sites(self) -> list[str]:

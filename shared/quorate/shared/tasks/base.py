@@ -240,6 +240,11 @@ class Task(ConfigModel, ABC):
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return every metric of these outcomes; scalars at the top level are those that are compared."""
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Public prompts of the run file that `samples` answers; none for most tasks."""
+        return ()
+
     def samples(self, model: Any, processor: Any) -> list[tuple[str, str]]:
         """Return what the model says to texts of the run file itself, for the report: (text, answer)."""
         return []

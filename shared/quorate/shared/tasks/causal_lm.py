@@ -277,6 +277,11 @@ class CausalLM(Task):
             "token_accuracy": right / outcomes.units,
         }
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the run file's sample_prompts."""
+        return self.sample_prompts
+
     def samples(self, model: Any, processor: Any) -> list[tuple[str, str]]:
         """Return each of `sample_prompts` with the model's answer."""
         answers = []

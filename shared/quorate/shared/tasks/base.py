@@ -198,8 +198,8 @@ class Task(ConfigModel, ABC):
         return {}
 
     def labels_of(self, example: Example) -> tuple[int, ...]:
-        """Return the ids of an example's labels; for tasks with `labels_each_row`."""
-        raise NotImplementedError
+        """Return the ids of an example's own labels; none unless `labels_each_row`."""
+        return ()
 
     @abstractmethod
     def length(self, example: Example) -> int:
@@ -252,3 +252,19 @@ class Task(ConfigModel, ABC):
     @abstractmethod
     def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:
         """Return what `quorate predict` shows for each row."""
+
+
+class TargetTask(Task):
+    """A task with one target a row, such as a label or a number."""
+
+    @abstractmethod
+    def target(self, row: Row) -> Any:
+        """Return what is to be learnt from a row.
+
+        Raises: DataError: naming the row.
+        """
+
+    @property
+    @abstractmethod
+    def blank_target(self) -> Any:
+        """The target of a row that is only predicted."""

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Example, Metrics, Row, Task
+from quorate.shared.tasks.base import Batch, Example, Metrics, Row, TargetTask
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 
 
-class Classification(Task):
+class Classification(TargetTask):
     """A task that classifies rows. Column: `label` (an id, or a list of ids for multi-label)."""
 
     default_metric: ClassVar[str] = "macro_f1"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quorate.shared.errors import DataError, ModelError
 from quorate.shared.tasks.augmentation import Augmentation
-from quorate.shared.tasks.base import Batch, Example, Kind, Row, Task
+from quorate.shared.tasks.base import Batch, Example, Kind, Row, TargetTask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ _TF_PADDED = ("mobilenet_v1", "mobilenet_v2")
 Resize = Literal["stretch", "crop", "pad"]
 
 
-class ImageTask(Task):
+class ImageTask(TargetTask):
     """A task whose input is one image a row; a class beside it says what is learnt from it."""
 
     processor_class: ClassVar[str] = "AutoImageProcessor"
@@ -88,18 +88,6 @@ class ImageTask(Task):
                 f"{str(error).splitlines()[0][:200]}"
             ) from error
         return processor
-
-    def target(self, row: Row) -> Any:
-        """Return what is to be learnt from a row.
-
-        Raises: DataError: naming the row.
-        """
-        raise NotImplementedError
-
-    @property
-    def blank_target(self) -> Any:
-        """The target of a row that is only predicted."""
-        raise NotImplementedError
 
     def size(self, processor: Any) -> int:
         """Return the side of the square image [pixels].

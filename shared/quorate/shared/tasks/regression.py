@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Metrics, Row, Task
+from quorate.shared.tasks.base import Batch, Metrics, Row, TargetTask
 
 _SUMS = ("absolute", "squared", "target", "target_squared")
 
 
-class Regression(Task):
+class Regression(TargetTask):
     """A task that predicts one number a row. Column: `label`."""
 
     default_metric: ClassVar[str] = "rmse"

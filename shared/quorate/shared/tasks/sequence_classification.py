@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 from quorate.shared.tasks.base import Kind
 from quorate.shared.tasks.classification import Classification
 from quorate.shared.tasks.regression import Regression
-from quorate.shared.tasks.text import TextTask
+from quorate.shared.tasks.text import TextTargetTask
 
 
-class SequenceClassification(Classification, TextTask):
+class SequenceClassification(Classification, TextTargetTask):
     """Classify texts. Columns: `text`, and `label` (an id, or a list of ids for multi-label)."""
 
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
@@ -26,7 +26,7 @@ class SequenceClassification(Classification, TextTask):
         return {"text": "text", "label": "label"}
 
 
-class SequenceRegression(Regression, TextTask):
+class SequenceRegression(Regression, TextTargetTask):
     """Predict a number from a text. Columns: `text`, and `label` (a number)."""
 
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"

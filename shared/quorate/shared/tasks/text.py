@@ -11,13 +11,13 @@ import torch
 from pydantic import Field
 
 from quorate.shared.errors import ModelError
-from quorate.shared.tasks.base import Batch, Example, Kind, Row, Task
+from quorate.shared.tasks.base import Batch, Example, Kind, Row, TargetTask, Task
 
 SPECIAL = "special_tokens_mask"
 
 
 class TextTask(Task):
-    """A task whose input is one text a row; a class beside it says what is learnt from it."""
+    """A task whose input is one text a row."""
 
     max_length: int = Field(128, ge=4)
     """Longer texts are cut to this many tokens."""
@@ -47,32 +47,6 @@ class TextTask(Task):
                 "in a dropped token's place; leave it out."
             )
 
-    def target(self, row: Row) -> Any:
-        """Return what is to be learnt from a row.
-
-        Raises: DataError: naming the row.
-        """
-        raise NotImplementedError
-
-    @property
-    def blank_target(self) -> Any:
-        """The target of a row that is only predicted."""
-        raise NotImplementedError
-
-    def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:
-        """Tokenise `text` (cut to max_length, not padded) and read the target."""
-        targets = [self.target(row) if labelled else self.blank_target for row in rows]
-        if not rows:
-            return []
-        encoded = processor(
-            [row.values["text"] for row in rows],
-            truncation=True,
-            max_length=self.max_length,
-            return_special_tokens_mask=self.token_dropout > 0,
-        )
-        features = [{name: encoded[name][index] for name in encoded} for index in range(len(rows))]
-        return [Example(each, target) for each, target in zip(features, targets, strict=True)]
-
     def augment(
         self, examples: Sequence[Example], draw: np.random.Generator, processor: Any
     ) -> list[Example]:
@@ -90,6 +64,24 @@ class TextTask(Task):
     def length(self, example: Example) -> int:
         """Return the number of tokens."""
         return len(example.features["input_ids"])
+
+
+class TextTargetTask(TextTask, TargetTask):
+    """A task on texts with one target a row; a class beside it says what the target is."""
+
+    def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:
+        """Tokenise `text` (cut to max_length, not padded) and read the target."""
+        targets = [self.target(row) if labelled else self.blank_target for row in rows]
+        if not rows:
+            return []
+        encoded = processor(
+            [row.values["text"] for row in rows],
+            truncation=True,
+            max_length=self.max_length,
+            return_special_tokens_mask=self.token_dropout > 0,
+        )
+        features = [{name: encoded[name][index] for name in encoded} for index in range(len(rows))]
+        return [Example(each, target) for each, target in zip(features, targets, strict=True)]
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
         """Pad to the longest text of the batch."""

@@ -7,8 +7,7 @@ finished one with `--resume`, which is when there is most to lose.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +31,7 @@ from bad_input import (
     put,
     setting,
     source,
-    workplace,
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a finished run."""
-    with workplace(tmp_path_factory.mktemp("finished"), tiny_bert) as folder:
-        assert command("simulate", "tiny.yaml").code == 0
-    return folder / "runs"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tiny_bert: Path, finished: Path) -> Iterator[Path]:
-    """A working directory with a run that works, and its output."""
-    with workplace(tmp_path, tiny_bert) as folder:
-        shutil.copytree(finished, folder / "runs")
-        yield folder
-
 
 ADAPTER = "adapter/adapter_model.safetensors"
 Case = tuple[str, Spoil | None, str, str]

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from bad_input import (
     command,
     csv,
     put,
-    workplace,
 )
 
 from quorate.client.site import Site
@@ -33,22 +30,6 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.messages import RoundRequest, Update
 
 ADAPTER = "adapter/adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a finished run."""
-    with workplace(tmp_path_factory.mktemp("finished"), tiny_bert) as folder:
-        assert command("simulate", "tiny.yaml").code == 0
-    return folder / "runs"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tiny_bert: Path, finished: Path) -> Iterator[Path]:
-    """A working directory with a run that works, and its output."""
-    with workplace(tmp_path, tiny_bert) as folder:
-        shutil.copytree(finished, folder / "runs")
-        yield folder
 
 
 def summary_of(folder: Path) -> Summary:

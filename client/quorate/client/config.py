@@ -1,0 +1,77 @@
+"""The site's own files, which the coordinator never sees: `site.yaml`, and `connection.yaml` from the kit."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.run import Name, Sha256
+from quorate.shared.config.sites import SourceConfig
+
+UserName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
+
+
+class ConnectionConfig(ConfigModel):
+    """`connection.yaml`: where the server is; comes with the start-up kit and is not edited."""
+
+    federation: Name
+    """Name of the federation."""
+    site: Name
+    """Name of this site, which its node key is registered under."""
+    server: str = Field(pattern=r"^[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}$")
+    """HOST:PORT of the server's public port."""
+    mutual_tls: bool = False
+    """Whether the server asks for a client certificate."""
+
+
+class BaseModelAtSite(ConfigModel):
+    """A base model that this site holds and allows."""
+
+    path: str = Field(min_length=1)
+    """Folder of the model, or `package:NAME/FOLDER`; relative paths start at site.yaml's folder."""
+    sha256: Sha256
+    """Its content hash, as in the run file (`model.sha256`); verified when it is loaded."""
+
+
+class PolicyConfig(ConfigModel):
+    """What this site allows. A request outside it is refused before any data are read."""
+
+    tasks: tuple[str, ...] | None = None
+    """Allowed tasks by name, such as `sequence_classification`; all when left out."""
+    data: tuple[Name, ...] | None = None
+    """Data aliases that runs may use; all of `data` when left out."""
+    max_rank: int = Field(64, ge=1)
+    """Highest rank of an adapter."""
+    min_rows: int = Field(1, ge=1)
+    """Fewest training rows of a data set that may be trained on."""
+    approve_each_run: bool = False
+    """A person must approve each run (`quorate site approve RUN_ID`) before it may use data."""
+
+
+class UsersConfig(ConfigModel):
+    """Operating-system users, so that what Flower runs cannot read the data; needs root to start."""
+
+    site: UserName
+    """Runs the site process: may read the data and the models."""
+    supernode: UserName
+    """Runs the SuperNode and what it starts: may read its own key, and talk to the socket."""
+
+
+class SiteConfig(ConfigModel):
+    """`site.yaml`: data, models, device and rules of one site."""
+
+    data: dict[Name, SourceConfig] = Field(min_length=1)
+    """Data alias of run files -> where this site's rows come from."""
+    models: tuple[BaseModelAtSite, ...] = ()
+    """Base models that runs may use, by content hash. A model that is not listed is refused."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: the first visible GPU, else the CPU."""
+    policy: PolicyConfig = PolicyConfig()
+    """What this site allows."""
+    users: UsersConfig | None = None
+    """Run site process and SuperNode as two operating-system users."""
+    state: str = "state"
+    """Folder for what the processes write: socket, stored answers, logs, received adapters; relative paths
+    start at site.yaml's folder."""

@@ -27,7 +27,7 @@ from quorate.shared.errors import ConfigError
 HOME = "QUORATE_HOME"
 """Environment variable: the folder under which federations lie; ~/.quorate when unset."""
 Port = Annotated[int, Field(ge=1, le=65535)]
-# Letters, digits, dots, dashes, colons: a host name or an IP address, and nothing a configuration could break on.
+# A host name or an IP address, and nothing that could break out of a line of nginx's configuration.
 Host = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:-]{0,252}$")]
 
 

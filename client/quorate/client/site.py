@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 
 import torch
@@ -29,6 +28,7 @@ from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
+from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ class Site:
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
+        check_versions(request.header.versions)
         check_patterns(resident.run, resident.model.initial)
         check_optimizer(resident.run.training, resident.model.peft.device)
         rows = {
@@ -207,7 +208,7 @@ class Site:
             label_counts=counts,
             model_files=resident.model.files,
             model_sha256=resident.model.sha256,
-            versions={name: version(name) for name in ("quorate", "torch", "transformers", "peft")},
+            versions=versions(),
             notes=notes,
         )
         return Update.reply(request, resident.model.initial, description=description)

@@ -9,7 +9,6 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import click
@@ -26,6 +25,7 @@ from quorate.deploy.commands.tune import tune
 from quorate.deploy.commands.validate import validate
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import DONE, INTERRUPTED, report_failure
+from quorate.shared.versions import QUORATE
 
 app = typer.Typer(
     name="quorate",
@@ -42,7 +42,7 @@ app.add_typer(data)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"quorate {version('quorate')}")
+        typer.echo(f"quorate {QUORATE}")
         raise typer.Exit
 
 

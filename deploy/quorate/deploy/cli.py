@@ -22,6 +22,7 @@ from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
 from quorate.deploy.commands.simulate import simulate
+from quorate.deploy.commands.site import site
 from quorate.deploy.commands.tune import tune
 from quorate.deploy.commands.validate import validate
 from quorate.deploy.environment import prepare_environment
@@ -38,6 +39,7 @@ app = typer.Typer(
 for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
     app.command()(command)
 app.add_typer(data)
+app.add_typer(site)
 
 
 def _print_version(asked: bool) -> None:

@@ -29,9 +29,11 @@ from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
+from quorate.shared.version import VERSION
 
 log = logging.getLogger(__name__)
 
+_LIBRARIES = ("torch", "transformers", "peft")
 SiteRows = Mapping[Split, Sequence[Row]]
 
 
@@ -207,7 +209,8 @@ class Site:
             label_counts=counts,
             model_files=resident.model.files,
             model_sha256=resident.model.sha256,
-            versions={name: version(name) for name in ("quorate", "torch", "transformers", "peft")},
+            versions={"quorate": VERSION}
+            | {name: version(name) for name in ("torch", "transformers", "peft")},
             notes=notes,
         )
         return Update.reply(request, resident.model.initial, description=description)

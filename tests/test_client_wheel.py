@@ -18,7 +18,7 @@ from quorate.deploy.cli import app as full
 from quorate.deploy.program import WHEELS, refuse_both_wheels
 from quorate.deploy.site_cli import app as small
 from quorate.shared.errors import BadInput
-from quorate.shared.version import VERSION
+from quorate.shared.versions import QUORATE
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "client-wheel"
@@ -121,8 +121,10 @@ def test_both_wheels_take_their_version_from_one_file() -> None:
     for folder in (ROOT, FOLDER):
         content = project(folder)
         assert content["project"]["dynamic"] == ["version"]
-        path = (folder / content["tool"]["hatch"]["version"]["path"]).resolve()
-        assert path == ROOT / "shared" / "quorate" / "shared" / "version.py"
+        source = content["tool"]["hatch"]["version"]
+        assert source["pattern"] == 'QUORATE = "(?P<version>[^"]+)"'
+        path = (folder / source["path"]).resolve()
+        assert path == ROOT / "shared" / "quorate" / "shared" / "versions.py"
 
 
 def test_its_commands_are_commands_of_the_whole() -> None:
@@ -184,7 +186,7 @@ def site_machine(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_it_holds_what_is_listed_and_is_small(wheel: Path) -> None:
-    assert wheel.name == f"quorate_client-{VERSION}-py3-none-any.whl"
+    assert wheel.name == f"quorate_client-{QUORATE}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         held = {name for name in names if ".dist-info/" not in name}
@@ -200,7 +202,8 @@ def test_its_commands_work_where_it_is_alone(site_machine: Path, tmp_path: Path)
     quorate = site_machine / "bin" / "quorate"
     help_text = run(quorate, "--help", cwd=tmp_path)
     assert "data" in help_text and "simulate" not in help_text
-    assert run(quorate, "--version", cwd=tmp_path) == f"quorate {VERSION}\n"
+    assert "enrol" in run(quorate, "site", "--help", cwd=tmp_path)
+    assert run(quorate, "--version", cwd=tmp_path) == f"quorate {QUORATE}\n"
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "site.yaml").write_text("data: {notes: {source: notes.csv}}\n")
     (tmp_path / "notes.csv").write_text(
@@ -218,9 +221,9 @@ def test_its_commands_work_where_it_is_alone(site_machine: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_beside_the_whole_it_refuses_to_work(site_machine: Path, tmp_path: Path) -> None:
     (site_packages,) = site_machine.glob("lib/python*/site-packages")
-    info = site_packages / f"quorate-{VERSION}.dist-info"
+    info = site_packages / f"quorate-{QUORATE}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: quorate\nVersion: {VERSION}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: quorate\nVersion: {QUORATE}\n")
     try:
         assert "pip uninstall" in run(site_machine / "bin" / "quorate", "--help", cwd=tmp_path, code=2)
     finally:

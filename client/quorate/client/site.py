@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 
 import torch
@@ -29,11 +28,10 @@ from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
-from quorate.shared.version import VERSION
+from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "transformers", "peft")
 SiteRows = Mapping[Split, Sequence[Row]]
 
 
@@ -189,6 +187,7 @@ class Site:
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
+        check_versions(request.header.versions)
         check_patterns(resident.run, resident.model.initial)
         check_optimizer(resident.run.training, resident.model.peft.device)
         rows = {
@@ -209,8 +208,7 @@ class Site:
             label_counts=counts,
             model_files=resident.model.files,
             model_sha256=resident.model.sha256,
-            versions={"quorate": VERSION}
-            | {name: version(name) for name in ("torch", "transformers", "peft")},
+            versions=versions(),
             notes=notes,
         )
         return Update.reply(request, resident.model.initial, description=description)

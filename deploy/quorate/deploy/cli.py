@@ -16,6 +16,7 @@ from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
 from quorate.deploy.commands.simulate import simulate
+from quorate.deploy.commands.site import site
 from quorate.deploy.commands.tune import tune
 from quorate.deploy.commands.validate import validate
 
@@ -26,6 +27,7 @@ app = program.new_app(
 for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
     app.command()(command)
 app.add_typer(data)
+app.add_typer(site)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import typer
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import DONE, INTERRUPTED, report_failure
 from quorate.shared.errors import BadInput
-from quorate.shared.version import VERSION
+from quorate.shared.versions import QUORATE
 
 WHEELS = ("quorate", "quorate-client")
 """Distributions that hold the same files, so that only one of them can be installed."""
@@ -89,7 +89,7 @@ def _installed(distribution: str) -> str | None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"quorate {VERSION}")
+        typer.echo(f"quorate {QUORATE}")
         raise typer.Exit
 
 

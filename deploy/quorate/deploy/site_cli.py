@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from quorate.deploy import program
 from quorate.deploy.commands.data_own import own_data
 from quorate.deploy.commands.predict import predict
+from quorate.deploy.commands.site import site
 
 app = program.new_app(
     "A site of a federation: it keeps its data and decides what they are used for.\n\n"
-    "Example: quorate site --help"
+    "Example: quorate site enrol ./north"
 )
 app.command()(predict)
 app.add_typer(own_data)
+app.add_typer(site)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,328 @@
+"""Keeps a few programs running: restarts what dies, with back-off, and stops all of them together.
+
+systemd does this too where it is there; this works in a container, on loopback and in a test alike. Linux
+only: the kernel ends the programs when their supervisor dies, so that none is left over after a kill -9.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.errors import OutputError, QuorateError
+
+log = logging.getLogger(__name__)
+
+STATUS_FILE, LOCK_FILE = "status.json", "supervisor.lock"
+FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
+"""Seconds before a restart; doubled each time a program dies young."""
+STEADY_SECONDS = 60.0
+"""A program that ran so long starts with the first delay again."""
+STOP_SECONDS = 20.0
+"""What a program gets between SIGTERM and SIGKILL."""
+_POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1
+# Loaded before any fork: between fork and exec nothing may import or take a lock.
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program to keep running.
+
+    Args:
+        name: in status and messages.
+        command: program and arguments.
+        log: file that its output is appended to.
+        env: environment variables on top of the supervisor's.
+        cwd: working directory.
+        user: operating-system user to run as; needs root.
+        group: primary group to run as, where it is not the user's own.
+        kill_group: when it dies, its children die with it. Off where they are to outlive it until all stops.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
+    user: str | None = None
+    group: str | None = None
+    kill_group: bool = True
+
+
+class ProgramStatus(ConfigModel):
+    """A program as its supervisor sees it."""
+
+    pid: int | None
+    """Process id; None between death and restart."""
+    since: float
+    """When it started, or died [Unix time]."""
+    restarts: int
+    """How often it was started again."""
+    last_exit: int | None = None
+    """How it ended last: exit code, or minus the signal."""
+
+
+class Status(ConfigModel):
+    """What `status.json` holds."""
+
+    pid: int
+    """The supervisor's process id."""
+    programs: dict[str, ProgramStatus]
+    """Name -> program."""
+
+
+class Supervisor:
+    """Runs programs until it is told to stop.
+
+    Args:
+        state_dir: holds the lock and status.json.
+        programs: started in this order, stopped in the reverse one.
+    """
+
+    def __init__(self, state_dir: Path, programs: Sequence[Program]) -> None:
+        self._state_dir = state_dir
+        self._kept = [_Kept(program) for program in programs]
+        self._stopping = False
+
+    def run(self) -> None:
+        """Start everything and stay until SIGTERM or SIGINT. To be called from the main thread.
+
+        Raises: OutputError: another supervisor has this folder. OSError: a program cannot be started at all.
+        """
+        with _alone(self._state_dir):
+            before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
+            try:
+                while not self._stopping:
+                    if any([kept.tend() for kept in self._kept]):  # each of them, not up to the first
+                        self._write()
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                for kept in reversed(self._kept):
+                    kept.stop()
+                (self._state_dir / STATUS_FILE).unlink(missing_ok=True)
+                for each, handler in before.items():
+                    signal.signal(each, handler)
+
+    def _stop(self, number: int, _frame: object) -> None:
+        log.info("%s: stopping", signal.Signals(number).name)
+        self._stopping = True
+
+    def _write(self) -> None:
+        status = Status(pid=os.getpid(), programs={kept.program.name: kept.status for kept in self._kept})
+        part = self._state_dir / f".{STATUS_FILE}.part"
+        part.write_text(status.model_dump_json(indent=2), encoding="utf-8")
+        part.replace(self._state_dir / STATUS_FILE)
+
+
+class _Kept:
+    """A program and the process that it is at the moment."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._since = time.time()
+        self._started = 0.0
+        self._due = 0.0
+        self._delay = FIRST_DELAY
+        self._starts = 0
+        self._last_exit: int | None = None
+        self._leaders: list[int] = []
+
+    @property
+    def status(self) -> ProgramStatus:
+        return ProgramStatus(
+            pid=self._process.pid if self._process else None,
+            since=self._since,
+            restarts=max(self._starts - 1, 0),
+            last_exit=self._last_exit,
+        )
+
+    def tend(self) -> bool:
+        """Start the program where it is due, notice its death; returns whether anything changed."""
+        if self._process is None:
+            if time.monotonic() < self._due:
+                return False
+            self._start()
+            return True
+        code = self._process.poll()
+        if code is None:
+            return False
+        if self.program.kill_group:
+            _signal_group(self._process.pid, signal.SIGKILL)
+            self._leaders.remove(self._process.pid)
+        if time.monotonic() - self._started >= STEADY_SECONDS:
+            self._delay = FIRST_DELAY
+        log.warning("%s ended (%d); starting it again in %.1f s", self.program.name, code, self._delay)
+        self._due = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, LONGEST_DELAY)
+        self._process, self._last_exit, self._since = None, code, time.time()
+        return True
+
+    def stop(self) -> None:
+        """End the process, then what it started, also what earlier ones of it left."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("%s did not stop within %.0f s; killing it", self.program.name, STOP_SECONDS)
+                self._process.kill()
+                self._process.wait()
+        left = [leader for leader in self._leaders if _signal_group(leader, signal.SIGTERM)]
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(_signal_group(leader, 0) for leader in left) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        for leader in left:
+            _signal_group(leader, signal.SIGKILL)
+
+    def _start(self) -> None:
+        program = self.program
+        program.log.parent.mkdir(parents=True, exist_ok=True)
+        with program.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                list(program.command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **program.env},
+                cwd=program.cwd,
+                user=program.user,
+                group=program.group or (_group_of(program.user) if program.user else None),
+                extra_groups=[] if program.user else None,
+                start_new_session=True,
+                preexec_fn=partial(_die_with, os.getpid()),
+            )
+        self._leaders.append(self._process.pid)
+        self._starts += 1
+        self._started, self._since = time.monotonic(), time.time()
+        log.info("%s started as process %d", program.name, self._process.pid)
+
+
+def start_detached(
+    command: Sequence[str], state_dir: Path, output: Path, ready: Callable[[], bool], timeout: float
+) -> subprocess.Popen[bytes]:
+    """Start a supervisor in the background and wait until what it runs is ready.
+
+    Args:
+        command: runs `Supervisor.run` in its foreground.
+        state_dir: its folder.
+        output: its log.
+        ready: asked again and again.
+        timeout: longest wait [s].
+    Returns: the process, which goes on when this one ends.
+    Raises: OutputError: one is running already. QuorateError: it ended, or nothing was ready in time; what
+        was started is stopped again.
+    """
+    if read_status(state_dir) is not None:
+        raise OutputError(f"{state_dir}: is running already; stop it first.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("ab") as file:
+        process = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    deadline = time.monotonic() + timeout
+    try:
+        while not ready():
+            if process.poll() is not None:
+                raise QuorateError(f"it ended at once ({process.returncode}); {output} says why.")
+            if time.monotonic() > deadline:
+                raise QuorateError(f"it was not ready after {timeout:.0f} s; {output} and the logs say why.")
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    return process
+
+
+def stop(state_dir: Path, timeout: float = 60.0) -> bool:
+    """Stop the supervisor of a folder and all it runs; returns whether there was one.
+
+    Raises: QuorateError: it is still there after `timeout` seconds.
+    """
+    status = read_status(state_dir)
+    if status is None:
+        return False
+    os.kill(status.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while _locked(state_dir):
+        if time.monotonic() > deadline:
+            raise QuorateError(f"process {status.pid} did not stop within {timeout:.0f} s.")
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def read_status(state_dir: Path) -> Status | None:
+    """Return what a running supervisor wrote last; None when none is running, whatever the file says."""
+    if not _locked(state_dir):
+        return None
+    # It may hold the lock and not have written yet, or be about to leave.
+    try:
+        return Status.model_validate_json((state_dir / STATUS_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise OutputError(
+            f"{state_dir / STATUS_FILE}: damaged; stop the supervisor and start again."
+        ) from error
+
+
+@contextmanager
+def _alone(state_dir: Path) -> Iterator[None]:
+    state_dir.mkdir(parents=True, exist_ok=True)
+    # Not inherited by the programs (O_CLOEXEC is Python's default), so the lock ends with this process.
+    with (state_dir / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{state_dir}: is running already; stop it first.") from error
+        yield
+
+
+def _locked(state_dir: Path) -> bool:
+    path = state_dir / LOCK_FILE
+    if not path.exists():
+        return False
+    with path.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _die_with(parent: int) -> None:
+    """In the child, before exec: have the kernel send SIGTERM when the supervisor `parent` is gone."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)
+
+
+def _group_of(user: str) -> int:
+    import pwd
+
+    return pwd.getpwnam(user).pw_gid
+
+
+def _signal_group(leader: int, number: int) -> bool:
+    """Send a signal (0: none) to the processes that `leader` left behind; returns whether there are any."""
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""The supervisor with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from quorate.shared.errors import OutputError, QuorateError
+from quorate.shared.supervisor import Status, read_status, start_detached, stop
+
+# One program that sleeps, and one that starts a child and tells its pid.
+_CODE = """
+import sys
+from pathlib import Path
+from quorate.shared.supervisor import Program, Supervisor
+state = Path(sys.argv[1])
+child = "sleep 600 & echo $! >> " + str(state / "children") + "; wait"
+Supervisor(state, [
+    Program("sleeper", ["sleep", "600"], state / "sleeper.log"),
+    Program("parent", ["sh", "-c", child], state / "parent.log", kill_group=sys.argv[2] == "group"),
+]).run()
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids(state: Path) -> dict[str, int]:
+    status = read_status(state)
+    return {} if status is None else {name: p.pid for name, p in status.programs.items() if p.pid}
+
+
+def children(state: Path) -> list[int]:
+    path = state / "children"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.fixture(params=["group", "single"])
+def state(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    command = [sys.executable, "-c", _CODE, str(tmp_path), request.param]
+    process = start_detached(
+        command,
+        tmp_path,
+        tmp_path / "out.log",
+        lambda: len(pids(tmp_path)) == 2 and bool(children(tmp_path)),
+        60,
+    )
+    yield tmp_path
+    stop(tmp_path)
+    process.wait(30)
+
+
+def test_a_killed_program_is_started_again_and_counted(state: Path) -> None:
+    before = pids(state)
+    os.kill(before["sleeper"], signal.SIGKILL)
+    wait_for(lambda: pids(state).get("sleeper", before["sleeper"]) != before["sleeper"])
+    status = read_status(state)
+    assert status is not None
+    assert (status.programs["sleeper"].restarts, status.programs["sleeper"].last_exit) == (1, -9)
+    assert pids(state)["parent"] == before["parent"]
+
+
+def test_children_die_with_their_parent_only_where_asked(state: Path, request: pytest.FixtureRequest) -> None:
+    (child,) = children(state)
+    os.kill(pids(state)["parent"], signal.SIGKILL)
+    wait_for(lambda: len(children(state)) == 2)
+    assert alive(child) == (request.node.callspec.params["state"] == "single")
+    assert stop(state)
+    assert not any(alive(each) for each in children(state))  # whoever started them
+
+
+def test_stop_ends_everything(state: Path) -> None:
+    running = [*pids(state).values(), *children(state)]
+    assert len(running) == 3
+    assert stop(state)
+    assert not any(alive(pid) for pid in running)
+    assert read_status(state) is None
+    assert not stop(state)  # nothing there any more
+
+
+def test_two_supervisors_never_share_a_folder(state: Path) -> None:
+    with pytest.raises(OutputError, match="is running already"):
+        start_detached(["true"], state, state / "second.log", lambda: True, 5)
+    before = pids(state)
+    code = subprocess.run([sys.executable, "-c", _CODE, str(state), "group"], capture_output=True, text=True)
+    assert code.returncode != 0
+    assert "is running already" in code.stderr
+    assert pids(state) == before
+
+
+def test_a_killed_supervisor_leaves_nothing_behind(state: Path) -> None:
+    status = read_status(state)
+    assert status is not None
+    os.kill(status.pid, signal.SIGKILL)
+    programs = [each.pid for each in status.programs.values()]
+    wait_for(lambda: not any(alive(pid) for pid in programs if pid))
+    assert read_status(state) is None  # though its file is still there
+    assert Status.model_validate_json((state / "status.json").read_bytes()) == status
+    for pid in children(state):  # the shell that started it was ended, it was not
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_what_cannot_start_is_said(tmp_path: Path) -> None:
+    with pytest.raises(QuorateError, match="ended at once"):
+        start_detached(["false"], tmp_path, tmp_path / "out.log", lambda: False, 30)
+    with pytest.raises(QuorateError, match="not ready after 1 s"):
+        start_detached(["sleep", "60"], tmp_path, tmp_path / "out.log", lambda: False, 1)

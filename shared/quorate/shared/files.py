@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from quorate.shared.errors import OutputError
 
 PRIVATE, PUBLIC, PRIVATE_FOLDER = 0o600, 0o644, 0o700
 """Modes, whatever the umask: what only its owner may read, what anyone may, and a folder of the former."""
-_LOCK = ".lock"
+
+log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
@@ -62,15 +64,19 @@ def sync_folder(folder: Path) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process, so that two commands do not write into it at once.
 
+    The lock is the system's and leaves no file: it is gone with the process, however that ends.
+
     Raises: OutputError: another process holds it.
     """
     with writing(folder):
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE)
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"{folder}: another command works in this folder; wait for its end.") from None
+        except OSError as error:  # some network file systems lock no folders
+            log.debug("%s: no lock (%s)", folder, error.strerror)
         yield
     finally:
         os.close(descriptor)

@@ -17,6 +17,7 @@ import typer
 
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
+from quorate.deploy.commands.export import export
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune, export):
     app.command()(command)
 app.add_typer(data)
 

@@ -84,7 +84,9 @@ class Loopback:
         """Write a site's own file."""
         (self.folder / name / "site.yaml").write_text(yaml.safe_dump(dict(content)))
 
-    def quorate(self, *arguments: str, code: int = 0, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    def quorate(
+        self, *arguments: str, code: int = 0, timeout: float = 280
+    ) -> subprocess.CompletedProcess[str]:
         """Run one command as a person would, and hold it to its exit code."""
         ended = subprocess.run(
             [str(Path(sys.executable).with_name("quorate")), *arguments],
@@ -143,7 +145,9 @@ class Loopback:
         tails = []
         for path in sorted(self.folder.rglob("*.log")):
             if path.is_file():
-                tails.append(f"--- {path.relative_to(self.folder)}\n{path.read_text(errors='replace')[-3000:]}")
+                tails.append(
+                    f"--- {path.relative_to(self.folder)}\n{path.read_text(errors='replace')[-3000:]}"
+                )
         return "\n".join(tails)
 
 

@@ -15,6 +15,7 @@ from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
+from quorate.deploy.commands.server import server
 from quorate.deploy.commands.simulate import simulate
 from quorate.deploy.commands.site import site
 from quorate.deploy.commands.tune import tune
@@ -27,6 +28,7 @@ app = program.new_app(
 for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
     app.command()(command)
 app.add_typer(data)
+app.add_typer(server)
 app.add_typer(site)
 
 

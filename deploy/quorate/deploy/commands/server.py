@@ -108,6 +108,10 @@ def admit(
         Path, typer.Argument(metavar="NODE.PUB", help="The public key that the site sent (node.pub).")
     ],
     federation: FederationOption = ".",
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="Replace the key that the site had; the old one is kept beside it."),
+    ] = False,
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """Let a site connect: store the public key that `quorate site enrol` made there.
@@ -120,7 +124,7 @@ def admit(
     from quorate.deploy.server.admission import admit_site
 
     folder = _find(federation)
-    typer.echo(admit_site(folder, site, key))
+    typer.echo(admit_site(folder, site, key, renew=renew))
 
 
 def _find(federation: str) -> FederationFolder:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quorate.deploy.provision.keys import admit_key, admitted_key
 from quorate.deploy.server import nginx
-from quorate.deploy.server.keys import admit
 from quorate.deploy.server.paths import ServerPaths
 from quorate.deploy.server.start import register_sites
 from quorate.server.federation import FederationFolder
 from quorate.shared.supervisor import read_status
 
 
-def admit_site(folder: FederationFolder, site: str, key_file: Path) -> str:
+def admit_site(folder: FederationFolder, site: str, key_file: Path, *, renew: bool = False) -> str:
     """Store the key of a site, and tell a running server; returns one sentence of what was done.
 
     Raises: ConfigError: the key is none, or another site's, or the site has another. QuorateError: the
         running server did not take it.
     """
-    new = admit(folder, site, key_file)
+    before = admitted_key(folder, site)
+    admit_key(folder, site, key_file, renew=renew)
+    new = admitted_key(folder, site) != before
     paths = ServerPaths(folder)
     said = f"{site} is admitted" if new else f"{site} was admitted before"
     if read_status(paths.supervisor) is None:

@@ -13,7 +13,7 @@ import time
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.server import flower, nginx
 from quorate.deploy.server.checks import check_before_start
-from quorate.deploy.server.health import problems, superlink_problem
+from quorate.deploy.server.health import problems
 from quorate.deploy.server.keys import admitted
 from quorate.deploy.server.loopback import make_loopback_certificate
 from quorate.deploy.server.paths import NGINX, ServerPaths
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 READY_SECONDS = 300.0
 """Longest wait for everything to be up; importing Flower takes a minute on a busy machine."""
-_POLL_SECONDS = 0.5
 
 
 def prepare(paths: ServerPaths) -> list[Program]:
@@ -56,7 +55,7 @@ def run(folder: FederationFolder) -> None:
     prepare_environment()
     paths = ServerPaths(folder)
     programs = prepare(paths)
-    threading.Thread(target=_register_when_up, args=[paths], daemon=True).start()
+    threading.Thread(target=_register, args=[paths], daemon=True).start()
     Supervisor(paths.supervisor, programs).run()
 
 
@@ -89,10 +88,12 @@ def register_sites(paths: ServerPaths) -> dict[int, str]:
     return names
 
 
-def _register_when_up(paths: ServerPaths) -> None:
-    """Register sites once the SuperLink answers. In another process: Flower is large, and this one stays."""
-    while superlink_problem(paths) is not None:
-        time.sleep(_POLL_SECONDS)
+def _register(paths: ServerPaths) -> None:
+    """Register sites once the SuperLink answers.
+
+    In another process: Flower is large, and this one stays; and gRPC's threads do not go with the forks of a
+    supervisor.
+    """
     command = [sys.executable, "-m", "quorate.deploy.server.registering", str(paths.folder.path)]
     done = subprocess.run(command, env={**os.environ, **flower.environment(paths)}, check=False)
     if done.returncode != 0:

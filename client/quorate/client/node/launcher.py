@@ -19,10 +19,10 @@ from quorate.client.node.names import QUIET
 
 os.environ.update(QUIET)  # before flwr is imported, which reads it then
 
-from flwr.app import Context, Error, Message  # noqa: E402
+from flwr.app import Context, Error, Message
 
-from quorate.client.node.bundle import BundleRefused, check_bundle, check_overrides  # noqa: E402
-from quorate.shared.errors import QuorateError  # noqa: E402
+from quorate.client.node.bundle import BundleRefused, check_bundle, check_overrides
+from quorate.shared.errors import QuorateError
 
 log = logging.getLogger(__name__)
 

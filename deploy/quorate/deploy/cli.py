@@ -15,9 +15,11 @@ from typing import Annotated
 import click
 import typer
 
+from quorate.deploy.commands.certificates import certificates
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
 from quorate.deploy.commands.predict import predict
+from quorate.deploy.commands.provision import provision
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
@@ -36,10 +38,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune, provision):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(site)
+app.add_typer(certificates)
 
 
 def _print_version(asked: bool) -> None:

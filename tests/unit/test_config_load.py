@@ -12,7 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quorate.client.config import SiteConfig
 from quorate.server.federation import FederationConfig
+from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.dialect import MAX_BYTES, parse, write_mapping
 from quorate.shared.config.fields import Node, root
 from quorate.shared.config.load import dump_yaml, load_run, load_sites_file, schema

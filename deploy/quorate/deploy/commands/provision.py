@@ -28,7 +28,7 @@ def provision(
         bool,
         typer.Option(
             "--with-keys",
-            help="For trials: make the sites' keys here, put them into the kits, and admit them.",
+            help="For trials: make the sites' keys here, put them into the kits, admit them.",
         ),
     ] = False,
     days: DaysOption = 365,

@@ -26,8 +26,8 @@ def schema(
     kind: Annotated[
         Kind,
         typer.Argument(
-            help="Which kind of file: a run file, a simulation's sites file, a coordinator's federation.yaml, "
-            "or a site's site.yaml."
+            help="Which kind of file: a run file, a simulation's sites file, a coordinator's "
+            "federation.yaml, or a site's site.yaml."
         ),
     ] = Kind.run,
 ) -> None:

@@ -165,7 +165,7 @@ def revoke_site(
         folder: the federation.
         authority: its CA.
         site: the site, which may have gone from federation.yaml already.
-        serial: revoke this certificate of the site alone; the site stays in.
+        serial: revoke this certificate of the site alone, named by its first digits; the site stays in.
 
     Returns:
         The certificates that are revoked now.
@@ -176,10 +176,13 @@ def revoke_site(
         known_site(folder, site)
     certificates = authority.index.issued("client", site)
     if serial is not None:
-        serial = serial.replace(":", "").lower().lstrip("0")
-        certificates = [each for each in certificates if each.serial == serial]
-        if not certificates:
-            raise ConfigError(f"{site} has no certificate {serial}; see `quorate certificates list`.")
+        digits = serial.replace(":", "").lower().lstrip("0")
+        certificates = [each for each in certificates if digits and each.serial.startswith(digits)]
+        if len(certificates) != 1:
+            raise ConfigError(
+                f"{site} has {len(certificates) or 'no'} certificates whose serial begins with {serial!r}; see "
+                "`quorate certificates list --json`."
+            )
     else:
         make_folder(folder.path / "sites")
         make_folder(folder.site(site))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from cryptography import x509
@@ -21,6 +20,7 @@ from quorate.server.federation import FederationConfig
 from quorate.shared.config.load import dump_yaml
 from quorate.shared.errors import ConfigError
 from quorate.shared.files import PRIVATE, PUBLIC
+from quorate.shared.versions import QUORATE
 
 KIT = "kit.tar"
 CA_CRT = "ca.crt"
@@ -59,7 +59,7 @@ def kit_files(
         "mutual_tls": config.server.mutual_tls,
         "with_keys": bool(keys),
         "fingerprint": fingerprint(ca),
-        "version": version("quorate"),
+        "version": QUORATE,
     }
     return {
         CA_CRT: ca.public_bytes(Encoding.PEM),

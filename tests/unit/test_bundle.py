@@ -1,0 +1,33 @@
+"""The bundle that Flower carries: names of installed code, one declared key, and nothing else."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.config import get_fab_config
+
+import quorate.shared.bundle as module
+from quorate.shared.bundle import RUN_KEY, bundle_dir
+from quorate.shared.errors import ConfigError
+
+
+def test_flower_builds_it_and_it_holds_no_code() -> None:
+    built = build_fab_from_disk(bundle_dir())
+    assert zipfile.ZipFile(io.BytesIO(built)).namelist() == ["pyproject.toml", ".info/CONTENT"]
+    app = get_fab_config(built)["tool"]["flwr"]["app"]
+    assert app["components"] == {"serverapp": "quorate.server.app:app", "clientapp": "quorate.client.app:app"}
+    assert app["config"] == {RUN_KEY: ""}
+
+
+def test_a_file_more_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flower-app").mkdir()
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "bundle.py"))
+    with pytest.raises(ConfigError, match=r"pyproject\.toml is missing"):
+        bundle_dir()
+    (tmp_path / "flower-app" / "pyproject.toml").touch()
+    assert bundle_dir() == tmp_path / "flower-app"
+    (tmp_path / "flower-app" / "client.py").touch()
+    with pytest.raises(ConfigError, match=r"not ours \(client\.py\)"):
+        bundle_dir()

@@ -1,20 +1,37 @@
-"""`python -m quorate.deploy.server.registering FOLDER`: registers the admitted sites of a starting server."""
+"""`python -m quorate.deploy.server.registering FOLDER`: brings a running server's nodes to the admitted keys.
+
+It is the only writer of nodes.json, one process at a time.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
 
 from quorate.deploy.failures import report_failure
+from quorate.deploy.server import flower
 from quorate.deploy.server.health import superlink_problem
+from quorate.deploy.server.keys import admitted
 from quorate.deploy.server.paths import ServerPaths
-from quorate.deploy.server.start import register_sites
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import QuorateError
+from quorate.shared.files import write_atomically
 from quorate.shared.supervisor import read_status
 
 _POLL_SECONDS = 0.5
+
+
+def register_sites(paths: ServerPaths) -> dict[int, str]:
+    """Bring the SuperLink's nodes to the admitted keys and write nodes.json; returns node id -> site.
+
+    Raises: ConfigError: a key cannot be used. QuorateError: the SuperLink does not answer.
+    """
+    names = flower.register(paths, admitted(paths.folder))
+    content = json.dumps({str(node): site for node, site in names.items()}, indent=2)
+    write_atomically(paths.folder.nodes_file, (content + "\n").encode())
+    return names
 
 
 def main() -> int:

@@ -180,8 +180,8 @@ def revoke_site(
         certificates = [each for each in certificates if digits and each.serial.startswith(digits)]
         if len(certificates) != 1:
             raise ConfigError(
-                f"{site} has {len(certificates) or 'no'} certificates whose serial begins with {serial!r}; see "
-                "`quorate certificates list --json`."
+                f"{site} has {len(certificates) or 'no'} certificates whose serial begins with {serial!r}; "
+                "see `quorate certificates list --json`."
             )
     else:
         make_folder(folder.path / "sites")

@@ -1,4 +1,4 @@
-"""Files of deploy/ that other programs read, as far as they can be checked without running what they start."""
+"""Files of deploy/ that other programs read: what can be checked without running what they start."""
 
 import hashlib
 import shutil

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from quorate.deploy import program
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
+from quorate.deploy.commands.export import export
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
@@ -24,7 +25,7 @@ app = program.new_app(
     "Federated LoRA fine-tuning: sites keep their data and decide, no round counts without a quorum.\n\n"
     "Example: quorate simulate demo"
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun, tune):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune, export):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(site)

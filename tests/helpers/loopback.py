@@ -1,221 +1,177 @@
-"""A plain Flower server on loopback, whose ServerApp is a probe: it asks every node once and notes what came.
+"""A whole federation on loopback: real certificates, nginx, SuperLink, SuperNodes and site processes.
 
-Not our server: the site's guard must hold against any. Certificates and keys are real, made here.
+Everything goes through the commands that people type; only site.yaml is written by hand, as at a site.
 """
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import os
-import shlex
+import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+import yaml
 
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-_FLOWER = "import sys; sys.argv[0] = {name!r}; from {module} import {function} as f; f()"
-_PROBE = """
-import importlib, json, os, sys, time
-sys.argv[0] = "flwr-serverapp"
-from flwr.app import Message
-from quorate.client.flower import wrap
-def probe(grid, server_app_dir, server_app_attr, context):
-    wanted, deadline = int(os.environ["PROBE_NODES"]), time.monotonic() + 240
-    while len(nodes := list(grid.get_node_ids())) < wanted and time.monotonic() < deadline:
-        time.sleep(0.5)
-    ids = set(grid.push_messages(
-        [Message(wrap(b"probe"), message_type="query", dst_node_id=n, ttl=300) for n in nodes]
-    ))
-    answers = []
-    while ids and time.monotonic() < deadline:
-        for reply in grid.pull_messages(list(ids)):
-            ids.discard(reply.metadata.reply_to_message_id)
-            answers.append([reply.error.code, reply.error.reason] if reply.has_error() else "content")
-        time.sleep(0.5)
-    out = os.environ["PROBE_OUT"] + "/" + str(context.run_id)
-    with open(out + ".part", "w") as file:
-        json.dump({"nodes": len(nodes), "answers": answers}, file)
-    os.rename(out + ".part", out)
-    return context
-runtime = importlib.import_module("flwr.superlink.runtime.run_serverapp")
-runtime.run_ = probe
-from flwr.superlink.cli import flwr_serverapp
-flwr_serverapp()
-"""
-# `flwr run` without its checks of the bundle, which whoever means ill leaves out as well.
-_SUBMIT = """
-import hashlib, sys
-from pathlib import Path
-from flwr.cli.build import build_fab_from_disk
-from flwr.cli.flower_config import read_superlink_connection
-from flwr.cli.utils import init_http_client_from_connection
-from flwr.common.config import parse_config_args
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import StartRunRequest
-from flwr.supercore.fab import Fab
-built = build_fab_from_disk(Path(sys.argv[1]))
-client = init_http_client_from_connection(read_superlink_connection("trial"))
-print(client.StartRun(StartRunRequest(
-    fab=fab_to_proto(Fab(hashlib.sha256(built).hexdigest(), built, {})),
-    override_config=user_config_to_proto(parse_config_args([sys.argv[2]])),
-)).run_id)
-"""
+NAME = "clinic"
 
 
-def flower(module: str, function: str, name: str, *arguments: str) -> list[str]:
-    """The command line of one of Flower's programs, wherever its scripts are installed."""
-    code = _FLOWER.format(name=name, module=module, function=function)
-    return [sys.executable, "-P", "-c", code, *arguments]
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
 
 
-def free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
+class Loopback:
+    """A provisioned federation.
 
+    Args:
+        folder: everything is made in it.
+        data: site -> `data:` section of its site.yaml.
+        models: `models:` section of every site.yaml.
+        env: further environment variables.
+        site: further sections of every site.yaml, such as `policy`.
+        server: further fields of `server:` in federation.yaml.
+    """
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.2)
-    return result
+    def __init__(
+        self,
+        folder: Path,
+        data: Mapping[str, Any],
+        models: list[dict[str, str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        site: Mapping[str, Any] | None = None,
+        server: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.sites = sorted(data)
+        self.env = {
+            **os.environ,
+            "QUORATE_HOME": str(folder / "home"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **(env or {}),
+        }
+        self.port, superlink, health = free_ports(3)
+        ports = {"port": self.port, "superlink_port": superlink, "health_port": health}
+        fields = {"hostname": "localhost", "addresses": ["127.0.0.1"], "listen": "127.0.0.1", **ports}
+        federation = {"name": NAME, "server": {**fields, **(server or {})}, "sites": self.sites}
+        (folder / "federation.yaml").write_text(yaml.safe_dump(federation))
+        self.quorate("provision", "federation.yaml")
+        self.home = folder / "home" / NAME
+        for name in self.sites:
+            with tarfile.open(self.home / "sites" / name / "kit.tar") as kit:
+                kit.extractall(folder, filter="data")
+            content = {"data": data[name], "models": models, "device": "cpu", **(site or {})}
+            self.write_site(name, content)
+            self.quorate("site", "enrol", name)
+            self.quorate("server", "admit", name, f"{name}/node.pub", "--federation", NAME)
 
+    def write_site(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a site's own file."""
+        (self.folder / name / "site.yaml").write_text(yaml.safe_dump(dict(content)))
 
-def make_certificates(folder: Path, days: int = 2, mutual: bool = False) -> None:
-    """ca.crt, ca.key, server.crt, server.key for 127.0.0.1 and localhost; with mutual, client.crt and .key."""
-    now = datetime.datetime.now(datetime.UTC)
-
-    def build(name: str, key: Any, issuer: str, signer: Any, ca: bool) -> x509.Certificate:
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=3))
-            .not_valid_after(now + datetime.timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+    def quorate(
+        self, *arguments: str, code: int = 0, timeout: float = 280
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one command as a person would, and hold it to its exit code."""
+        ended = subprocess.run(
+            [str(Path(sys.executable).with_name("quorate")), *arguments],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
-        if not ca:
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(signer, hashes.SHA256())
-
-    authority = ec.generate_private_key(ec.SECP256R1())
-    _write(folder / "ca", authority, build("CA", authority, "CA", authority, True))
-    for name in ("server", "client") if mutual else ("server",):
-        key = ec.generate_private_key(ec.SECP256R1())
-        _write(folder / name, key, build(name, key, "CA", authority, False))
-
-
-def _write(stem: Path, key: Any, certificate: x509.Certificate) -> None:
-    pem = serialization.Encoding.PEM
-    stem.with_suffix(".crt").write_bytes(certificate.public_bytes(pem))
-    stem.with_suffix(".key").write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-
-
-def make_node_key(folder: Path) -> None:
-    """node.key and node.pub, as `quorate site enrol` makes them."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    (folder / "node.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        assert ended.returncode == code, (
+            f"quorate {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}\n"
+            f"{self.logs()}"
         )
-    )
-    (folder / "node.key").chmod(0o600)
-    (folder / "node.pub").write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    )
+        return ended
 
-
-@dataclass
-class PlainServer:
-    """SuperLink with TLS and node authentication, its superexec, and the probe as its ServerApp."""
-
-    folder: Path
-    port: int = field(default_factory=free_port)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    def run_in_background(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start one command and come back at once."""
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("quorate")), *arguments],
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def start(self) -> None:
-        make_certificates(self.folder)
-        (self.folder / "secret").write_bytes(os.urandom(32))
-        (self.folder / "bin").mkdir()
-        (self.folder / "probes").mkdir()
-        (self.folder / "home").mkdir()
-        probe = self.folder / "bin" / "flwr-serverapp"
-        (self.folder / "probe.py").write_text(_PROBE)
-        command = f"exec {shlex.quote(sys.executable)} -P {shlex.quote(str(self.folder / 'probe.py'))}"
-        probe.write_text(f'#!/bin/sh\n{command} "$@"\n')
-        probe.chmod(0o755)
-        (self.folder / "home" / "config.toml").write_text(
-            f'[superlink.trial]\naddress = "127.0.0.1:{self.port}"\n'
-            f'root-certificates = "{self.folder / "ca.crt"}"\n'
-        )
-        tls = [f"--ssl-{name}={self.folder / file}" for name, file in _TLS.items()]
-        secret = ["--superexec-auth-secret-file", str(self.folder / "secret")]
-        where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        superlink = [*where, *tls, "--enable-supernode-auth", "--isolation", "process", *secret]
-        superlink += ["--disable-runtime-dependency-installation"]
-        self.spawn(flower("flwr.superlink.cli", "flower_superlink", "flower-superlink", *superlink))
-        wait_until(self.listening, 240, "SuperLink listening")
-        superexec = ["--runtime-api-address", f"127.0.0.1:{self.port}", *secret]
-        superexec += ["--root-certificates", str(self.folder / "ca.crt")]
-        self.spawn(flower("flwr.supercore.cli", "flower_superexec", "flower-superexec", *superexec))
-
-    def spawn(self, command: Sequence[str]) -> None:
-        with (self.folder / "server.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-        self.processes.append(process)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        own = {"FLWR_HOME": str(self.folder / "home"), "PROBE_OUT": str(self.folder / "probes")}
-        return {**os.environ, **QUIET, **own, "PROBE_NODES": "1", "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin"}
-
-    def listening(self) -> bool:
-        assert self.processes[0].poll() is None, (self.folder / "server.log").read_text()[-3000:]
-        with socket.socket() as each:
-            return each.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def flwr(self, *arguments: str) -> str:
-        return self.call(flower("flwr.cli.app", "app", "flwr", *arguments))
-
-    def call(self, command: Sequence[str]) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    def register(self, public_key: Path, name: str) -> None:
-        self.flwr("supernode", "register", str(public_key), "trial", "--name", name)
-
-    def probe(self, app: Path, overrides: str) -> dict[str, Any]:
-        """Run a bundle; returns how many nodes there were, and what each of them answered."""
-        run_id = self.call([sys.executable, "-P", "-c", _SUBMIT, str(app), overrides]).split()[-1]
-        result = self.folder / "probes" / run_id
-        wait_until(result.exists, 280, f"the probe of {app}")
-        content: dict[str, Any] = json.loads(result.read_text())
-        return content
+        """Start the server, then every site."""
+        self.quorate("server", "start", "--federation", NAME)
+        for name in self.sites:
+            self.quorate("site", "start", name)
 
     def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.terminate()
-        for process in self.processes:
-            process.wait(60)
+        """Stop every site, then the server."""
+        for name in self.sites:
+            self.quorate("site", "stop", name)
+        self.quorate("server", "stop", "--federation", NAME)
+
+    def pid(self, program: str, site: str | None = None) -> int | None:
+        """Process id of a supervised program, of the server or of a site; None while it is down."""
+        folder = self.folder / site / "state" if site else self.home / "state"
+        try:
+            status = json.loads((folder / "status.json").read_text())
+        except FileNotFoundError:
+            return None
+        found = status["programs"].get(program, {}).get("pid")
+        return int(found) if found else None
+
+    def kill(self, program: str, site: str | None = None) -> None:
+        """kill -9 a supervised program, as soon as it runs."""
+        pid = wait_for(lambda: self.pid(program, site), f"no {program} to kill")
+        os.kill(pid, signal.SIGKILL)
+
+    def logs(self) -> str:
+        """The ends of all log files, for a failing test."""
+        tails = []
+        for path in sorted(self.folder.rglob("*.log")):
+            if path.is_file():
+                tails.append(
+                    f"--- {path.relative_to(self.folder)}\n{path.read_text(errors='replace')[-3000:]}"
+                )
+        return "\n".join(tails)
 
 
-_TLS = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+def wait_for(found: Callable[[], Any], otherwise: str, seconds: float = 120) -> Any:
+    """Return the first true thing that `found` gives."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
+    return value
+
+
+def processes(pattern: str, environment: str) -> list[int]:
+    """Process ids whose command line holds `pattern` and whose environment holds `environment`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            variables = (folder / "environ").read_bytes().decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if pattern in command and environment in variables:
+            found.append(int(folder.name))
+    return found

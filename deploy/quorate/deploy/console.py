@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from quorate.server.evaluation import scalars
-from quorate.server.records import RoundMetrics, RoundRecord, Summary
+from quorate.server.records import Exclusion, RoundMetrics, RoundRecord, Summary
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import SiteDescription
 from quorate.shared.progress import StepEvent
@@ -38,6 +38,11 @@ class ConsoleTracker:
         self._where = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+
+    def refused(self, sites: Mapping[str, Exclusion]) -> None:
+        """Name the sites that cannot take part."""
+        for site, why in sites.items():
+            self._line(f"cannot take part: {site}: {why.reason}")
 
     def start(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from quorate.server.evaluation import scalars
-from quorate.server.records import Evaluation, RoundMetrics, RoundRecord, Summary
+from quorate.server.records import Evaluation, Exclusion, RoundMetrics, RoundRecord, Summary
 from quorate.shared.config.load import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
@@ -23,8 +23,12 @@ TENSORBOARD_DIR = "tensorboard"
 class Tracker(Protocol):
     """What the round loop tells. Calls come in this order: start, then per round phases and round, finish.
 
-    `phase` also comes before `start` (sites join, round 0) and after the last round (test, outputs).
+    `refused` comes before `start`, only where there are such sites. `phase` also comes before `start` (sites
+    join, round 0) and after the last round (test, outputs).
     """
+
+    def refused(self, sites: Mapping[str, Exclusion]) -> None:
+        """Take note of sites that cannot take part, and why."""
 
     def start(
         self,
@@ -71,6 +75,9 @@ class TensorboardTracker:
             ) from error
         self._make = SummaryWriter
         self._writer: Any = None
+
+    def refused(self, sites: Mapping[str, Exclusion]) -> None:
+        """There is nothing to plot of them."""
 
     def start(
         self,

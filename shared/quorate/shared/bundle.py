@@ -23,8 +23,6 @@ def bundle_dir() -> Path:
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if found != _FILES:
         extra = ", ".join(sorted(found - _FILES))
-        raise ConfigError(
-            f"{folder}: {f'holds files that are not ours ({extra})' if extra else 'pyproject.toml is missing'}; "
-            "install quorate again."
-        )
+        wrong = f"holds files that are not ours ({extra})" if extra else "pyproject.toml is missing"
+        raise ConfigError(f"{folder}: {wrong}; install quorate again.")
     return folder

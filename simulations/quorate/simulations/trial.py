@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quorate.client.site import Site, SiteRows
 from quorate.server.best import metric_of
 from quorate.server.evaluation import scalars
-from quorate.server.records import RoundMetrics, RoundRecord, Summary
+from quorate.server.records import Exclusion, RoundMetrics, RoundRecord, Summary
 from quorate.server.run import Run
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
@@ -108,6 +108,9 @@ class _Watch:
     trial: Trial
     metric: str
     rounds: int = 0
+
+    def refused(self, sites: Mapping[str, Exclusion]) -> None:
+        """A trial goes on without them."""
 
     def start(
         self,

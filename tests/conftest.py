@@ -92,7 +92,7 @@ def make_run(tiny_bert: Path) -> Callable[..., Any]:
             "model": {"model_name_or_path": str(tiny_bert)},
             "adapter": {"r": 4, "lora_alpha": 8},
             "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
-            "federation": {"rounds": 2, "grace_seconds": 0},
+            "federation": {"rounds": 2, "grace_seconds": 0, "reask_seconds": 0},
             "evaluation": {"bootstrap_samples": 20},
         }
         for name, section in sections.items():

@@ -17,8 +17,9 @@ from quorate.client.app import app as client_app
 from quorate.client.resident import connect
 from quorate.client.site import Site
 from quorate.server.collect import Answers
-from quorate.server.flower import decode, replies, send
-from quorate.server.rounds import request, run_rounds
+from quorate.server.flower import Exchange, decode
+from quorate.server.joining import request
+from quorate.server.rounds import run_rounds
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.messages import RoundRequest
@@ -46,8 +47,11 @@ def opened(make_run: Any, make_sites: Any, tmp_path: Path) -> tuple[Site, Run]:
 
 
 def ask(grid: Any, run: Run, requests: dict[int, RoundRequest]) -> dict[int, Any]:
-    sent = send(grid, requests, ttl=60)
-    return {reply[0]: decode(reply[1]) for reply in replies(grid, sent, deadline=1e12) if reply is not None}
+    exchange = Exchange(grid, ttl=60)
+    exchange.send(requests)
+    answers = {node: decode(content) for node, content in exchange.pull()}
+    assert not exchange.waiting  # sites in this process answer at once
+    return answers
 
 
 def test_every_site_answers_for_itself(grid_over: Any, opened: Any) -> None:
@@ -104,11 +108,12 @@ def test_a_configuration_that_does_not_match_its_hash_is_refused(grid_over: Any,
 def test_a_reply_is_handed_out_once_and_belongs_to_its_message(grid_over: Any, opened: Any) -> None:
     site, run = opened
     grid = grid_over(site)
+    exchange = Exchange(grid, ttl=60)
     nodes = list(grid.get_node_ids())
-    sent = send(grid, {n: request(run, 0, "join", "", NOTHING) for n in nodes}, ttl=60)
-    first = list(grid.pull_messages(list(sent)))
-    assert {m.metadata.reply_to_message_id for m in first} == set(sent)
-    assert list(grid.pull_messages(list(sent))) == []
+    exchange.send({node: request(run, 0, "join", "", NOTHING) for node in nodes})
+    first = [(node, decode(content)) for node, content in exchange.pull()]
+    assert [(node, update.header.site) for node, update in first] == list(zip(nodes, site.names, strict=True))
+    assert not exchange.waiting and list(exchange.pull()) == []
 
 
 def test_runs_end_in_the_same_adapter_whichever_way_messages_go(

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Error, Message
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quorate.client.flower import unwrap, wrap
 from quorate.client.site import Site
+from quorate.server import collect
 from quorate.server.checkpoint import list_checkpoints, load_checkpoint
 from quorate.server.checks import check_trained
+from quorate.server.collect import Answers
 from quorate.server.joining import Members
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.rounds import Result, choose_cohort, run_rounds
@@ -26,10 +30,12 @@ from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.errors import NonFiniteUpdate, QuorumNotMet
 from quorate.shared.messages import RequestHeader, RoundRequest, Update
 from quorate.shared.model import load_model
+from quorate.shared.versions import versions
 from quorate.simulations.grid import InProcessGrid
 
 Change = Callable[[Update], Update | bytes | Error | None]
 SIZES = {"north": 12, "south": 7, "west": 5}
+NAMES = {1001: "north", 1002: "south", 1003: "west"}
 
 
 class Tampered(InProcessGrid):
@@ -114,13 +120,14 @@ def play(make_run: Any, make_sites: Any, tmp_path: Path) -> Any:
         rows: Any = None,
         late: dict[str, int] | None = None,
         out: str = "out",
+        names: dict[int, str] | None = None,
         **sections: Any,
     ) -> tuple[Result, list[Any], Tampered, Run]:
         site = Site(rows or make_sites(**(sites or SIZES)))
         sections["federation"] = {"rounds": 1, **sections.get("federation", {})}
         run = Run.open(site.prepare(make_run(**sections)), tmp_path / out)
         grid = Tampered(site, change, late)
-        result = run_rounds(grid, run)
+        result = run_rounds(grid, run, names)
         return result, read_jsonl(run.output_dir / RECORD_FILE, RoundRecord), grid, run
 
     return run_it
@@ -532,3 +539,108 @@ def test_with_fedex_and_one_site_there_is_no_residual(play: Any) -> None:
     assert result.state.residual == {}
     plain, *_ = play(sites={"north": 12}, federation={"rounds": 3}, out="fedavg")
     assert plain.state.adapter.content_hash == result.state.adapter.content_hash
+
+
+def answering(name: str) -> Callable[[Update], Update]:
+    """An update under another site's name."""
+    return lambda update: edited(update, site=name)
+
+
+def test_a_site_answers_under_the_name_of_its_key_alone(play: Any) -> None:
+    """Where the server knows nodes by their keys, whoever says another name is set aside."""
+    result, *_ = play(names=NAMES)
+    assert result.members.nodes == {"north": 1001, "south": 1002, "west": 1003}
+    result, *_ = play(only("south", answering("west"), "join", 0), names=NAMES, out="other")
+    assert set(result.members.nodes) == {"north", "west"}
+    assert result.members.refused["south"].code == "protocol"
+    assert "answered for site 'west'; asked was 'south'" in result.members.refused["south"].reason
+
+
+def test_admitted_sites_that_are_not_connected_are_named(play: Any) -> None:
+    names = {**NAMES, 7: "east"}
+    result, *_ = play(names=names, federation={"quorum": 3})
+    assert result.members.refused["east"].code == "absent"
+    with pytest.raises(QuorumNotMet, match=r"3 of 4 can take part.*east: is not connected"):
+        play(names=names, federation={"quorum": 4}, out="other")
+    with pytest.raises(
+        QuorumNotMet, match="0 of 1 can take part"
+    ):  # a node without an admitted key is nobody
+        play(names={7: "east"}, out="third")
+
+
+def test_a_site_that_was_away_is_asked_again(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two errors of Flower's, then an answer: as if it had answered at once."""
+    monkeypatch.setattr(collect, "_FIRST_REASK", 0.05)
+    asked: Counter[str] = Counter()
+
+    def away_twice(update: Update) -> Update | Error:
+        asked[update.header.phase] += 1
+        return Error(3, "node is not available") if asked[update.header.phase] < 3 else update
+
+    change = only("south", away_twice)
+    single = {"max_stack": 1}  # asked again, it trains without the others
+    result, records, *_ = play(change, federation={"reask_seconds": 60, "quorum": 3}, training=single)
+    alone, *_ = play(out="alone", training=single)
+    assert asked["fit"] == 3 and not records[0].excluded
+    assert result.state.adapter.content_hash == alone.state.adapter.content_hash
+
+
+def test_asking_again_ends_with_its_time(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "_FIRST_REASK", 0.05)
+    change = only("south", lambda _: Error(3, "node is not available"))
+    _, records, *_ = play(change, federation={"reask_seconds": 0.2})
+    assert records[0].excluded["south"].code == "unreachable"
+
+
+@pytest.mark.parametrize("late", [{"north": 3}, {"north": 2, "south": 4}, {"west": 2}])
+def test_sums_do_not_depend_on_who_is_first(play: Any, late: dict[str, int]) -> None:
+    federation = {"grace_seconds": 60}
+    result, *_ = play(late=late, federation=federation)
+    punctual, *_ = play(out="punctual", federation=federation)
+    assert result.state.adapter.content_hash == punctual.state.adapter.content_hash
+
+
+@given(st.permutations(list("abcde")), st.sets(st.sampled_from("abcde")))
+def test_in_order_keeps_the_order_and_loses_nobody(arrival: list[str], failing: set[str]) -> None:
+    answers = Answers({}, quorum=1, timeout=1, grace=0)
+
+    def arriving() -> Iterable[tuple[str, Any]]:
+        for site in arrival:
+            if site in failing:
+                answers.excluded[site] = collect.exclusion("data")
+            else:
+                yield site, f"update of {site}"
+
+    got = list(collect.in_order("abcde", answers, iter(arriving())))
+    assert got == [(site, f"update of {site}") for site in "abcde" if site not in failing]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [
+        ("quorate", "0.1.7", True),
+        ("quorate", "0.2.0", False),
+        ("torch", "1.13.0", False),
+        ("peft", "", False),
+    ],
+)
+def test_releases_that_do_not_work_together_are_named(play: Any, name: str, value: str, fits: bool) -> None:
+    def other(update: Update) -> Update:
+        assert update.header.description is not None
+        return described(update, versions={**update.header.description.versions, name: value})
+
+    result, *_ = play(only("south", other, "join", 0), names=NAMES)
+    assert ("south" in result.members.nodes) is fits
+    if not fits:
+        assert result.members.refused["south"].code == "version"
+        assert f"{name} {value}" in result.members.refused["south"].reason
+
+
+def test_a_site_refuses_a_server_of_another_release(make_run: Any, make_sites: Any) -> None:
+    site = Site(make_sites(north=12))
+    config = site.prepare(make_run())
+    header = {"run_id": "r", "round": 0, "phase": "join", "site": "north"}
+    header |= {"run_config": config.canonical_json(), "config_hash": config.content_hash}
+    for theirs, error in ((versions(), None), ({**versions(), "quorate": "9.0"}, "version")):
+        asked = RoundRequest(RequestHeader.model_validate({**header, "versions": theirs}))
+        assert site.handle([asked])[0].header.error == error

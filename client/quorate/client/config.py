@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.run import Name, Sha256
 from quorate.shared.config.sites import SourceConfig
+from quorate.shared.tasks import TASKS
 
 UserName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 
@@ -49,6 +50,14 @@ class PolicyConfig(ConfigModel):
     approve_each_run: bool = False
     """A person must approve each run (`quorate site approve RUN_ID`) before it may use data."""
 
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_exist(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        known = [str(task.model_fields["name"].default) for task in TASKS]
+        if unknown := [task for task in tasks or () if task not in known]:
+            raise ValueError(f"there is no task {', '.join(unknown)}; choose from {', '.join(known)}")
+        return tasks
+
 
 class UsersConfig(ConfigModel):
     """Operating-system users, so that what Flower runs cannot read the data; needs root to start."""
@@ -75,3 +84,11 @@ class SiteConfig(ConfigModel):
     state: str = "state"
     """Folder for what the processes write: socket, stored answers, logs, received adapters; relative paths
     start at site.yaml's folder."""
+
+    @model_validator(mode="after")
+    def _policy_names_data(self) -> Self:
+        if unknown := [alias for alias in self.policy.data or () if alias not in self.data]:
+            raise ValueError(
+                f"policy.data names {', '.join(unknown)}, which `data` has not; it has {', '.join(self.data)}"
+            )
+        return self

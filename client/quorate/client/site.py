@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from quorate.client.finish import keep_result
+from quorate.client.holdings import Holdings, InMemory, SiteRows
+from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.optimizers import check_optimizer
@@ -25,16 +26,17 @@ from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, QuorateError, RequestRefused
+from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
 from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
+from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
-SiteRows = Mapping[Split, Sequence[Row]]
+__all__ = ["Site", "SiteRows"]
 
 
 @dataclass
@@ -44,14 +46,14 @@ class _Resident:
     run: RunConfig
     model: LoadedModel
     stack: AdapterStack
-    examples: dict[tuple[str, Split, int | None], list[Example]]
+    examples: dict[tuple[str, str, Split, int | None], list[Example]]
 
 
 class Site:
     """Answers requests for the sites whose rows it holds.
 
     Args:
-        rows: site name -> split -> rows.
+        rows: site name -> split -> rows, or whoever finds them (and the base model) for a run.
         device: where to train; the first visible GPU, else the CPU, when left out.
         on_step: told of every optimiser step.
         as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
@@ -61,14 +63,14 @@ class Site:
 
     def __init__(
         self,
-        rows: Mapping[str, SiteRows],
+        rows: Mapping[str, SiteRows] | Holdings,
         *,
         device: torch.device | None = None,
         on_step: OnStep = ignore_step,
         as_given: Collection[str] = (),
         received: Path | None = None,
     ) -> None:
-        self._rows = rows
+        self._holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
         self._as_given = frozenset(as_given)
         self._device = device
         self._received_dir = received
@@ -78,7 +80,7 @@ class Site:
     @property
     def names(self) -> tuple[str, ...]:
         """The sites this process answers for."""
-        return tuple(self._rows)
+        return self._holdings.names
 
     def handle(self, requests: list[RoundRequest]) -> list[Update]:
         """Answer requests in order. A site that fails answers with an error code; the others go on.
@@ -90,7 +92,7 @@ class Site:
             try:
                 answers.update(zip(group, self._answer([requests[i] for i in group]), strict=True))
             except Exception as error:  # any failure must reach the coordinator as a code, and no further
-                answers.update({i: _failed(requests[i], error) for i in group})
+                answers.update({i: failed(requests[i], error) for i in group})
         return [answers[i] for i in range(len(requests))]
 
     def prepare(self, run: RunConfig) -> RunConfig:
@@ -104,10 +106,10 @@ class Site:
         resident.run = run.model_copy(update={"model": pinned})
         check_patterns(run, resident.model.initial)
         check_optimizer(run.training, resident.model.peft.device)
-        for site in self._rows:
+        for site in self.names:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
-        log.debug("prepared %d sites on %s", len(self._rows), resident.model.peft.device)
+        log.debug("prepared %d sites on %s", len(self.names), resident.model.peft.device)
         return resident.run
 
     def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
@@ -128,7 +130,7 @@ class Site:
             try:
                 resident = self._admit(request)
             except Exception as error:  # as above
-                answers[index] = _failed(request, error)
+                answers[index] = failed(request, error)
                 continue
             stacked = request.header.phase == "fit"
             residual = GlobalState.unpack(request.arrays).residual.content_hash
@@ -142,7 +144,7 @@ class Site:
         run = RunConfig.model_validate_json(header.run_config)
         if run.content_hash != header.config_hash:
             raise ProtocolError("the configuration does not have the hash that the request names.")
-        if header.site not in self._rows:
+        if header.site not in self.names:
             raise RequestRefused(f"this process does not answer for site {header.site!r}.")
         resident = self._load(run)
         if header.phase == "fit":
@@ -152,10 +154,14 @@ class Site:
 
     def _load(self, run: RunConfig) -> _Resident:
         """Return the base model under this run, loaded again only when the run asks for another one."""
+        run = self._holdings.at_hand(run)
         resident = self._resident
         if resident is None or _model_key(resident.run) != _model_key(run):
             self._resident = None  # let go of the old base before the new one takes its memory
+            started = time.monotonic()
             model = load_model(run, device=self._device)
+            seconds = time.monotonic() - started
+            log.info("base model %s loaded in %.1f s onto %s", model.sha256[:12], seconds, model.peft.device)
             resident = _Resident(run, model, AdapterStack.install(model), {})
         resident.run = run
         self._resident = resident
@@ -163,7 +169,7 @@ class Site:
 
     def _examples(self, resident: _Resident, site: str, split: Split) -> list[Example]:
         few = resident.run.training.examples_per_class if split == "train" else None
-        key = (site, split, few)
+        key = (resident.run.data, site, split, few)
         if key not in resident.examples:
             task = resident.run.task
             rows = self._used_rows(resident.run, site, split)
@@ -177,7 +183,7 @@ class Site:
         return resident.examples[key]
 
     def _used_rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
-        rows = self._rows[site].get(split, ())
+        rows = self._holdings.rows(run, site).get(split, ())
         return few_shot(run, site, rows) if split == "train" and site not in self._as_given else rows
 
     def _answer(self, requests: list[RoundRequest]) -> list[Update]:
@@ -190,6 +196,7 @@ class Site:
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
+        check_versions(request.header.versions)
         check_patterns(resident.run, resident.model.initial)
         check_optimizer(resident.run.training, resident.model.peft.device)
         rows = {
@@ -198,7 +205,8 @@ class Site:
         }
         counts = task.label_counts(self._examples(resident, site, "train"))
         lacking = [label for label, count in counts.items() if count == 0]
-        used, there = self._used_rows(resident.run, site, "train"), len(self._rows[site].get("train", ()))
+        used = self._used_rows(resident.run, site, "train")
+        there = len(self._holdings.rows(resident.run, site).get("train", ()))
         notes = task.notes(used, self._examples(resident, site, "train"))
         if resident.run.training.examples_per_class is not None:
             per = f"examples_per_class {resident.run.training.examples_per_class}"
@@ -210,7 +218,7 @@ class Site:
             label_counts=counts,
             model_files=resident.model.files,
             model_sha256=resident.model.sha256,
-            versions={name: version(name) for name in ("quorate", "torch", "transformers", "peft")},
+            versions=versions(),
             notes=notes,
         )
         return Update.reply(request, resident.model.initial, description=description)
@@ -262,7 +270,7 @@ class Site:
     ) -> Update:
         if not all(map(math.isfinite, done.metrics.values())):
             # Only this site's answer: those it was stacked with never saw its numbers.
-            return _failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
+            return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
         arrays = uploaded(run, done.adapter, state, request.header.round)
         return Update.reply(
             request,
@@ -289,14 +297,6 @@ class Site:
 
 def _model_key(run: RunConfig) -> tuple[object, ...]:
     return run.model, run.adapter, run.task, run.seed
-
-
-def _failed(request: RoundRequest, error: Exception) -> Update:
-    code = error.code if isinstance(error, QuorateError) else "internal"
-    log.error(
-        "site %s, round %d: %s", request.header.site, request.header.round, error, exc_info=code == "internal"
-    )
-    return Update.reply(request, error=code)
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
@@ -21,42 +20,43 @@ _TYPES: Mapping[Phase, str] = {
 POLL_SECONDS = 0.5
 
 
-def send(grid: Grid, requests: Mapping[int, RoundRequest], ttl: float) -> dict[str, int]:
-    """Push one request per node.
+class Exchange:
+    """Messages to nodes, and their replies.
 
     Args:
-        requests: node id -> request.
-        ttl: seconds after which a node drops the message; Flower's own default is 12 hours, and a slow node
+        grid: carries them.
+        ttl: seconds after which a node drops a message; Flower's own default is 12 hours, and a slow node
             would then work stale requests off one by one.
-    Returns: Flower's message id -> node id. A reply is matched on the message it answers, as Flower's own
-        errors carry no node.
     """
-    messages = []
-    for node, request in requests.items():
-        data = request.encoded
-        array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
-        content = RecordDict({RECORD: ArrayRecord({ARRAY: array})})
-        group = str(request.header.round)
-        messages.append(grid.create_message(content, _TYPES[request.header.phase], node, group, ttl))
-    return dict(zip(grid.push_messages(messages), requests, strict=True))
 
+    def __init__(self, grid: Grid, ttl: float) -> None:
+        self._grid = grid
+        self._ttl = ttl
+        self._waiting: dict[str, int] = {}
 
-def replies(grid: Grid, sent: Mapping[str, int], deadline: float) -> Iterator[tuple[int, bytes | str] | None]:
-    """Yield (node, message bytes or error code) as replies arrive, and None while there is nothing.
+    @property
+    def waiting(self) -> bool:
+        """Whether any message has no reply yet."""
+        return bool(self._waiting)
 
-    Ends when every node has replied or `deadline` (`time.monotonic`) has passed. The caller looks at the
-    clock at each None.
-    """
-    waiting = dict(sent)
-    while waiting:
-        for message in grid.pull_messages(list(waiting)):
-            node = waiting.pop(message.metadata.reply_to_message_id)
-            yield node, _content(message)
-        left = deadline - time.monotonic()
-        if not waiting or left <= 0:
-            return
-        yield None
-        time.sleep(min(POLL_SECONDS, left))
+    def send(self, requests: Mapping[int, RoundRequest]) -> None:
+        """Push one request per node (node id -> request)."""
+        messages = []
+        for node, request in requests.items():
+            data = request.encoded
+            array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+            content = RecordDict({RECORD: ArrayRecord({ARRAY: array})})
+            kind, group = _TYPES[request.header.phase], str(request.header.round)
+            messages.append(self._grid.create_message(content, kind, node, group, self._ttl))
+        self._waiting.update(zip(self._grid.push_messages(messages), requests, strict=True))
+
+    def pull(self) -> Iterator[tuple[int, bytes | str]]:
+        """Yield (node, message bytes or error code) of the replies that are there now.
+
+        A reply is matched on the message it answers, as Flower's own errors carry no node.
+        """
+        for message in self._grid.pull_messages(list(self._waiting)):
+            yield self._waiting.pop(message.metadata.reply_to_message_id), _content(message)
 
 
 def _content(message: Message) -> bytes | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -12,12 +13,14 @@ from dataclasses import dataclass, field
 from flwr.serverapp import Grid
 
 from quorate.server.collect import Answers, exclusion
+from quorate.server.flower import POLL_SECONDS
 from quorate.server.records import Exclusion
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import NAME
 from quorate.shared.errors import ProtocolError, QuorumNotMet
-from quorate.shared.messages import RequestHeader, RoundRequest, SiteDescription, Update
+from quorate.shared.messages import Phase, RequestHeader, RoundRequest, SiteDescription, Split, Update
+from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
@@ -44,41 +47,77 @@ class Members:
         return {node: site for site, node in self.nodes.items()}
 
 
-def join(grid: Grid, run: Run) -> Members:
+def request(
+    run: Run, round: int, phase: Phase, site: str, arrays: Adapter | None = None, split: Split | None = None
+) -> RoundRequest:
+    """Return one request of this run."""
+    header = RequestHeader(
+        run_id=run.run_id,
+        round=round,
+        phase=phase,
+        site=site,
+        split=split,
+        versions=versions() if phase == "join" else {},
+        run_config=run.config.canonical_json(),
+        config_hash=run.config.content_hash,
+    )
+    return RoundRequest(header, arrays)
+
+
+def answers_of(run: Run, sites: Mapping[int, str], quorum: int) -> Answers:
+    """Return empty books for one exchange with these nodes (node id -> site)."""
+    federation = run.config.federation
+    return Answers(
+        sites, quorum, federation.timeout_seconds, federation.grace_seconds, federation.reask_seconds
+    )
+
+
+def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Members:
     """Ask every node to describe itself, and keep those that hold the same base and the same start.
 
+    Args:
+        grid: reaches the nodes.
+        run: says what is asked for.
+        names: node id -> site, as registered with the node's key; None where sites name themselves.
     Raises: QuorumNotMet: fewer than federation.quorum are left, with each one's reason.
     """
     run.tell("phase", 0, "join")
     federation = run.config.federation
-    nodes = sorted(grid.get_node_ids())
-    header = RequestHeader(
-        run_id=run.run_id,
-        round=0,
-        phase="join",
-        site="",
-        run_config=run.config.canonical_json(),
-        config_hash=run.config.content_hash,
-    )
-    placeholder = {node: f"node {node}" for node in nodes}
-    answers = Answers(placeholder, len(nodes), federation.timeout_seconds, federation.grace_seconds)
+    known = {node: f"node {node}" for node in grid.get_node_ids()} if names is None else dict(names)
+    online = set(known) if names is None else _wait_for(grid, run, names)
+    asked = {node: request(run, 0, "join", names[node] if names else "") for node in sorted(online)}
+    answers = answers_of(run, known, len(asked))
     labels = run.config.task.label_counts(())
 
     def check(_request: RoundRequest, update: Update) -> None:
         _check(update, labels.keys())
 
-    asked = {node: RoundRequest(header) for node in nodes}
-    back = {name: node for node, name in placeholder.items()}
+    back = {name: node for node, name in known.items()}
     replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
     members = _agreeing(run, replied)
     members.refused.update(answers.excluded)
+    members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
     if len(members.nodes) < federation.quorum:
         reasons = "; ".join(f"{site}: {e.reason}" for site, e in sorted(members.refused.items()))
         raise QuorumNotMet(
-            f"the run needs {federation.quorum} sites, {len(members.nodes)} of {len(nodes)} can take part"
+            f"the run needs {federation.quorum} sites, {len(members.nodes)} of {len(known)} can take part"
             f"{f' ({reasons})' if reasons else ''}; mend those sites or lower federation.quorum."
         )
     return members
+
+
+def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
+    """Return the admitted nodes that are connected, once all are, or enough for long enough."""
+    federation, started = run.config.federation, time.monotonic()
+    enough_since: float | None = None
+    while True:
+        online, now = set(grid.get_node_ids()) & set(names), time.monotonic()
+        if len(online) >= federation.quorum:
+            enough_since = enough_since or now
+        patient = enough_since is None or now - enough_since < federation.grace_seconds
+        if len(online) == len(names) or not patient or now - started >= federation.reask_seconds:
+            return online
+        time.sleep(POLL_SECONDS)
 
 
 def _check(update: Update, labels: Set[str]) -> None:
@@ -89,6 +128,7 @@ def _check(update: Update, labels: Set[str]) -> None:
         raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
     if description.label_counts.keys() != labels:
         raise ProtocolError("counted other labels than the run lists.")
+    check_versions(description.versions)
     update.arrays.check_finite()
 
 

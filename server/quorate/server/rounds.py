@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,15 +14,14 @@ from quorate.server.best import Standing
 from quorate.server.books import Books, round_seconds
 from quorate.server.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.checks import check_measured, check_trained
-from quorate.server.collect import Answers
+from quorate.server.collect import in_order
 from quorate.server.evaluation import summarise
-from quorate.server.joining import Members, join, warn_of_changes
+from quorate.server.joining import Members, answers_of, join, request, warn_of_changes
 from quorate.server.records import Evaluation, RoundMetrics
 from quorate.server.run import Run
-from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
-from quorate.shared.messages import Phase, RequestHeader, RoundRequest, Split, Update
+from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.seeds import rng
 from quorate.shared.selection import downloaded, upload_schema
@@ -59,12 +58,17 @@ class Result:
         return self.progress.record.early_stop if self.progress else None
 
 
-def run_rounds(grid: Grid, run: Run) -> Result:
+def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Result:
     """Run (or resume) all rounds; every finished round is on disk before the next begins.
 
+    Args:
+        grid: reaches the sites.
+        run: what is asked of them.
+        names: node id -> site, where the server knows them by their keys; sites then answer under no other
+            name. None: sites say their names themselves, as in a simulation.
     Raises: QuorumNotMet: too few sites could join. BadInput: the run cannot be carried out as asked.
     """
-    members = join(grid, run)
+    members = join(grid, run, names)
     _check_stopping(run, members)
     state, progress = _start(run, members)
     if members.refused:
@@ -127,22 +131,6 @@ def choose_cohort(run: Run, members: Members, round: int) -> tuple[str, ...]:
     return tuple(sorted(rng(run.config.seed, "cohort", round).choice(names, wanted, replace=False).tolist()))
 
 
-def request(
-    run: Run, round: int, phase: Phase, site: str, arrays: Adapter, split: Split | None = None
-) -> RoundRequest:
-    """Return one request of this run."""
-    header = RequestHeader(
-        run_id=run.run_id,
-        round=round,
-        phase=phase,
-        site=site,
-        split=split,
-        run_config=run.config.canonical_json(),
-        config_hash=run.config.content_hash,
-    )
-    return RoundRequest(header, arrays)
-
-
 def evaluate_at_sites(
     grid: Grid,
     run: Run,
@@ -153,10 +141,7 @@ def evaluate_at_sites(
     books: Books | None = None,
 ) -> dict[str, Outcomes]:
     """Have every site measure `state` on its own rows; returns site -> outcomes of those that answered."""
-    federation = run.config.federation
-    answers = Answers(
-        members.by_node, len(members.nodes), federation.timeout_seconds, federation.grace_seconds
-    )
+    answers = answers_of(run, members.by_node, len(members.nodes))
     arrays = downloaded(run.config, state, round)
     asked = {
         node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
@@ -185,9 +170,7 @@ def _trained(
 ) -> Iterator[tuple[str, Update]]:
     """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
     federation = run.config.federation
-    answers = Answers(
-        members.by_node, federation.quorum, federation.timeout_seconds, federation.grace_seconds
-    )
+    answers = answers_of(run, members.by_node, federation.quorum)
     schema = upload_schema(run.config, members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
@@ -203,7 +186,7 @@ def _trained(
 
     arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
-    yield from answers.ask(grid, asked, check)
+    yield from in_order(cohort, answers, answers.ask(grid, asked, check))
     books.take(answers)
 
 

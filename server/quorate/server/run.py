@@ -53,9 +53,22 @@ class Run:
 
     @classmethod
     def open(
-        cls, config: RunConfig, output_dir: Path, *, resume: bool = False, trackers: Sequence[Tracker] = ()
+        cls,
+        config: RunConfig,
+        output_dir: Path,
+        *,
+        resume: bool = False,
+        trackers: Sequence[Tracker] = (),
+        run_id: str | None = None,
     ) -> Run:
         """Make or reopen the output folder.
+
+        Args:
+            config: the run.
+            output_dir: its folder.
+            resume: go on with what is there.
+            trackers: told of phases, rounds and the end.
+            run_id: identity of a run that has no checkpoint yet; a new one when left out.
 
         Raises:
             OutputError: the folder holds a run already and `resume` is off, or cannot be written.
@@ -78,7 +91,7 @@ class Run:
                 f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml."
             )
         write_file(output_dir / RUN_FILE, dump_yaml(config))
-        run_id = resumed[1].run_id if resumed else uuid.uuid4().hex[:16]
+        run_id = resumed[1].run_id if resumed else run_id or uuid.uuid4().hex[:16]
         run = cls(config, output_dir, run_id, resumed, trackers)
         run._align_logs()
         return run

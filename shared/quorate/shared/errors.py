@@ -25,7 +25,7 @@ from typing import ClassVar
 class QuorateError(Exception):
     """Base class: `code` is what may leave a site, `exit_code` what the command line returns."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
     exit_code: ClassVar[int] = 1
 
 
@@ -85,9 +85,18 @@ class OutputError(BadInput):
 
 
 class RequestRefused(QuorateError):
-    """A site refuses a request; the reason stays in the site's log."""
+    """A site refuses a request; the reason stays in the site's log.
+
+    Args:
+        reason: rule, value and remedy, for the site's own log.
+        code: which kind of rule said no; this is all that the coordinator learns.
+    """
 
     code = "refused"
+
+    def __init__(self, reason: str, *, code: str = "refused") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class QuorumNotMet(QuorateError):

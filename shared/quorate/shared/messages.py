@@ -78,6 +78,8 @@ class RequestHeader(ConfigModel):
     """The site that is asked; empty while joining, when the coordinator knows nodes but not yet names."""
     split: Split | None = None
     """Rows to evaluate on."""
+    versions: dict[str, Short] = {}
+    """Releases that the coordinator runs, said in `join`."""
     run_config: str
     """The run configuration as canonical JSON."""
     config_hash: str

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from quorate.client.inspect import Report, SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.inspect import SourceReport, inspect_site, read_all
+from quorate.client.inspection import DataReport, errors_of, tokenizer
 from quorate.client.mapping import LoadedRow
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
-from quorate.shared.errors import BadInput, ConfigError, DataError, ModelError
+from quorate.shared.errors import BadInput, ConfigError
 from quorate.shared.messages import Split
 from quorate.simulations.partition import partition
 from quorate.simulations.sites import source_of
-
-
-class DataReport(Report):
-    """What `quorate data inspect` prints."""
-
-    run: str
-    """Name of the run file."""
-    ok: bool
-    """Whether a run could use these data."""
-    sources: list[SourceReport]
-    """What was read."""
-    sites: list[SiteReport]
-    """What each site holds."""
-    errors: list[str]
-    """What would stop a run, a line each; bad rows are counted here and named with their source."""
-    notes: list[str]
-    """What was not looked at, and why."""
 
 
 def inspect_data(sites: SitesConfig, base_dir: Path, run: RunConfig, only: str | None = None) -> DataReport:
@@ -48,7 +31,7 @@ def inspect_data(sites: SitesConfig, base_dir: Path, run: RunConfig, only: str |
     if listed and only is not None and only not in {site.name for site in listed}:
         raise ConfigError(_no_such_site(only, [site.name for site in listed]))
     notes: list[str] = []
-    processor = _tokenizer(run, notes)
+    processor = tokenizer(run, notes)
     sources: list[SourceReport] = []
     found: dict[str, Mapping[Split, Sequence[LoadedRow]]] = {}
     errors: list[str] = []
@@ -69,23 +52,8 @@ def inspect_data(sites: SitesConfig, base_dir: Path, run: RunConfig, only: str |
             raise ConfigError(_no_such_site(only, list(found)))
         found = {only: found[only]}
     looked = [inspect_site(name, rows, run.task, processor) for name, rows in found.items()]
-    errors += [
-        f"{site.name}: {each.text}" for site in looked for each in site.findings if each.level == "error"
-    ]
+    errors += errors_of(looked)
     return DataReport(run=run.name, ok=not errors, sources=sources, sites=looked, errors=errors, notes=notes)
-
-
-def _tokenizer(run: RunConfig, notes: list[str]) -> Any:
-    """Return the model's tokenizer, for lengths; without one a note says so, and the rest is looked at."""
-    if run.task.processor_class != "AutoTokenizer":
-        return None
-    from quorate.shared.model import load_tokenizer
-
-    try:
-        return load_tokenizer(run)
-    except (ModelError, DataError, ConfigError) as error:
-        notes.append(f"lengths in tokens were not measured: {error}")
-        return None
 
 
 def _no_such_site(name: str, known: Sequence[str]) -> str:

@@ -16,8 +16,8 @@ from quorate.client.site import Site, SiteRows
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.collect import exclusion
 from quorate.server.evaluation import summarise, worth
+from quorate.server.joining import request
 from quorate.server.records import Exclusion, Measured, References, Worth
-from quorate.server.rounds import request
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import FedAvg

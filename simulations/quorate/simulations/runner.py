@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from quorate.client.site import Site, SiteRows
+from quorate.server.finish import all_the_same
 from quorate.server.outputs import best_state, measure, write_outputs
 from quorate.server.records import Answer, References, Summary, Worth
 from quorate.server.rounds import Result, run_rounds
@@ -23,8 +23,6 @@ from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
 from quorate.simulations.origin import Origin
 from quorate.simulations.references import POOL, pool, run_references
 from quorate.simulations.samples import check_samples, write_samples
-
-_T = TypeVar("_T")
 
 
 def simulate(
@@ -78,10 +76,10 @@ def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site, samples: int)
             return None, {}
         return run_references(run, rows, site, result.members.initial, outcomes)
 
-    final, best, outcomes = _all_the_same(result, lambda: measure(grid, run, result))
-    references, gains = _all_the_same(result, compare)
-    answers = _all_the_same(result, lambda: _answers(site, run, result))
-    summary = _all_the_same(
+    final, best, outcomes = all_the_same(result, lambda: measure(grid, run, result))
+    references, gains = all_the_same(result, compare)
+    answers = all_the_same(result, lambda: _answers(site, run, result))
+    summary = all_the_same(
         result,
         lambda: write_outputs(run, result, final, best, references=references, worth=gains, samples=answers),
     )
@@ -102,20 +100,6 @@ def _answers(site: Site, run: Run, result: Result) -> list[Answer]:
         Answer(prompt=prompt, base=base, adapted=adapted)
         for (prompt, base), (_, adapted) in zip(before, after, strict=True)
     ]
-
-
-def _all_the_same(result: Result, work: Callable[[], _T]) -> _T:
-    """Return what `work` gives, after a Ctrl-C too: it is done again, knowing that the run was stopped.
-
-    What takes long is then left out, and what is there gets written. A second Ctrl-C ends everything.
-    """
-    try:
-        return work()
-    except KeyboardInterrupt as stop:
-        if isinstance(result.stopped, KeyboardInterrupt):
-            raise
-        result.stopped = result.stopped or stop
-        return work()
 
 
 def serve(grid: Grid, run: Run) -> Result:

@@ -15,11 +15,9 @@ from quorate.deploy.commands.common import (
     RunArgument,
     SitesOption,
     configure_logging,
-    find_run,
-    find_sites,
-    load_rows,
     print_json,
 )
+from quorate.deploy.commands.inputs import find_run, find_sites, load_rows
 
 
 def simulate(

@@ -15,10 +15,9 @@ from quorate.deploy.commands.common import (
     RunArgument,
     SitesOption,
     configure_logging,
-    find_run,
-    find_sites,
     print_json,
 )
+from quorate.deploy.commands.inputs import find_run, find_sites
 
 if TYPE_CHECKING:
     from quorate.simulations.tuned import Tuned

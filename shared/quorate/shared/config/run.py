@@ -195,6 +195,8 @@ class FederationConfig(ConfigModel):
     """Longest wait for a round's replies."""
     grace_seconds: float = Field(60, ge=0)
     """How long to wait for the rest once the quorum has replied."""
+    reask_seconds: float = Field(300, ge=0)
+    """How long a site that cannot be reached is waited for, and asked again; more than a restart takes."""
     max_update_norm: float | None = Field(None, gt=0)
     """Set aside an update that moved further than this L2 norm [parameter units]."""
 

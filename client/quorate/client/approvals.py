@@ -1,0 +1,95 @@
+"""Runs that wait for a person's word, and those that have it: `quorate site approve RUN_ID`. No torch here.
+
+STATE/waiting/RUN_ID.json   configuration of a run that asked and was turned away
+STATE/approved/RUN_ID       hash of the configuration that a person approved
+
+The word holds for one configuration: a run that comes back with another one under the same id has to ask
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from quorate.shared.errors import ConfigError
+
+RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+"""A run's id, which is a file's name here."""
+_WAITING, _APPROVED = "waiting", "approved"
+_MOST_WAITING = 100
+"""Nobody reads more; the oldest go."""
+
+
+def approve(state: Path, run_id: str) -> Path:
+    """Approve the run that waits under `run_id`, as it asked.
+
+    Args:
+        state: the site's state folder.
+        run_id: as the site's log and `quorate runs list` show it.
+    Returns: the configuration (JSON) that is approved now, for the person to read.
+    Raises: ConfigError: no such run has asked here, or the folder cannot be written.
+    """
+    waiting = state / _WAITING / f"{run_id}.json"
+    if not re.fullmatch(RUN_ID, run_id) or not waiting.is_file():
+        known = ", ".join(waiting_runs(state)) or "none"
+        raise ConfigError(
+            f"no run {run_id!r} has asked here (waiting: {known}); start the run, which is refused once, "
+            "then approve it and resume it."
+        )
+    digest = hashlib.sha256(waiting.read_bytes()).hexdigest()
+    _write(state, _APPROVED, run_id, digest.encode())
+    return waiting
+
+
+def is_approved(state: Path, run_id: str, config_hash: str) -> bool:
+    """Whether a person approved this run with this configuration."""
+    try:
+        return (state / _APPROVED / run_id).read_text().strip() == config_hash
+    except OSError:
+        return False
+
+
+def note_waiting(state: Path, run_id: str, run_config: str) -> None:
+    """Keep what a run asked with, for a person to read and approve.
+
+    Raises: ConfigError: the state folder cannot be written.
+    """
+    _write(state, _WAITING, f"{run_id}.json", run_config.encode())
+    files = sorted((state / _WAITING).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-_MOST_WAITING]:
+        path.unlink(missing_ok=True)
+
+
+def waiting_runs(state: Path) -> list[str]:
+    """Return the ids of runs that have asked and are not approved, the newest last."""
+    files = sorted((state / _WAITING).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return [
+        path.stem
+        for path in files
+        if not is_approved(state, path.stem, hashlib.sha256(path.read_bytes()).hexdigest())
+    ]
+
+
+def _write(state: Path, folder: str, name: str, content: bytes) -> None:
+    """Write a file in one step, readable by the site process alone, whoever runs the command."""
+    try:
+        owner = state.stat()
+        place = state / folder
+        place.mkdir(mode=0o700, exist_ok=True)
+        new = place / f".{name}.{os.getpid()}"
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with suppress(PermissionError):  # root alone can give files away, and only root needs to
+            for path in (place, new):
+                os.chown(path, owner.st_uid, owner.st_gid)
+        new.replace(place / name)
+    except OSError as error:
+        raise ConfigError(
+            f"{state / folder}: {error.strerror}; run this as the site process's user, or as root."
+        ) from error

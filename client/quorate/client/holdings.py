@@ -1,0 +1,60 @@
+"""What the organisations of one process hold: their rows, and the base model under their own path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from quorate.shared.config.run import RunConfig
+from quorate.shared.messages import Split
+from quorate.shared.tasks.base import Row
+
+SiteRows = Mapping[Split, Sequence[Row]]
+
+
+class Holdings(Protocol):
+    """Finds for a run what a site holds."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites of this process."""
+        ...
+
+    def rows(self, run: RunConfig, site: str) -> SiteRows:
+        """Return the rows that the run's data alias stands for at `site`; the same ones each time.
+
+        Raises: DataError: they cannot be read. RequestRefused: the site does not give them for this run.
+        """
+        ...
+
+    def at_hand(self, run: RunConfig) -> RunConfig:
+        """Return the run with its base model named as it lies here.
+
+        Raises: ModelError: it is not here.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Rows of one run's data, as a simulation holds them; its base model is where the run file says.
+
+    Args:
+        of: site name -> split -> rows.
+    """
+
+    of: Mapping[str, SiteRows]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites of this process."""
+        return tuple(self.of)
+
+    def rows(self, run: RunConfig, site: str) -> SiteRows:
+        """Return the site's rows."""
+        return self.of[site]
+
+    def at_hand(self, run: RunConfig) -> RunConfig:
+        """Return the run as it is."""
+        return run

@@ -1,0 +1,78 @@
+"""The data report of a run: over what one site holds, or, in `quorate.simulations`, over simulated sites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quorate.client.config import SiteConfig
+from quorate.client.inspect import Report, SiteReport, SourceReport, inspect_site, read_all
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import BadInput, ConfigError, DataError, ModelError
+
+
+class DataReport(Report):
+    """What `quorate data inspect` prints."""
+
+    run: str
+    """Name of the run file."""
+    ok: bool
+    """Whether a run could use these data."""
+    sources: list[SourceReport]
+    """What was read."""
+    sites: list[SiteReport]
+    """What each site holds."""
+    errors: list[str]
+    """What would stop a run, a line each; bad rows are counted here and named with their source."""
+    notes: list[str]
+    """What was not looked at, and why."""
+
+
+def inspect_own_data(site: SiteConfig, base_dir: Path, run: RunConfig) -> DataReport:
+    """Look at the data that a run would read at this site.
+
+    Args:
+        site: content of site.yaml.
+        base_dir: its folder, where relative paths start.
+        run: its data alias, task and model.
+    Raises: ConfigError: site.yaml does not know the alias.
+    """
+    source = site.data.get(run.data)
+    if source is None:
+        raise ConfigError(
+            f"site.yaml has no data {run.data!r}; it has {', '.join(sorted(site.data))}. "
+            "Add it there, or tell the coordinator that `data` in the run file is wrong."
+        )
+    notes: list[str] = []
+    errors: list[str] = []
+    sources: list[SourceReport] = []
+    looked: list[SiteReport] = []
+    processor = tokenizer(run, notes)
+    try:
+        rows, report = read_all(source, base_dir, run.task, run.data)
+        sources.append(report)
+        if report.unusable:
+            errors.append(f"{run.data}: {report.unusable} rows cannot be used")
+        looked.append(inspect_site(run.data, rows, run.task, processor))
+    except BadInput as error:
+        errors.append(f"{run.data}: {error}")
+    errors += errors_of(looked)
+    return DataReport(run=run.name, ok=not errors, sources=sources, sites=looked, errors=errors, notes=notes)
+
+
+def errors_of(looked: list[SiteReport]) -> list[str]:
+    """Return what was found that would stop a run, a line each."""
+    return [f"{site.name}: {each.text}" for site in looked for each in site.findings if each.level == "error"]
+
+
+def tokenizer(run: RunConfig, notes: list[str]) -> Any:
+    """Return the model's tokenizer, for lengths; without one a note says so, and the rest is looked at."""
+    if run.task.processor_class != "AutoTokenizer":
+        return None
+    from quorate.shared.model import load_tokenizer
+
+    try:
+        return load_tokenizer(run)
+    except (ModelError, DataError, ConfigError) as error:
+        notes.append(f"lengths in tokens were not measured: {error}")
+        return None

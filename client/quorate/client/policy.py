@@ -1,0 +1,142 @@
+"""What a site allows: rules of `site.yaml`, held against a request before any data are read.
+
+A refusal's rule, value and remedy go to the site's log; its code alone reaches the coordinator.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quorate.client.approvals import RUN_ID, is_approved, note_waiting
+from quorate.client.config import SiteConfig
+from quorate.client.resident import Handler, failed
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import ProtocolError, RequestRefused
+from quorate.shared.messages import RoundRequest, Update
+
+log = logging.getLogger(__name__)
+
+
+class Gate:
+    """A handler that lets through what the policy allows.
+
+    Args:
+        site: the site's own configuration.
+        state: the site's state folder, where approvals lie.
+        inner: answers what is let through.
+    """
+
+    def __init__(self, site: SiteConfig, state: Path, inner: Handler) -> None:
+        self._site = site
+        self._state = state
+        self._inner = inner
+
+    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+        """Answer requests in order; those outside the policy by a code."""
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: RoundRequest) -> Update:
+        try:
+            admit(read_run(request), request, self._site, self._state)
+        except Exception as error:  # whatever it is, only its code leaves
+            return failed(request, error)
+        (update,) = self._inner.handle([request])
+        return update
+
+
+def read_run(request: RoundRequest) -> RunConfig:
+    """Return the configuration that a request carries.
+
+    Raises: ProtocolError: it is not valid, or not what its hash says; no value is quoted.
+    """
+    try:
+        run = RunConfig.model_validate_json(request.header.run_config)
+    except ValidationError as error:
+        fields = sorted({".".join(map(str, each["loc"][:3])) or each["type"] for each in error.errors()})
+        raise ProtocolError(
+            f"the run configuration does not validate here: {', '.join(fields[:5])}; is this site's release "
+            "of quorate the coordinator's?"
+        ) from None
+    if run.content_hash != request.header.config_hash or run.canonical_json() != request.header.run_config:
+        raise ProtocolError("the configuration does not have the hash that the request names.")
+    return run
+
+
+def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) -> None:
+    """Hold a request against the site's policy. Reads no data and no model.
+
+    Args:
+        run: the request's configuration.
+        request: its header and arrays.
+        site: the site's own configuration.
+        state: the site's state folder, where approvals lie.
+    Raises: RequestRefused: a rule says no. ProtocolError, NonFiniteUpdate: the message is wrong in itself.
+    """
+    policy = site.policy
+    run_id = request.header.run_id
+    if not re.fullmatch(RUN_ID, run_id):
+        raise ProtocolError("the run id is not made of letters, digits, dashes and underscores alone.")
+    if request.header.phase == "fit" and not 1 <= request.header.round <= run.federation.rounds:
+        raise ProtocolError(f"a request to train round {request.header.round} of {run.federation.rounds}.")
+    _allowed("policy.tasks", "task", run.task.name, policy.tasks, "policy-task")
+    aliases = tuple(alias for alias in site.data if policy.data is None or alias in policy.data)
+    _allowed("policy.data" if policy.data is not None else "data", "data", run.data, aliases, "policy-data")
+    _model(run, site)
+    if run.adapter.r > policy.max_rank:
+        raise RequestRefused(
+            f"policy.max_rank is {policy.max_rank}, the run asks for rank {run.adapter.r}; raise "
+            "policy.max_rank in site.yaml, or have the coordinator lower adapter.r.",
+            code="policy-rank",
+        )
+    if policy.approve_each_run and not is_approved(state, run_id, request.header.config_hash):
+        note_waiting(state, run_id, request.header.run_config)
+        raise RequestRefused(
+            f"policy.approve_each_run is on and nobody has approved run {run_id}; read "
+            f"{state}/waiting/{run_id}.json, then `quorate site approve {run_id}`.",
+            code="policy-approval",
+        )
+    request.arrays.check_finite()
+
+
+def check_rows(site: SiteConfig, alias: str, count: int) -> None:
+    """Hold the number of training rows against the policy, before anything is done with the rows.
+
+    Raises: RequestRefused: there are too few.
+    """
+    if count < site.policy.min_rows:
+        raise RequestRefused(
+            f"policy.min_rows is {site.policy.min_rows}, data.{alias} has {count} training rows; lower "
+            "policy.min_rows in site.yaml, or give the site more rows.",
+            code="policy-rows",
+        )
+
+
+def _model(run: RunConfig, site: SiteConfig) -> None:
+    sha256, listed = run.model.sha256, [model.sha256 for model in site.models]
+    if sha256 is None:
+        raise RequestRefused(
+            "models: the run names its base model by path alone, and a path says nothing about what lies "
+            "there; have the coordinator set model.sha256 in the run file.",
+            code="policy-model",
+        )
+    if sha256 not in listed:
+        raise RequestRefused(
+            f"models lists {', '.join(each[:12] for each in listed) or 'no model'}, the run asks for the "
+            f"model with sha256 {sha256}; if that one may be used here, get it and add its folder and sha256 "
+            "to models in site.yaml.",
+            code="policy-model",
+        )
+
+
+def _allowed(rule: str, what: str, asked: str, allowed: Sequence[str] | None, code: str) -> None:
+    if allowed is not None and asked not in allowed:
+        raise RequestRefused(
+            f"{rule} allows {', '.join(allowed) or 'nothing'}, the run asks for {what} {asked}; add it in "
+            "site.yaml if that may be, or have the coordinator change the run file.",
+            code=code,
+        )

@@ -1,0 +1,187 @@
+"""The resident site process: `python -m quorate.client.serve FOLDER`, where FOLDER holds site.yaml.
+
+    socket -> service -> policy -> stored answers -> site (rows, base model, trainer)
+
+It runs in the foreground until SIGTERM or SIGINT; training then ends at its next step, and whoever asked asks
+the next process again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from quorate.client.answered import Answered
+from quorate.client.base_models import at_site
+from quorate.client.config import ConnectionConfig, SiteConfig
+from quorate.client.data import load_splits
+from quorate.client.holdings import SiteRows
+from quorate.client.policy import Gate, check_rows
+from quorate.client.service import SiteService
+from quorate.client.site import Site
+from quorate.shared.config.load import load_file
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import BadInput, ConfigError, QuorateError
+from quorate.shared.model import default_device
+from quorate.shared.progress import StepEvent
+from quorate.shared.tasks.base import Row
+
+log = logging.getLogger(__name__)
+
+SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
+SOCKET_FILE, ANSWERS_FILE = "site.sock", "answers.db"
+
+
+@dataclass(frozen=True)
+class SiteFolder:
+    """The unpacked start-up kit of one site.
+
+    Args:
+        path: the folder of site.yaml and connection.yaml.
+        site: what site.yaml says.
+        connection: what connection.yaml says.
+    """
+
+    path: Path
+    site: SiteConfig
+    connection: ConnectionConfig
+
+    @classmethod
+    def load(cls, path: Path) -> SiteFolder:
+        """Read both files.
+
+        Raises: ConfigError: one is missing or does not validate.
+        """
+        path = path.absolute()
+        site = load_file(SiteConfig, path / SITE_FILE)
+        return cls(path, site, load_file(ConnectionConfig, path / CONNECTION_FILE))
+
+    @property
+    def state(self) -> Path:
+        """Where the processes write."""
+        return self.path / Path(self.site.state).expanduser()
+
+    @property
+    def socket(self) -> Path:
+        """Where the site process listens."""
+        return self.state / SOCKET_FILE
+
+
+@dataclass
+class AtSite:
+    """What one site holds, as its site.yaml says (quorate.client.holdings.Holdings).
+
+    Rows are read when a run that was let through first asks for them, and kept.
+    """
+
+    folder: SiteFolder
+    _rows: dict[tuple[object, ...], SiteRows] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """This site alone."""
+        return (self.folder.connection.site,)
+
+    def rows(self, run: RunConfig, site: str) -> SiteRows:
+        """Return the rows that the run's data alias stands for here, with the task's columns alone."""
+        # Not every task has labels; those that have list them under this name.
+        labels: tuple[str, ...] = getattr(run.task, "labels", ())
+        key = (run.data, tuple(run.task.columns.items()), labels)
+        if key not in self._rows:
+            where = f"site.yaml, data.{run.data}"
+            try:
+                source = self.folder.site.data[run.data]
+                splits = load_splits(source, self.folder.path, run.task.columns, labels)
+            except BadInput as error:
+                raise type(error)(f"{where}: {error}") from error
+            self._rows[key] = {
+                split: [Row(row.values, row.source) for row in rows] for split, rows in splits.items()
+            }
+            log.info("%s: %s", where, ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
+        rows = self._rows[key]
+        check_rows(self.folder.site, run.data, len(rows["train"]))
+        return rows
+
+    def at_hand(self, run: RunConfig) -> RunConfig:
+        """Return the run with the folder of its base model here."""
+        return at_site(run, self.folder.site, self.folder.path)
+
+
+def training_device(name: str) -> torch.device:
+    """Return the device that site.yaml names.
+
+    Raises: ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"site.yaml, device: this machine cannot compute on {name!r} "
+            f"({str(error).splitlines()[0][:200]}); write cpu, cuda, cuda:N or auto."
+        ) from error
+    return device
+
+
+def serve(folder: SiteFolder, stop: threading.Event) -> None:
+    """Answer requests until `stop` is set.
+
+    Raises: ConfigError, OutputError: the process cannot begin.
+    """
+    device = training_device(folder.site.device)
+    folder.state.mkdir(mode=0o750, parents=True, exist_ok=True)
+    services: list[SiteService] = []
+
+    def on_step(event: StepEvent) -> None:
+        services[0].check_stopping()
+        log.debug("round %d, step %d of %d, loss %.4f", event.round, event.step, event.steps, event.loss)
+
+    site = Site(AtSite(folder), device=device, on_step=on_step)
+    answered = Answered(folder.state / ANSWERS_FILE, site)
+    gate = Gate(folder.site, folder.state, answered)
+    services.append(SiteService(gate, folder.connection.site, folder.socket))
+    services[0].start()
+    log.info("site %s: ready at %s, training on %s", folder.connection.site, folder.socket, device)
+    stop.wait()
+    log.info("site %s: ending", folder.connection.site)
+    services[0].stop()
+    answered.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the site process of a folder in the foreground; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quorate.client.serve", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, help="folder of site.yaml and connection.yaml")
+    parser.add_argument("--verbose", action="store_true", help="log every optimiser step")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("quorate").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    os.umask(0o077)
+    try:
+        serve(SiteFolder.load(options.folder), stop)
+    except QuorateError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""How the server stands: its programs, its certificates, its sites."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from quorate.deploy.server import flower
+from quorate.deploy.server.checks import days_left, revocations_days_left
+from quorate.deploy.server.health import problems
+from quorate.deploy.server.keys import CERTIFICATE_FILE, admitted, read_certificate
+from quorate.deploy.server.paths import SUPERLINK, ServerPaths
+from quorate.server.federation import FederationFolder
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.supervisor import read_status
+
+
+class ProgramState(ConfigModel):
+    """One program of the server."""
+
+    pid: int | None
+    """Process id; None while it does not run."""
+    restarts: int
+    """How often it was started again."""
+    since: datetime
+    """When it started, or died."""
+    problem: str | None
+    """What is wrong with it, found by asking it; None: it works."""
+
+
+class SiteState(ConfigModel):
+    """One site of federation.yaml."""
+
+    admitted: bool
+    """Whether its key is known here."""
+    node_id: str | None = None
+    """Flower's id of its node, once registered."""
+    state: str
+    """`no key`, `not registered`, or in Flower's words: registered (never seen), online, offline; `unknown`
+    while the SuperLink does not answer."""
+
+
+class ServerStatus(ConfigModel):
+    """What `quorate server status` tells."""
+
+    federation: str
+    """Name of the federation."""
+    running: bool
+    """Whether the server was started."""
+    programs: dict[str, ProgramState]
+    """Name -> program."""
+    certificates: dict[str, float]
+    """Certificate, or list of revocations -> days that it is still good for."""
+    sites: dict[str, SiteState]
+    """Name -> site."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server runs and every program of it works."""
+        return self.running and not any(program.problem for program in self.programs.values())
+
+
+def server_status(folder: FederationFolder) -> ServerStatus:
+    """Look at everything. Raises: ConfigError: a file of the federation is missing or damaged."""
+    paths, status = ServerPaths(folder), read_status(ServerPaths(folder).supervisor)
+    found = problems(paths) if status is not None else {}
+    programs = {
+        name: ProgramState(
+            pid=program.pid,
+            restarts=program.restarts,
+            since=datetime.fromtimestamp(program.since, UTC),
+            problem="does not run" if program.pid is None else found.get(name),
+        )
+        for name, program in (status.programs if status else {}).items()
+    }
+    answers = SUPERLINK in programs and programs[SUPERLINK].problem is None
+    return ServerStatus(
+        federation=folder.config.name,
+        running=status is not None,
+        programs=programs,
+        certificates=_certificates(paths),
+        sites=_sites(paths, answers),
+    )
+
+
+def _certificates(paths: ServerPaths) -> dict[str, float]:
+    files = {"ca": paths.ca, "server": paths.certificate}
+    for site in paths.folder.config.sites:
+        files[f"site {site}"] = paths.folder.site(site) / CERTIFICATE_FILE
+    left = {
+        name: days_left(read_certificate(path).not_valid_after_utc)
+        for name, path in files.items()
+        if path.exists()
+    }
+    if paths.crl.exists():
+        left["list of revocations"] = revocations_days_left(paths)
+    return {name: round(days, 1) for name, days in left.items()}
+
+
+def _sites(paths: ServerPaths, answers: bool) -> dict[str, SiteState]:
+    keys = {each.site: each.public_key for each in admitted(paths.folder)}
+    nodes = {node.public_key: node for node in flower.nodes(paths)} if answers else {}
+    sites = {}
+    for site in paths.folder.config.sites:
+        key = keys.get(site)
+        node = nodes.get(key) if key else None
+        if node is not None:
+            sites[site] = SiteState(admitted=True, node_id=str(node.id), state=node.state)
+        elif key is None:
+            sites[site] = SiteState(admitted=False, state="no key")
+        else:
+            sites[site] = SiteState(admitted=True, state="not registered" if answers else "unknown")
+    return sites

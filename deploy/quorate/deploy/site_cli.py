@@ -1,0 +1,37 @@
+"""The command line of the wheel `quorate-client`: what a site needs, and nothing of the coordinator.
+
+The list is written out, here as in `cli.py`: a command whose package is missing is a mistake to be seen, not
+one to be skipped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from quorate.deploy import program
+from quorate.deploy.commands.data_own import own_data
+from quorate.deploy.commands.predict import predict
+from quorate.deploy.commands.site import site
+
+app = program.new_app(
+    "A site of a federation: it keeps its data and decides what they are used for.\n\n"
+    "Example: quorate site enrol ./north"
+)
+app.command()(predict)
+app.add_typer(own_data)
+app.add_typer(site)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    Args:
+        arguments: without the program's name; those of this process when left out.
+    """
+    return program.run(app, arguments)
+
+
+def main() -> None:
+    """Entry point of the command `quorate` of the sites' wheel."""
+    sys.exit(run())

@@ -1,0 +1,41 @@
+"""The end of a run: what is measured and written after the last round, also when somebody stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from flwr.serverapp import Grid
+
+from quorate.server.outputs import measure, write_outputs
+from quorate.server.records import Summary
+from quorate.server.rounds import Result
+from quorate.server.run import Run
+
+_T = TypeVar("_T")
+
+
+def all_the_same(result: Result, work: Callable[[], _T]) -> _T:
+    """Return what `work` gives, after a Ctrl-C too: it is done again, knowing that the run was stopped.
+
+    What takes long is then left out, and what is there gets written. A second Ctrl-C ends everything.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt as stop:
+        if isinstance(result.stopped, KeyboardInterrupt):
+            raise
+        result.stopped = result.stopped or stop
+        return work()
+
+
+def finish(grid: Grid, run: Run, result: Result) -> Summary:
+    """Measure what the rounds gave and write it.
+
+    Raises: QuorumNotMet, KeyboardInterrupt: what ended the run early, once everything is written.
+    """
+    final, best, _ = all_the_same(result, lambda: measure(grid, run, result))
+    summary = all_the_same(result, lambda: write_outputs(run, result, final, best))
+    if result.stopped is not None:
+        raise result.stopped
+    return summary

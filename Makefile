@@ -1,4 +1,5 @@
 # make demo      from a clone to a federated adapter; needs Python 3.11 or 3.12 and nothing else
+# make federation-demo  a real federation on loopback (needs nginx, and QUORATE_DATA)
 # make test      lint and fast tests; what to run before a commit
 # make test-all  lint and all tests; what CI runs
 # make test-timm VGG through timm, in an environment of its own (.venv-timm)
@@ -14,7 +15,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo lint test-fast test-slow test test-all test-timm clean
+.PHONY: help venv install demo federation-demo lint test-fast test-slow test test-all test-timm clean
 
 help:
 	@grep -E '^# make' $(firstword $(MAKEFILE_LIST)) | cut -c3-
@@ -52,6 +53,9 @@ install: $(VENV)/.dev
 demo: $(VENV)/.demo
 	@out='$(OUT)'; if [ -e "$$out" ]; then out="$$out-$$(date +%Y%m%d-%H%M%S)"; fi; \
 	$(BIN)/quorate simulate demo -o "$$out"
+
+federation-demo: $(VENV)/.demo
+	bash deploy/demo/federation.sh $(or $(FEDERATION_OUT),runs/federation-demo-$(shell date +%Y%m%d-%H%M%S))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -97,7 +97,8 @@ class Loopback:
             timeout=timeout,
         )
         assert ended.returncode == code, (
-            f"quorate {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}\n{self.logs()}"
+            f"quorate {' '.join(arguments)}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}\n"
+            f"{self.logs()}"
         )
         return ended
 

@@ -38,7 +38,7 @@ from quorate.shared.tasks.base import Row
 log = logging.getLogger(__name__)
 
 SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
-SOCKET_FILE, ANSWERS_FILE = "site.sock", "answers.db"
+SOCKET_FILE, ANSWERS_FILE, RECEIVED_DIR = "site.sock", "answers.db", "received"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
         services[0].check_stopping()
         log.debug("round %d, step %d of %d, loss %.4f", event.round, event.step, event.steps, event.loss)
 
-    site = Site(AtSite(folder), device=device, on_step=on_step)
+    received = folder.state / RECEIVED_DIR
+    site = Site(AtSite(folder), device=device, on_step=on_step, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     gate = Gate(folder.site, folder.state, answered)
     services.append(SiteService(gate, folder.connection.site, folder.socket))

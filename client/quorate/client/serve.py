@@ -35,7 +35,7 @@ from quorate.shared.model import default_device
 from quorate.shared.progress import StepEvent
 from quorate.shared.tasks.base import Row
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("quorate.client.serve")  # by name: as a program, this module is __main__
 
 SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
 SOCKET_FILE, ANSWERS_FILE, RECEIVED_DIR = "site.sock", "answers.db", "received"

@@ -185,7 +185,13 @@ class PlainServer:
     @property
     def environment(self) -> dict[str, str]:
         own = {"FLWR_HOME": str(self.folder / "home"), "PROBE_OUT": str(self.folder / "probes")}
-        return {**os.environ, **QUIET, **own, "PROBE_NODES": "1", "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin"}
+        return {
+            **os.environ,
+            **QUIET,
+            **own,
+            "PROBE_NODES": "1",
+            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
+        }
 
     def listening(self) -> bool:
         assert self.processes[0].poll() is None, (self.folder / "server.log").read_text()[-3000:]

@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
+from quorate.shared.export import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE
 from quorate.shared.model import Base, default_device, load_base, quiet_about_conv1d
 from quorate.shared.quantised import placed
 from quorate.shared.tasks.base import Row
@@ -34,15 +35,13 @@ def predict(
     Raises: AdapterError: the folder is not such an adapter, or takes the other kind of input. ModelError: its
         base model cannot be loaded. DataError: an image cannot be opened.
     """
-    for name in ("run.yaml", "adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter_dir / name).is_file():
-            raise AdapterError(f"{adapter_dir} has no {name}; give the adapter/ folder of a finished run.")
-    run = load_run(adapter_dir / "run.yaml")
+    check_adapter_dir(adapter_dir)
+    run = load_run(adapter_dir / RUN_FILE)
     column = "image" if images else "text"
     if images != ("image" in run.task.columns):
         raise AdapterError(f"{adapter_dir} does {run.task.name}, which takes no {column}.")
     base = load_base(run)
-    model = placed(_with_adapter(base, adapter_dir).eval(), run, default_device())
+    model = placed(with_adapter(base, adapter_dir).eval(), run, default_device())
     answers: list[dict[str, Any]] = []
     for start in range(0, len(inputs), batch_size):
         rows = [Row({column: each}, column) for each in inputs[start : start + batch_size]]
@@ -54,13 +53,20 @@ def predict(
     return answers
 
 
-def _with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
+def check_adapter_dir(adapter_dir: Path) -> None:
+    """Raise AdapterError where a file of an exported adapter is missing."""
+    for name in (RUN_FILE, CONFIG_FILE, WEIGHTS_FILE):
+        if not (adapter_dir / name).is_file():
+            raise AdapterError(f"{adapter_dir} has no {name}; give the adapter/ folder of a finished run.")
+
+
+def with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
     """Load the adapter as PEFT does.
 
     Raises: AdapterError: a file is damaged, or is not of this base and this run.
     """
     remedy = "restore the folder from a copy, or write it again: quorate simulate RUN --resume"
-    weights = adapter_dir / "adapter_model.safetensors"
+    weights = adapter_dir / WEIGHTS_FILE
     try:
         stored = Adapter.from_bytes(weights.read_bytes())
         stored.check_finite()
@@ -74,7 +80,7 @@ def _with_adapter(base: Base, adapter_dir: Path) -> PeftModel:
         raise AdapterError(f"{weights}: {str(error).rstrip('.')}; {remedy}.") from error
     except Exception as error:  # PEFT raises whatever a damaged file makes it stumble over
         raise AdapterError(
-            f"{adapter_dir}: adapter_config.json and {weights.name} do not make an adapter for this base "
+            f"{adapter_dir}: {CONFIG_FILE} and {weights.name} do not make an adapter for this base "
             f"({type(error).__name__}); {remedy}."
         ) from error
     return model

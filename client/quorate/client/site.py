@@ -12,9 +12,11 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 
+from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
@@ -56,6 +58,7 @@ class Site:
         on_step: told of every optimiser step.
         as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
             reference that holds what the sites have drawn.
+        received: folder for the results of runs; none are taken when left out.
     """
 
     def __init__(
@@ -65,10 +68,12 @@ class Site:
         device: torch.device | None = None,
         on_step: OnStep = ignore_step,
         as_given: Collection[str] = (),
+        received: Path | None = None,
     ) -> None:
         self._holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
         self._as_given = frozenset(as_given)
         self._device = device
+        self._received_dir = received
         self._on_step = on_step
         self._resident: _Resident | None = None
 
@@ -186,10 +191,8 @@ class Site:
         phase = requests[0].header.phase
         if phase == "fit":
             return self._fit(resident, requests)
-        return [
-            self._join(resident, request) if phase == "join" else self._evaluate(resident, request)
-            for request in requests
-        ]
+        one = {"join": self._join, "evaluate": self._evaluate, "finish": self._finish}[phase]
+        return [one(resident, request) for request in requests]
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
         task, site = resident.run.task, request.header.site
@@ -230,6 +233,12 @@ class Site:
         return Update.reply(
             request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
         )
+
+    def _finish(self, resident: _Resident, request: RoundRequest) -> Update:
+        state = self._completed(resident, request)
+        folder = keep_result(self._received_dir, resident.run, request.header, state)
+        log.info("run %s is done; its result lies in %s", request.header.run_id, folder)
+        return Update.reply(request)
 
     def _fit(self, resident: _Resident, requests: list[RoundRequest]) -> list[Update]:
         """Train the requests' sites as one stack: the rule's site half around the trainer."""
@@ -274,10 +283,15 @@ class Site:
         )
 
     def _received(self, resident: _Resident, request: RoundRequest) -> GlobalState:
-        """Complete what was sent by the seeded start, and put its residual into the base."""
+        """Complete what was sent, and put its residual into the base."""
+        state = self._completed(resident, request)
+        resident.model.set_residual(state.residual)
+        return state
+
+    def _completed(self, resident: _Resident, request: RoundRequest) -> GlobalState:
+        """Complete what was sent by the seeded start."""
         state = GlobalState.unpack(resident.model.initial.updated(request.arrays))
         state.adapter.check_schema(resident.model.initial.schema)
-        resident.model.set_residual(state.residual)
         return state
 
 

@@ -12,6 +12,7 @@ from quorate.deploy import program
 from quorate.deploy.commands.certificates import certificates
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
+from quorate.deploy.commands.export import export
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.provision import provision
 from quorate.deploy.commands.report import report
@@ -26,8 +27,9 @@ app = program.new_app(
     "Federated LoRA fine-tuning: sites keep their data and decide, no round counts without a quorum.\n\n"
     "Example: quorate simulate demo"
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun, tune, provision):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune, export):
     app.command()(command)
+app.command()(provision)
 app.add_typer(data)
 app.add_typer(site)
 app.add_typer(certificates)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -27,14 +25,11 @@ from quorate.server.records import (
 )
 from quorate.server.report import write_report
 from quorate.server.rounds import Result, evaluate_at_sites
-from quorate.server.run import ADAPTER_DIR, RECORD_FILE, RUN_FILE, SUMMARY_FILE, Run, read_jsonl
-from quorate.shared.adapter import lora_layers, saved_modules
+from quorate.server.run import ADAPTER_DIR, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.config.load import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import QuorumNotMet
-from quorate.shared.export import as_lora
-from quorate.shared.model import lora_config
+from quorate.shared.export import adapter_files
 from quorate.shared.outcomes import Outcomes
 
 _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
@@ -105,36 +100,9 @@ def write_outputs(
 
 
 def export_adapter(config: RunConfig, state: GlobalState, folder: Path, summary: Summary) -> None:
-    """Write the state as one LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
-
-    A residual becomes additional rank of its layer. `run.yaml` goes with it, so that labels and length are
-    known to whoever uses it.
-    """
-    settings = config.adapter
-    adapter, ranks, alphas = as_lora(state, settings.r, settings.lora_alpha, settings.use_rslora)
-    peft_config = lora_config(settings, config.task)
-    peft_config.base_model_name_or_path = config.model.model_name_or_path
-    peft_config.revision = config.model.revision
-    # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
-    peft_config.target_modules = [layer.removeprefix("base_model.model.") for layer in lora_layers(adapter)]
-    modules = saved_modules(adapter)
-    if settings.head is not None:  # one Sequential, not each of its layers
-        modules = sorted({re.sub(r"\.\d+$", "", name) for name in modules})
-    peft_config.modules_to_save = modules or None
-    peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas
-    peft_config.inference_mode = True
-    with tempfile.TemporaryDirectory() as temporary:
-        peft_config.save_pretrained(temporary)
-        configuration = (Path(temporary) / "adapter_config.json").read_bytes()
-    write_folder(
-        folder,
-        {
-            "adapter_config.json": configuration,
-            "adapter_model.safetensors": adapter.to_bytes(),
-            "README.md": model_card(config, summary).encode(),
-            RUN_FILE: dump_yaml(config).encode(),
-        },
-    )
+    """Write the state as one LoRA adapter that PEFT loads (see `adapter_files`), with its model card."""
+    card = {"README.md": model_card(config, summary).encode()}
+    write_folder(folder, {**adapter_files(config, state), **card})
 
 
 def _summary(

@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers
+from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers, saved_modules
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, GlobalState
+from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import AdapterError
+from quorate.shared.model import lora_config
+
+ADAPTER_DIR, RUN_FILE = "adapter", "run.yaml"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _WRAPPER = "base_model.model."
+
+
+def adapter_files(config: RunConfig, state: GlobalState) -> dict[str, bytes]:
+    """Return the files of one LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
+
+    A residual becomes additional rank of its layer. `run.yaml` goes with it, so that labels and length are
+    known to whoever uses it.
+
+    Returns: file name -> content.
+    Raises: AdapterError: as `as_lora`.
+    """
+    settings = config.adapter
+    adapter, ranks, alphas = as_lora(state, settings.r, settings.lora_alpha, settings.use_rslora)
+    peft_config = lora_config(settings, config.task)
+    peft_config.base_model_name_or_path = config.model.model_name_or_path
+    peft_config.revision = config.model.revision
+    # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
+    peft_config.target_modules = [layer.removeprefix(_WRAPPER) for layer in lora_layers(adapter)]
+    modules = saved_modules(adapter)
+    if settings.head is not None:  # one Sequential, not each of its layers
+        modules = sorted({re.sub(r"\.\d+$", "", name) for name in modules})
+    peft_config.modules_to_save = modules or None
+    peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas
+    peft_config.inference_mode = True
+    with tempfile.TemporaryDirectory() as temporary:
+        peft_config.save_pretrained(temporary)
+        configuration = (Path(temporary) / CONFIG_FILE).read_bytes()
+    return {
+        CONFIG_FILE: configuration,
+        WEIGHTS_FILE: adapter.to_bytes(),
+        RUN_FILE: dump_yaml(config).encode(),
+    }
 
 
 def as_lora(

@@ -1,11 +1,12 @@
-"""Files that must never be half there or readable by others: keys, certificates, secrets, indexes."""
+"""Files and folders that are never half there, and private ones that nobody else may read."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,48 @@ def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
+
+    An existing folder is replaced. Everything is on disk (fsync) before the name appears.
+
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    with writing(folder):
+        try:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            for name, content in files.items():
+                _write_synced(temporary / name, content)
+            sync_folder(temporary)
+            if folder.exists():  # aside in one step: a kill while it is deleted would leave half of it
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            for left in (temporary, old):  # on a full disk they would take the room that the rest needs
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a text file atomically.
+
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            _write_synced(temporary, content.encode())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
@@ -90,5 +133,12 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or type(error).__name__}; make room or get the right to "
-            "write there, then give the command again."
+            "write there, then give the command again (a run continues with --resume)."
         ) from error
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -18,7 +18,7 @@ from quorate.shared.errors import AdapterError, ProtocolError
 from quorate.shared.outcomes import Outcomes
 
 PROTOCOL: Literal[1] = 1
-Phase = Literal["join", "fit", "evaluate"]
+Phase = Literal["join", "fit", "evaluate", "finish"]
 Split = Literal["train", "validation", "test"]
 RECORD, ARRAY = "quorate", "message"
 """Where a Flower RecordDict carries a message: the name of its array record, and of the array in it."""
@@ -35,6 +35,34 @@ _HEADER = "quorate"
 H = TypeVar("H", bound=ConfigModel)
 
 
+class Delivery(ConfigModel):
+    """What a site is told of a finished run: its own figures and pooled ones, nothing of another site."""
+
+    rounds: int = Field(ge=0)
+    """Rounds of the run."""
+    best_round: int = Field(ge=0)
+    """The round that the model is of."""
+    metric: MetricName
+    """The metric that picked it."""
+    split: Split | None = None
+    """The rows that the figures are on; None where nothing was measured."""
+    sites: Count = 0
+    """Sites that were measured."""
+    own: dict[MetricName, float] = {}
+    """The model's figures on this site's rows."""
+    own_rows: Count = 0
+    """This site's rows."""
+    pooled: dict[MetricName, float] = {}
+    """The model's figures on all sites' rows; empty where fewer than three sites were measured, as each of
+    two could subtract its own."""
+    pooled_rows: Count = 0
+    """All sites' rows; 0 where `pooled` is empty."""
+    local_only: float | None = None
+    """`metric` of an adapter trained on this site's rows alone, where that was measured."""
+    gain: tuple[float, float, float] | None = None
+    """What the federation brought: gain over `local_only`, and its 95 % interval."""
+
+
 class RequestHeader(ConfigModel):
     """Everything of a request but its arrays."""
 
@@ -45,7 +73,7 @@ class RequestHeader(ConfigModel):
     round: int = Field(ge=0)
     """Round, from 1; 0 while sites join."""
     phase: Phase
-    """What is asked: describe yourself, train, or evaluate."""
+    """What is asked: describe yourself, train, evaluate, or keep the result."""
     site: str
     """The site that is asked; empty while joining, when the coordinator knows nodes but not yet names."""
     split: Split | None = None
@@ -56,6 +84,8 @@ class RequestHeader(ConfigModel):
     """The run configuration as canonical JSON."""
     config_hash: str
     """SHA-256 of `run_config`."""
+    delivery: Delivery | None = None
+    """What goes with the result of the run (finish)."""
 
 
 class SiteDescription(ConfigModel):

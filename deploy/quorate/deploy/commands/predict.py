@@ -11,8 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from quorate.deploy.commands.common import JsonOption, LogLevel, LogLevelOption, configure_logging, print_json
-from quorate.shared.errors import AdapterError, DataError
+from quorate.deploy.commands.common import (
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    adapter_folder,
+    configure_logging,
+    print_json,
+)
+from quorate.shared.errors import DataError
 from quorate.shared.template import is_text
 
 _ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -38,7 +45,7 @@ def predict(
     Example: quorate predict runs/demo "mean radius 20.6, mean texture 17.8"
     """
     configure_logging(log_level)
-    folder = _adapter_folder(adapter)
+    folder = adapter_folder(adapter)
     images = find_images(text)
     inputs = images or read_texts(text)
     from quorate.client.predict import predict as predict_inputs
@@ -117,15 +124,6 @@ def _text_field(line: str, where: str) -> str:
     if not is_text(row["text"]):
         raise DataError(f"{where}: `text` holds half of a character (a lone \\ud800 to \\udfff); mend it.")
     return str(row["text"])
-
-
-def _adapter_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise AdapterError(
-        f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
-    )
 
 
 def _found(row: dict[str, Any]) -> list[tuple[str, str]]:

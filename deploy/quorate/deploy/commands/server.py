@@ -107,6 +107,10 @@ def admit(
     key: Annotated[
         Path, typer.Argument(metavar="NODE.PUB", help="The public key that the site sent (node.pub).")
     ],
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="Replace the key that the site has; the old one is kept."),
+    ] = False,
     federation: FederationOption = ".",
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
@@ -120,7 +124,7 @@ def admit(
     from quorate.deploy.server.admission import admit_site
 
     folder = _find(federation)
-    typer.echo(admit_site(folder, site, key))
+    typer.echo(admit_site(folder, site, key, renew=renew))
 
 
 def _find(federation: str) -> FederationFolder:

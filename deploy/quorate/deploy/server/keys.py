@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
+from quorate.deploy.provision.keys import admit_key, revocation
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import ConfigError
-from quorate.shared.files import PUBLIC, make_folder, write_atomically
 
 KEY_FILE, CERTIFICATE_FILE = "node.pub", "client.crt"
 _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
@@ -73,14 +73,14 @@ def read_key(path: Path) -> bytes:
 
 
 def admitted(folder: FederationFolder) -> list[Admitted]:
-    """Return the sites of federation.yaml that have a key, in that order.
+    """Return the sites of federation.yaml that have a key and are not revoked, in that order.
 
     Raises: ConfigError: a key is none, or two sites have the same.
     """
     found: dict[bytes, Admitted] = {}
     for site in folder.config.sites:
         path = folder.site(site) / KEY_FILE
-        if not path.exists():
+        if not path.exists() or revocation(folder, site) is not None:
             continue
         key = read_key(path)
         if key in found:
@@ -92,33 +92,14 @@ def admitted(folder: FederationFolder) -> list[Admitted]:
     return list(found.values())
 
 
-def admit(folder: FederationFolder, site: str, key_file: Path) -> bool:
+def admit(folder: FederationFolder, site: str, key_file: Path, *, renew: bool = False) -> bool:
     """Store the key of a site; returns whether it is a new one.
 
-    Raises: ConfigError: the site is not in federation.yaml, the key is none or another site's, or the site
-        has another key already.
+    Raises: ConfigError: as `admit_key`.
     """
-    if site not in folder.config.sites:
-        raise ConfigError(
-            f"{site} is no site of {folder.config.name} ({', '.join(folder.config.sites)}); add it to "
-            "federation.yaml and give `quorate provision` again."
-        )
-    key = read_key(key_file)
-    for other in admitted(folder):
-        if other.site == site and other.public_key == key:
-            return False
-        if other.public_key == key:
-            raise ConfigError(
-                f"{key_file}: is the key of {other.site}; every site makes its own with `quorate site enrol`."
-            )
-        if other.site == site:
-            raise ConfigError(
-                f"{site} has another key already ({other.path}); when it is to be replaced, ask the site, "
-                "delete that file and admit the new key."
-            )
-    make_folder(folder.site(site))
-    write_atomically(folder.site(site) / KEY_FILE, key_file.read_bytes(), PUBLIC)
-    return True
+    path = folder.site(site) / KEY_FILE
+    before = path.read_bytes() if path.exists() else None
+    return admit_key(folder, site, key_file, renew=renew).read_bytes() != before
 
 
 def pins(folder: FederationFolder) -> list[Pin]:

@@ -1,0 +1,91 @@
+"""The end of a run at a site: the final adapter, and a report of what it is worth here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import ProtocolError, RequestRefused
+from quorate.shared.export import ADAPTER_DIR, adapter_files
+from quorate.shared.files import write_file, write_folder, writing
+from quorate.shared.messages import Delivery, RequestHeader
+
+REPORT_FILE = "report.md"
+_RUN_ID = r"[0-9a-f]{16}"
+
+
+def keep_result(received: Path | None, run: RunConfig, header: RequestHeader, state: GlobalState) -> Path:
+    """Write `received/RUN_ID/`: `adapter/`, which PEFT loads, and report.md.
+
+    Args:
+        received: the site's folder for results; made where it is missing, for its owner alone.
+        run: the run's configuration.
+        header: names the run, and brings the figures.
+        state: the final model.
+    Returns: the folder.
+    Raises: RequestRefused: this process keeps no results. ProtocolError: no run id, or no figures.
+        OutputError: the folder cannot be written.
+    """
+    if received is None:
+        raise RequestRefused("this process has no folder for results.")
+    if not re.fullmatch(_RUN_ID, header.run_id):  # it names a folder, and came from elsewhere
+        raise ProtocolError("a result for something that is no run id.")
+    if header.delivery is None:
+        raise ProtocolError("a result without figures.")
+    state.adapter.check_finite()
+    state.residual.check_finite()
+    folder = received / header.run_id
+    with writing(folder):
+        for each in (received, folder):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_folder(folder / ADAPTER_DIR, adapter_files(run, state))
+    write_file(folder / REPORT_FILE, report(run, header.run_id, header.site, header.delivery))
+    return folder
+
+
+def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
+    """Return the site's report as Markdown."""
+    lines = [
+        f"# {run.name} at {site}",
+        "",
+        f"Run {run_id}: {told.rounds} rounds. `adapter/` holds the model after round {told.best_round}, "
+        f"picked by `{told.metric}` on validation rows where there are any.",
+        "",
+        f"Base model: `{run.model.model_name_or_path}`, sha256 {run.model.sha256 or 'not pinned'}. "
+        f"Labels and settings: `adapter/run.yaml`.",
+        "",
+    ]
+    if told.split is None:
+        lines += ["The model was not measured.", ""]
+    else:
+        lines += _table(told)
+    if told.local_only is not None:
+        lines += [f"An adapter trained on the rows of {site} alone: {told.metric} {told.local_only:.4f}."]
+        if told.gain is not None:
+            gain, low, high = told.gain
+            lines += [f"The federation brought {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})."]
+        lines += [""]
+    lines += ["Try it: `quorate predict adapter TEXT`", ""]
+    return "\n".join(lines)
+
+
+def _table(told: Delivery) -> list[str]:
+    """Return the figures, this site's beside those of all sites together."""
+    lines = [f"| {told.split} rows | this site ({told.own_rows}) |", "| --- | ---: |"]
+    if told.pooled:
+        lines[0] += f" {told.sites} sites together ({told.pooled_rows}) |"
+        lines[1] += " ---: |"
+    for name in told.own | told.pooled:
+        row = [f"| {name} | {_figure(told.own, name)} |"]
+        row += [f" {_figure(told.pooled, name)} |"] if told.pooled else []
+        lines.append("".join(row))
+    if not told.pooled:
+        lines += ["", "Figures of all sites together are told from three measured sites on: from those of "]
+        lines[-1] += "two, each could work out the other's."
+    return [*lines, ""]
+
+
+def _figure(figures: dict[str, float], name: str) -> str:
+    return f"{figures[name]:.4f}" if name in figures else "-"

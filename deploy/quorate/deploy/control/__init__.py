@@ -1,0 +1,1 @@
+"""Control of runs on a federation's server: submit, watch, resubmit, stop."""

@@ -113,10 +113,11 @@ def main(grid: Grid, context: Context) -> None:
     folder, run_id = _asked_for(context)
     run_dir = folder.runs / run_id
     status = partial(RunStatus, flower_run_id=context.run_id)
-    with _alone_in(run_dir), _logging_to(run_dir), _interruptible():
+    events = EventsTracker(run_dir / EVENTS_FILE)
+    with _alone_in(run_dir), _logging_to(run_dir / LOG_FILE, events), _interruptible():
         status(state="running").write(run_dir)
         try:
-            carry_out(StoppableGrid(grid), folder, run_id)
+            carry_out(StoppableGrid(grid), folder, run_id, events)
         except KeyboardInterrupt:
             message = "the run was stopped; continue it with --resume."
             status(state="interrupted", exit_code=INTERRUPTED, message=message).write(run_dir)
@@ -136,7 +137,7 @@ def main(grid: Grid, context: Context) -> None:
         status(state="done", exit_code=0).write(run_dir)
 
 
-def carry_out(grid: Grid, folder: FederationFolder, run_id: str) -> None:
+def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
     """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
 
     Raises: QuorateError: it cannot be carried out. QuorumNotMet, KeyboardInterrupt: it ended early, and what
@@ -144,7 +145,7 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str) -> None:
     """
     run_dir = folder.runs / run_id
     config = load_run(run_dir / RUN_FILE)
-    trackers = [EventsTracker(run_dir / EVENTS_FILE), *configured_trackers(config)]
+    trackers = [events, *configured_trackers(config)]
     run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
     if config.evaluation.references:
         log.warning(
@@ -203,15 +204,11 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _logging_to(run_dir: Path) -> Iterator[None]:
-    """Append our log to a file as well: Flower starts this process without a terminal.
-
-    Warnings go to whoever follows the run, too.
-    """
-    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+def _logging_to(path: Path, events: EventsTracker) -> Iterator[None]:
+    """Append our log to a file, and warnings to the events: this process has no terminal."""
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handlers = (handler, EventsHandler(EventsTracker(run_dir / EVENTS_FILE)))
-    ours = logging.getLogger("quorate")
+    ours, handlers = logging.getLogger("quorate"), (handler, EventsHandler(events))
     ours.setLevel(logging.INFO)
     for each in handlers:
         ours.addHandler(each)

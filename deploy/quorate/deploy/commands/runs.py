@@ -116,7 +116,8 @@ def show(
 def logs(
     run_id: IdArgument,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C; the run is not touched.")
+        bool,
+        typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C; the run is not touched."),
     ] = False,
     federation: FederationOption = ".",
     as_json: Annotated[

@@ -28,8 +28,8 @@ def check_federated(config: RunConfig) -> None:
     """Raise ConfigError for what a simulation can do and a federation cannot."""
     if config.evaluation.references:
         raise ConfigError(
-            f"evaluation.references [{', '.join(config.evaluation.references)}]: reference runs need the rows "
-            "of all sites in one process, which a simulation has and a federation never; give "
+            f"evaluation.references [{', '.join(config.evaluation.references)}]: reference runs need the "
+            "rows of all sites in one process, which a simulation has and a federation never; give "
             "'evaluation.references=[]', and compare with a simulation on data of your own."
         )
 

@@ -12,6 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quorate.client.config import SiteConfig
+from quorate.server.federation import FederationConfig
+from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.dialect import MAX_BYTES, parse, write_mapping
 from quorate.shared.config.fields import Node, root
 from quorate.shared.config.load import dump_yaml, load_run, load_sites_file, schema
@@ -360,9 +363,9 @@ def test_a_wrong_alias_in_a_sites_file(tmp_path: Path) -> None:
 # The schema
 
 
-@pytest.mark.parametrize(("kind", "model"), [("run", RunConfig), ("sites", SitesConfig)])
-def test_the_schema_describes_every_field(kind: Any, model: type[RunConfig]) -> None:
-    described = schema(kind)
+@pytest.mark.parametrize("model", [RunConfig, SitesConfig, FederationConfig, SiteConfig])
+def test_the_schema_describes_every_field(model: type[ConfigModel]) -> None:
+    described = schema(model)
     json.dumps(described)
     for place in (described, *described["$defs"].values()):
         for name, field in place.get("properties", {}).items():

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Sequence
 
 from quorate.deploy import program
+from quorate.deploy.commands.certificates import certificates
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
 from quorate.deploy.commands.export import export
 from quorate.deploy.commands.predict import predict
+from quorate.deploy.commands.provision import provision
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
 from quorate.deploy.commands.schema import schema
+from quorate.deploy.commands.server import server
 from quorate.deploy.commands.simulate import simulate
 from quorate.deploy.commands.site import site
 from quorate.deploy.commands.tune import tune
@@ -25,10 +28,12 @@ app = program.new_app(
     "Federated LoRA fine-tuning: sites keep their data and decide, no round counts without a quorum.\n\n"
     "Example: quorate simulate demo"
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun, tune, export):
+for command in (simulate, validate, schema, report, compare, predict, rerun, tune, export, provision):
     app.command()(command)
 app.add_typer(data)
+app.add_typer(server)
 app.add_typer(site)
+app.add_typer(certificates)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -11,13 +11,14 @@ NAME/                      made by `quorate provision`, mode 0700
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.load import load_file
@@ -27,8 +28,24 @@ from quorate.shared.errors import ConfigError
 HOME = "QUORATE_HOME"
 """Environment variable: the folder under which federations lie; ~/.quorate when unset."""
 Port = Annotated[int, Field(ge=1, le=65535)]
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+def _host(text: str) -> str:
+    """Refuse what can stand in no certificate."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        labels = text.split(".")
+        if not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+            raise ValueError("must be a host name or an IP address, without port or scheme") from None
+    return text
+
+
 # A host name or an IP address, and nothing that could break out of a line of nginx's configuration.
-Host = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:-]{0,252}$")]
+Host = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}$"), AfterValidator(_host)
+]
 
 
 class ServerConfig(ConfigModel):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quorate.deploy.commands.common import print_json
+
+if TYPE_CHECKING:
+    from quorate.shared.config.base import ConfigModel
 
 
 class Kind(StrEnum):
@@ -15,15 +18,43 @@ class Kind(StrEnum):
 
     run = "run"
     sites = "sites"
+    federation = "federation"
+    site = "site"
 
 
 def schema(
-    kind: Annotated[Kind, typer.Argument(help="Which kind of file: a run file or a sites file.")] = Kind.run,
+    kind: Annotated[
+        Kind,
+        typer.Argument(
+            help="Which kind of file: a run file, a simulation's sites file, a coordinator's "
+            "federation.yaml, or a site's site.yaml."
+        ),
+    ] = Kind.run,
 ) -> None:
-    """Print the JSON schema of run files or sites files, so that an editor can complete and check them.
+    """Print the JSON schema of a kind of file, so that an editor can complete and check it.
 
     Example: quorate schema run > run.schema.json
     """
     from quorate.shared.config.load import schema as schema_of
 
-    print_json(schema_of(kind.value))
+    print_json(schema_of(_model(kind), kind.value))
+
+
+def _model(kind: Kind) -> type[ConfigModel]:
+    match kind:
+        case Kind.federation:
+            from quorate.server.federation import FederationConfig
+
+            return FederationConfig
+        case Kind.site:
+            from quorate.client.config import SiteConfig
+
+            return SiteConfig
+        case Kind.sites:
+            from quorate.shared.config.sites import SitesConfig
+
+            return SitesConfig
+        case Kind.run:
+            from quorate.shared.config.run import RunConfig
+
+            return RunConfig

@@ -52,17 +52,8 @@ class Node:
 
 
 def flower_command(name: str) -> list[str]:
-    """Return the start of a command line that runs one of Flower's programs with this very Python.
-
-    Its scripts need not be on the PATH, and a PATH cannot name others.
-    """
-    code = (
-        "import sys; from importlib.metadata import distribution; "
-        f"sys.argv[0] = {name!r}; "
-        "entries = distribution('flwr').entry_points; "
-        f"sys.exit(entries.select(group='console_scripts', name={name!r})[{name!r}].load()())"
-    )
-    return [sys.executable, "-c", code]
+    """Return the start of a command line that runs one of Flower's programs."""
+    return [sys.executable, "-m", "quorate.deploy.server.flower_program", name]
 
 
 def environment(paths: ServerPaths) -> dict[str, str]:

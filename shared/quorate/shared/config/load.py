@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -66,9 +66,13 @@ def dump_yaml(model: ConfigModel) -> str:
     return write_mapping(model.model_dump(mode="json"))
 
 
-def schema(kind: Literal["run", "sites"] = "run") -> dict[str, Any]:
-    """Return the JSON schema of run files or of sites files, for editors to complete and check them."""
-    model: type[ConfigModel] = RunConfig if kind == "run" else SitesConfig
+def schema(model: type[ConfigModel] = RunConfig, kind: str = "run") -> dict[str, Any]:
+    """Return the JSON schema of a kind of file, for editors to complete and check it.
+
+    Args:
+        model: what the file is read into.
+        kind: word for it, for the schema's title.
+    """
     described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
     return {**described, "title": f"Quorate {kind} file"}
 

@@ -147,7 +147,10 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
         services[0].check_stopping()
         log.debug("round %d, step %d of %d, loss %.4f", event.round, event.step, event.steps, event.loss)
 
-    site = Site(AtSite(folder), device=device, on_step=on_step)
+    def on_model(loaded: bool) -> None:
+        services[0].model_loaded(loaded)
+
+    site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     gate = Gate(folder.site, folder.state, answered)
     services.append(SiteService(gate, folder.connection.site, folder.socket))

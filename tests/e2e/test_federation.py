@@ -1,6 +1,6 @@
 """A real federation on loopback: nginx, SuperLink, SuperExec, SuperNodes and site processes.
 
-It must end where the simulation of the same run file ends, byte for byte, also when any of its processes is killed.
+It must end where the simulation of the same run file ends, byte for byte, whichever of its processes is killed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NAMES = ("east", "north", "south")
 def write_rows(path: Path, seed: int) -> None:
     words = " ".join(LABELS.values()).split()
     lines = [
-        f"{words[(7 * n + seed) % len(words)]} {own.split()[(n + seed) % 3]} {words[(3 * n) % len(words)]},{label}"
+        f"{words[(7 * n + seed) % 9]} {own.split()[(n + seed) % 3]} {words[3 * n % 9]},{label}"
         for n in range(24)
         for label, own in LABELS.items()
     ]

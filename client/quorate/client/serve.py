@@ -39,7 +39,7 @@ from quorate.shared.tasks.base import Row
 log = logging.getLogger(__name__)
 
 SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
-ANSWERS_FILE = "answers.db"
+ANSWERS_FILE, RECEIVED_DIR = "answers.db", "received"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     def on_model(loaded: bool) -> None:
         services[0].model_loaded(loaded)
 
-    site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model)
+    received = folder.state / RECEIVED_DIR
+    site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     gate = Gate(folder.site, folder.state, answered)
     services.append(SiteService(gate, folder.connection.site, folder.socket))

@@ -1,6 +1,6 @@
 """A real federation on loopback: nginx, SuperLink, SuperExec, SuperNodes and site processes.
 
-It must end where the simulation of the same run file ends, byte for byte, whichever of its processes is killed.
+It must end where the simulation of the same run file ends, byte for byte, whichever process is killed.
 """
 
 from __future__ import annotations

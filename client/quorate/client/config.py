@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -53,7 +53,7 @@ class PolicyConfig(ConfigModel):
     @field_validator("tasks")
     @classmethod
     def _tasks_exist(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        known = [str(task.model_fields["name"].default) for task in TASKS]
+        known = [str(get_args(task.model_fields["name"].annotation)[0]) for task in TASKS]
         if unknown := [task for task in tasks or () if task not in known]:
             raise ValueError(f"there is no task {', '.join(unknown)}; choose from {', '.join(known)}")
         return tasks

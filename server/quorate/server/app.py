@@ -24,6 +24,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.run import RunNotRunningException
 
+from quorate.server.deliver import deliver
+from quorate.server.events import EVENTS_FILE, EventsHandler, EventsTracker
 from quorate.server.federation import FederationFolder
 from quorate.server.finish import finish
 from quorate.server.rounds import run_rounds
@@ -111,10 +113,11 @@ def main(grid: Grid, context: Context) -> None:
     folder, run_id = _asked_for(context)
     run_dir = folder.runs / run_id
     status = partial(RunStatus, flower_run_id=context.run_id)
-    with _alone_in(run_dir), _logging_to(run_dir / LOG_FILE), _interruptible():
+    events = EventsTracker(run_dir / EVENTS_FILE)
+    with _alone_in(run_dir), _logging_to(run_dir / LOG_FILE, events), _interruptible():
         status(state="running").write(run_dir)
         try:
-            carry_out(StoppableGrid(grid), folder, run_id)
+            carry_out(StoppableGrid(grid), folder, run_id, events)
         except KeyboardInterrupt:
             message = "the run was stopped; continue it with --resume."
             status(state="interrupted", exit_code=INTERRUPTED, message=message).write(run_dir)
@@ -134,22 +137,23 @@ def main(grid: Grid, context: Context) -> None:
         status(state="done", exit_code=0).write(run_dir)
 
 
-def carry_out(grid: Grid, folder: FederationFolder, run_id: str) -> None:
-    """Run (or resume) the rounds, then measure and write what came of them.
+def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
+    """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
 
     Raises: QuorateError: it cannot be carried out. QuorumNotMet, KeyboardInterrupt: it ended early, and what
         finished rounds gave is written.
     """
     run_dir = folder.runs / run_id
     config = load_run(run_dir / RUN_FILE)
-    trackers = configured_trackers(config)
+    trackers = [events, *configured_trackers(config)]
     run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
     if config.evaluation.references:
         log.warning(
             "evaluation.references (%s) are left out: a simulation alone holds the rows to train them on",
             ", ".join(config.evaluation.references),
         )
-    finish(grid, run, run_rounds(grid, run, read_nodes(folder)))
+    result = run_rounds(grid, run, read_nodes(folder))
+    deliver(grid, run, result, finish(grid, run, result))
 
 
 def read_nodes(folder: FederationFolder) -> dict[int, str]:
@@ -200,18 +204,20 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Append our log to a file as well: Flower starts this process without a terminal."""
+def _logging_to(path: Path, events: EventsTracker) -> Iterator[None]:
+    """Append our log to a file, and warnings to the events: this process has no terminal."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours = logging.getLogger("quorate")
+    ours, handlers = logging.getLogger("quorate"), (handler, EventsHandler(events))
     ours.setLevel(logging.INFO)
-    ours.addHandler(handler)
+    for each in handlers:
+        ours.addHandler(each)
     try:
         yield
     finally:
-        ours.removeHandler(handler)
-        handler.close()
+        for each in handlers:
+            ours.removeHandler(each)
+            each.close()
 
 
 @contextmanager

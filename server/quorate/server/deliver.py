@@ -10,9 +10,10 @@ from flwr.serverapp import Grid
 
 from quorate.server.collect import Answers, exclusion
 from quorate.server.evaluation import scalars
+from quorate.server.joining import request
 from quorate.server.outputs import best_state
 from quorate.server.records import Evaluation, Exclusion, Measured, Summary
-from quorate.server.rounds import Result, request
+from quorate.server.rounds import Result
 from quorate.server.run import Run
 from quorate.shared.messages import Delivery, RoundRequest, Update
 from quorate.shared.selection import downloaded

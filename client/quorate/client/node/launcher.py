@@ -87,7 +87,9 @@ def _install_nothing(*_: object, **__: object) -> None:
 
 def main() -> None:
     """Answer one message as Flower's `flwr-clientapp` does, under guard."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("quorate").setLevel(logging.INFO)
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
     Guard().install(runtime)

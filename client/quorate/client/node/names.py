@@ -10,3 +10,5 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 """Environment of everything of Flower's: no telemetry, no look at the package index, nothing installed."""
+CONTACT = "QUORATE_SITE_CONTACT"
+"""Environment variable of the SuperNode: the file that says how it stands with the server."""

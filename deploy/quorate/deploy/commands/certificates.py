@@ -69,20 +69,18 @@ def renew(
 ) -> None:
     """Issue the server a new certificate by the same CA, for the names now in federation.yaml.
 
-    The old files stay beside the new ones. Sites need nothing; a running server is told.
+    The old files stay beside the new ones. Sites need nothing; restart the server to use it.
 
     Example: quorate certificates renew --days 365
     """
     from quorate.deploy.provision.certificates import renew_server
-    from quorate.deploy.server.admission import tell_server
     from quorate.shared.files import alone
 
     folder, authority = _open(federation)
     with alone(folder.path):
         issued = renew_server(folder, authority, new_key_too=new_key, days=days)
     typer.echo(f"{folder.server / 'server.crt'}: serial {issued.serial}, until {issued.not_after:%Y-%m-%d}")
-    if tell_server(folder):
-        typer.echo("The running server uses it from now on.")
+    typer.echo("Restart the server to use it: quorate server stop, quorate server start.")
 
 
 @certificates.command("sign")
@@ -102,7 +100,6 @@ def sign(
     Example: quorate certificates sign north client.csr
     """
     from quorate.deploy.provision.certificates import sign_site
-    from quorate.deploy.server.admission import tell_server
     from quorate.shared.files import alone
 
     folder, authority = _open(federation)
@@ -116,7 +113,6 @@ def sign(
             f"one: quorate certificates revoke {site} --serial {each.serial}"
         )
     typer.echo(f"Send the site {signed.path}")
-    tell_server(folder)
 
 
 @certificates.command("revoke")
@@ -134,12 +130,11 @@ def revoke(
 ) -> None:
     """Put a site out: its node key and its client certificates end now and never come back.
 
-    A running server is told. The site can be taken back, with new keys: see restore.
+    A running server takes notice by itself. The site can be taken back, with new keys: see restore.
 
     Example: quorate certificates revoke north
     """
     from quorate.deploy.provision.certificates import revoke_site
-    from quorate.deploy.server.admission import tell_server
     from quorate.shared.files import alone
 
     folder, authority = _open(federation)
@@ -149,8 +144,6 @@ def revoke(
         typer.echo(f"{site}: revoked; its node key is admitted no more")
     for each in revoked:
         typer.echo(f"{site}: certificate {each.serial} is in {authority.crl_file}")
-    if tell_server(folder):
-        typer.echo("The running server turns it away from now on.")
 
 
 @certificates.command("restore")

@@ -14,10 +14,10 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.deploy.commands.federations import FederationOption, find_federation
 
 if TYPE_CHECKING:
     from quorate.deploy.server.status import ServerStatus
-    from quorate.server.federation import FederationFolder
 
 server = typer.Typer(
     name="server",
@@ -25,20 +25,11 @@ server = typer.Typer(
     help="The coordinator's side of a federation: start it, look at it, stop it, admit sites."
     "\n\nExample: quorate server start --federation heart",
 )
-FederationOption = Annotated[
-    str,
-    typer.Option(
-        "--federation",
-        metavar="NAME",
-        help="The federation: its folder, or its name under QUORATE_HOME (~/.quorate). This folder when left "
-        "out.",
-    ),
-]
 
 
 @server.command("start")
 def start(
-    federation: FederationOption = ".",
+    federation: FederationOption = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay here until stopped, as systemd and containers want it.")
     ] = False,
@@ -51,13 +42,14 @@ def start(
     Example: quorate server start --federation heart
     """
     configure_logging(log_level)
-    from quorate.deploy.server import start as starting
+    from quorate.deploy.server.start import run
+    from quorate.deploy.server.start import start as start_in_background
 
-    folder = _find(federation)
+    folder = find_federation(federation)
     if foreground:
-        starting.run(folder)
+        run(folder)
         return
-    starting.start(folder)
+    start_in_background(folder)
     settings = folder.config.server
     typer.echo(
         f"the server of {folder.config.name} is up: sites connect to {settings.hostname}:{settings.port}"
@@ -66,7 +58,7 @@ def start(
 
 @server.command("status")
 def status(
-    federation: FederationOption = ".",
+    federation: FederationOption = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
@@ -77,7 +69,7 @@ def status(
     configure_logging(log_level)
     from quorate.deploy.server.status import server_status
 
-    found = server_status(_find(federation))
+    found = server_status(find_federation(federation))
     if as_json:
         print_json({**found.model_dump(mode="json"), "ok": found.ok})
     else:
@@ -87,7 +79,7 @@ def status(
 
 
 @server.command("stop")
-def stop(federation: FederationOption = ".", log_level: LogLevelOption = LogLevel.warning) -> None:
+def stop(federation: FederationOption = None, log_level: LogLevelOption = LogLevel.warning) -> None:
     """Stop the server and all that it started. A run that was going on continues with `quorate run --resume`.
 
     Example: quorate server stop --federation heart
@@ -96,7 +88,7 @@ def stop(federation: FederationOption = ".", log_level: LogLevelOption = LogLeve
     from quorate.deploy.server.paths import ServerPaths
     from quorate.shared.supervisor import stop as stop_supervisor
 
-    folder = _find(federation)
+    folder = find_federation(federation)
     was = stop_supervisor(ServerPaths(folder).supervisor)
     typer.echo(f"the server of {folder.config.name} {'has stopped' if was else 'was not running'}")
 
@@ -107,11 +99,11 @@ def admit(
     key: Annotated[
         Path, typer.Argument(metavar="NODE.PUB", help="The public key that the site sent (node.pub).")
     ],
+    federation: FederationOption = None,
     renew: Annotated[
         bool,
-        typer.Option("--renew", help="Replace the key that the site has; the old one is kept."),
+        typer.Option("--renew", help="Replace the key that the site had; the old one is kept beside it."),
     ] = False,
-    federation: FederationOption = ".",
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """Let a site connect: store the public key that `quorate site enrol` made there.
@@ -121,16 +113,10 @@ def admit(
     Example: quorate server admit north north/node.pub --federation heart
     """
     configure_logging(log_level)
-    from quorate.deploy.server.admission import admit_site
+    from quorate.deploy.server.start import admit_site
 
-    folder = _find(federation)
+    folder = find_federation(federation)
     typer.echo(admit_site(folder, site, key, renew=renew))
-
-
-def _find(federation: str) -> FederationFolder:
-    from quorate.server.federation import FederationFolder
-
-    return FederationFolder.find(federation)
 
 
 def _print(found: ServerStatus) -> None:

@@ -33,8 +33,7 @@ def check_before_start(paths: ServerPaths) -> None:
         left = days_left(read_certificate(path).not_valid_after_utc)
         if left < 0:
             raise ConfigError(
-                f"{path}: expired {-left:.0f} days ago; renew it with `quorate provision` (--help says how), "
-                "then start again."
+                f"{path}: expired {-left:.0f} days ago; give `quorate certificates renew`, then start again."
             )
     if server.mutual_tls and (left := revocations_days_left(paths)) < 0:
         raise ConfigError(  # nginx would turn every site away

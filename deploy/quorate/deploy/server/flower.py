@@ -25,8 +25,6 @@ from quorate.shared.supervisor import Program
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
 
-CONNECTION = "quorate"
-"""Name of the SuperLink in config.toml of `state/flower`, for `flwr COMMAND CONNECTION`."""
 FEDERATION = "QUORATE_FEDERATION"
 """Environment variable that tells the ServerApp which federation it serves (`quorate.server.app`)."""
 TASK_POLL_SECONDS = 0.5
@@ -52,17 +50,8 @@ class Node:
 
 
 def flower_command(name: str) -> list[str]:
-    """Return the start of a command line that runs one of Flower's programs with this very Python.
-
-    Its scripts need not be on the PATH, and a PATH cannot name others.
-    """
-    code = (
-        "import sys; from importlib.metadata import distribution; "
-        f"sys.argv[0] = {name!r}; "
-        "entries = distribution('flwr').entry_points; "
-        f"sys.exit(entries.select(group='console_scripts', name={name!r})[{name!r}].load()())"
-    )
-    return [sys.executable, "-c", code]
+    """Return the start of a command line that runs one of Flower's programs."""
+    return [sys.executable, "-m", "quorate.deploy.server.flower_program", name]
 
 
 def environment(paths: ServerPaths) -> dict[str, str]:
@@ -125,16 +114,19 @@ def superexec(paths: ServerPaths) -> Program:
 def write_flower_files(paths: ServerPaths) -> None:
     """Write what Flower looks for: the connection of its command line, and the ServerApp's command.
 
+    The connection has the federation's name: `flwr list NAME`, with FLWR_HOME set to `state/flower`.
+
     Raises: OutputError.
     """
     # JSON's strings are TOML's.
-    address = f"{HOST}:{paths.folder.config.server.superlink_port}"
+    config = paths.folder.config
+    name, address = json.dumps(config.name), json.dumps(f"{HOST}:{config.server.superlink_port}")
     lines = [
         "# Written by `quorate server start`.",
         "[superlink]",
-        f"default = {json.dumps(CONNECTION)}",
-        f"[superlink.{CONNECTION}]",
-        f"address = {json.dumps(address)}",
+        f"default = {name}",
+        f"[superlink.{name}]",
+        f"address = {address}",
         f"root-certificates = {json.dumps(str(paths.loopback_certificate))}",
     ]
     write_atomically(paths.flower / "config.toml", ("\n".join(lines) + "\n").encode())

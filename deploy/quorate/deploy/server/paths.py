@@ -25,7 +25,7 @@ class ServerPaths:
     @property
     def supervisor(self) -> Path:
         """Lock and status of the supervisor."""
-        return self.folder.state / "server"
+        return self.folder.state
 
     @property
     def logs(self) -> Path:
@@ -91,7 +91,6 @@ class ServerPaths:
         """Make the folders, readable by their owner alone. Raises: OutputError."""
         for path in (
             self.folder.state,
-            self.supervisor,
             self.logs,
             self.nginx,
             self.flower,

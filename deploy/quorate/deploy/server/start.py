@@ -1,32 +1,27 @@
-"""Starting and stopping the server."""
+"""Starting the server, and admitting a site while it may be running."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from quorate.deploy.environment import prepare_environment
+from quorate.deploy.provision.keys import admit_key, admitted_key
 from quorate.deploy.server import flower, nginx
 from quorate.deploy.server.checks import check_before_start
-from quorate.deploy.server.health import problems, superlink_problem
-from quorate.deploy.server.keys import admitted
+from quorate.deploy.server.health import problems
 from quorate.deploy.server.loopback import make_loopback_certificate
 from quorate.deploy.server.paths import NGINX, ServerPaths
+from quorate.deploy.server.watch import watch
 from quorate.server.federation import FederationFolder
-from quorate.shared.errors import OutputError
-from quorate.shared.files import write_atomically
+from quorate.shared.errors import OutputError, QuorateError
 from quorate.shared.supervisor import Program, Supervisor, read_status, start_detached
-
-log = logging.getLogger(__name__)
 
 READY_SECONDS = 300.0
 """Longest wait for everything to be up; importing Flower takes a minute on a busy machine."""
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 
 
 def prepare(paths: ServerPaths) -> list[Program]:
@@ -56,7 +51,7 @@ def run(folder: FederationFolder) -> None:
     prepare_environment()
     paths = ServerPaths(folder)
     programs = prepare(paths)
-    threading.Thread(target=_register_when_up, args=[paths], daemon=True).start()
+    threading.Thread(target=watch, args=[paths], daemon=True).start()
     Supervisor(paths.supervisor, programs).run()
 
 
@@ -70,30 +65,35 @@ def start(folder: FederationFolder) -> None:
     begun = time.time()
 
     def ready() -> bool:
-        registered = folder.nodes_file.exists() and folder.nodes_file.stat().st_mtime >= begun
-        return registered and not any(problems(paths).values())
+        return _nodes_written_since(folder, begun) and not any(problems(paths).values())
 
     program = [sys.executable, "-c", "from quorate.deploy.cli import main; main()"]
     command = [*program, "server", "start", "--foreground", "--federation", str(folder.path)]
     start_detached(command, paths.supervisor, paths.logs / "server.log", ready, READY_SECONDS)
 
 
-def register_sites(paths: ServerPaths) -> dict[int, str]:
-    """Bring the SuperLink's nodes to the admitted keys and write nodes.json; returns node id -> site.
+def admit_site(folder: FederationFolder, site: str, key_file: Path, *, renew: bool = False) -> str:
+    """Store the key of a site, and wait until a running server has it; returns one sentence of what was done.
 
-    Raises: ConfigError: a key cannot be used. QuorateError: the SuperLink does not answer.
+    Raises: ConfigError: the key is none, or another site's, or the site has another. QuorateError: the
+        running server did not take it.
     """
-    names = flower.register(paths, admitted(paths.folder))
-    content = json.dumps({str(node): site for node, site in names.items()}, indent=2)
-    write_atomically(paths.folder.nodes_file, (content + "\n").encode())
-    return names
-
-
-def _register_when_up(paths: ServerPaths) -> None:
-    """Register sites once the SuperLink answers. In another process: Flower is large, and this one stays."""
-    while superlink_problem(paths) is not None:
+    paths, before, begun = ServerPaths(folder), admitted_key(folder, site), time.time()
+    admit_key(folder, site, key_file, renew=renew)
+    if admitted_key(folder, site) == before:
+        return f"{site} was admitted with this key before."
+    if read_status(paths.supervisor) is None:
+        return f"{site} is admitted; it can connect once the server is started."
+    deadline = time.monotonic() + READY_SECONDS
+    while not _nodes_written_since(folder, begun):
+        if time.monotonic() > deadline:
+            raise QuorateError(
+                f"{site} is admitted, but the running server has not taken its key over; "
+                f"{paths.logs / 'server.log'} says why."
+            )
         time.sleep(_POLL_SECONDS)
-    command = [sys.executable, "-m", "quorate.deploy.server.registering", str(paths.folder.path)]
-    done = subprocess.run(command, env={**os.environ, **flower.environment(paths)}, check=False)
-    if done.returncode != 0:
-        log.error("the sites' keys were not registered; mend what is said above and start the server again")
+    return f"{site} is admitted; it can connect now."
+
+
+def _nodes_written_since(folder: FederationFolder, moment: float) -> bool:
+    return folder.nodes_file.exists() and folder.nodes_file.stat().st_mtime >= moment

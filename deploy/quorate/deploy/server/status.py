@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from quorate.client.enrol import CLIENT_CRT
 from quorate.deploy.server import flower
 from quorate.deploy.server.checks import days_left, revocations_days_left
 from quorate.deploy.server.health import problems
-from quorate.deploy.server.keys import CERTIFICATE_FILE, admitted, read_certificate
+from quorate.deploy.server.keys import admitted, read_certificate
 from quorate.deploy.server.paths import SUPERLINK, ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.config.base import ConfigModel
@@ -85,7 +86,7 @@ def server_status(folder: FederationFolder) -> ServerStatus:
 def _certificates(paths: ServerPaths) -> dict[str, float]:
     files = {"ca": paths.ca, "server": paths.certificate}
     for site in paths.folder.config.sites:
-        files[f"site {site}"] = paths.folder.site(site) / CERTIFICATE_FILE
+        files[f"site {site}"] = paths.folder.site(site) / CLIENT_CRT
     left = {
         name: days_left(read_certificate(path).not_valid_after_utc)
         for name, path in files.items()

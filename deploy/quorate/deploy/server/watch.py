@@ -1,0 +1,65 @@
+"""A running server takes notice of what changes in its folder: keys, revocations, certificates."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+
+from quorate.client.enrol import NODE_PUB
+from quorate.deploy.provision.keys import REVOKED
+from quorate.deploy.server import flower, nginx
+from quorate.deploy.server.paths import ServerPaths
+from quorate.shared.errors import QuorateError
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0
+
+
+def watch(paths: ServerPaths) -> None:
+    """Register the sites once the SuperLink answers, and see to every change after that; never returns."""
+    seen = _marks(paths)
+    _register(paths)
+    while True:
+        time.sleep(_POLL_SECONDS)
+        now = _marks(paths)
+        if now == seen:
+            continue
+        seen = now
+        log.info("keys or certificates have changed; taking them over")
+        try:
+            nginx.reload(paths)
+        except QuorateError as error:
+            log.error("%s", error)
+        _register(paths)
+
+
+def _marks(paths: ServerPaths) -> dict[str, tuple[int, int]]:
+    """Return what tells one state of the watched files from another: path -> number of the file, time."""
+    watched = [paths.folder.path / "federation.yaml", paths.certificate, paths.key]
+    watched += [paths.crl, paths.folder.ca / "index.json"]
+    watched += (paths.folder.path / "sites").glob(f"*/{NODE_PUB}")
+    watched += (paths.folder.path / "sites").glob(f"*/{REVOKED}")
+    found = {}
+    for path in watched:
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            continue
+        found[str(path)] = (state.st_ino, state.st_mtime_ns)  # files are replaced, never written into
+    return found
+
+
+def _register(paths: ServerPaths) -> None:
+    """Bring the SuperLink's nodes to the admitted keys.
+
+    In another process: Flower is large, and this one stays; and gRPC's threads do not go with the forks of a
+    supervisor.
+    """
+    command = [sys.executable, "-m", "quorate.deploy.server.registering", str(paths.folder.path)]
+    done = subprocess.run(command, env={**os.environ, **flower.environment(paths)}, check=False)
+    if done.returncode != 0:
+        log.error("the sites' keys were not taken over; mend what is said above, then start the server again")

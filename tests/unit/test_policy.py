@@ -1,0 +1,148 @@
+"""The site's policy: what is outside it is refused by a code, before anything is read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from site_folder import RUN_ID, request, sha256_of
+
+from quorate.client.approvals import approve, waiting_runs
+from quorate.client.config import SiteConfig
+from quorate.client.policy import Gate, check_rows
+from quorate.server.collect import REASONS
+from quorate.shared.adapter import Adapter
+from quorate.shared.errors import ConfigError, RequestRefused
+from quorate.shared.messages import RoundRequest, Update
+
+
+class Inner:
+    """Counts what gets through; a request that is refused must not get here, where rows would be read."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+        self.seen += len(requests)
+        return [Update.reply(each) for each in requests]
+
+
+@pytest.fixture
+def pinned(tiny_bert: Path, make_run: Any) -> Any:
+    """Build runs that name their model's hash, and a path that is nowhere: the site's own is used."""
+
+    def make(**sections: Any) -> Any:
+        model = {
+            "model_name_or_path": "/nowhere",
+            "sha256": sha256_of(tiny_bert),
+            **sections.pop("model", {}),
+        }
+        return make_run(model=model, **sections)
+
+    return make
+
+
+@pytest.fixture
+def site(tiny_bert: Path) -> Any:
+    def make(**policy: Any) -> SiteConfig:
+        return SiteConfig.model_validate(
+            {
+                "data": {"notes": {"source": "nowhere.csv"}, "scans": {"source": "nowhere.csv"}},
+                "models": [{"path": "elsewhere", "sha256": sha256_of(tiny_bert)}],
+                "policy": policy,
+            }
+        )
+
+    return make
+
+
+CASES: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({"tasks": ["causal_lm"]}, {}, "policy-task", "policy.tasks allows causal_lm"),
+    ({}, {"data": "letters"}, "policy-data", "data allows notes, scans, the run asks for data letters"),
+    ({"data": ["scans"]}, {}, "policy-data", "policy.data allows scans, the run asks for data notes"),
+    ({}, {"model": {"sha256": None}}, "policy-model", "set model.sha256 in the run file"),
+    ({}, {"model": {"sha256": "0" * 64}}, "policy-model", "add its folder and sha256 to models"),
+    ({"max_rank": 3}, {}, "policy-rank", "policy.max_rank is 3, the run asks for rank 4; raise"),
+    ({"approve_each_run": True}, {}, "policy-approval", f"quorate site approve {RUN_ID}"),
+]
+
+
+@pytest.mark.parametrize(("policy", "sections", "code", "said"), CASES)
+def test_a_refusal_logs_rule_value_and_remedy_and_sends_a_code(
+    policy: Any, sections: Any, code: str, said: str, site: Any, pinned: Any, tmp_path: Path, caplog: Any
+) -> None:
+    inner = Inner()
+    gate = Gate(site(**policy), tmp_path, inner)
+    for phase, round in (("join", 0), ("fit", 1), ("evaluate", 1)):
+        caplog.clear()
+        (update,) = gate.handle([request(pinned(**sections), phase, round)])
+        assert update.header.error == code and inner.seen == 0
+        assert said in caplog.text and not any(record.exc_info for record in caplog.records)
+        assert said not in update.header.model_dump_json()
+    assert code in REASONS
+
+
+def test_what_is_allowed_gets_through(site: Any, pinned: Any, tmp_path: Path) -> None:
+    inner = Inner()
+    policy = site(tasks=["sequence_classification"], data=["notes"], max_rank=4)
+    (update,) = Gate(policy, tmp_path, inner).handle([request(pinned())])
+    assert (update.header.error, inner.seen) == (None, 1)
+
+
+def test_too_few_rows(site: Any) -> None:
+    check_rows(site(min_rows=10), "notes", 10)
+    with pytest.raises(RequestRefused, match=r"policy.min_rows is 10, data.notes has 9 training rows; lower"):
+        check_rows(site(min_rows=10), "notes", 9)
+
+
+def test_a_person_approves_one_run_with_one_configuration(site: Any, pinned: Any, tmp_path: Path) -> None:
+    inner = Inner()
+    gate = Gate(site(approve_each_run=True), tmp_path, inner)
+    with pytest.raises(ConfigError, match="has asked here"):
+        approve(tmp_path, RUN_ID)
+    with pytest.raises(ConfigError, match="has asked here"):
+        approve(tmp_path, f"../waiting/{RUN_ID}")
+    gate.handle([request(pinned(), "join", 0)])
+    assert waiting_runs(tmp_path) == [RUN_ID] and inner.seen == 0
+    assert approve(tmp_path, RUN_ID).read_text() == pinned().canonical_json()
+    assert waiting_runs(tmp_path) == []
+    gate.handle([request(pinned(), "join", 0), request(pinned())])
+    assert inner.seen == 2
+    (update,) = gate.handle([request(pinned(seed=4))])
+    assert (update.header.error, inner.seen) == ("policy-approval", 2), "approved was another configuration"
+    for path in (tmp_path / "approved").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_messages_that_are_wrong_in_themselves(
+    site: Any, pinned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner, run = Inner(), pinned()
+    gate = Gate(site(), tmp_path, inner)
+    secret = "patient-4711"
+    infinite = Adapter({"a": np.array([np.inf], np.float32)})
+    cases = [
+        (request(run, run_config='{"name": "' + secret + '"}'), "protocol"),
+        (request(run, run_config=run.canonical_json() + " "), "protocol"),
+        (request(run, config_hash="0" * 64), "protocol"),
+        (request(run, run_id="../../etc/passwd"), "protocol"),
+        (request(run, round=0), "protocol"),
+        (request(run, round=3), "protocol"),
+        (request(run, arrays=infinite), "non-finite"),
+        (request(run, "evaluate", arrays=infinite, split="test"), "non-finite"),
+    ]
+    with caplog.at_level(logging.DEBUG):
+        for asked, code in cases:
+            (update,) = gate.handle([asked])
+            assert update.header.error == code
+    assert inner.seen == 0 and secret not in caplog.text and "Traceback" not in caplog.text
+
+
+def test_policies_that_name_nothing_are_refused_when_they_are_read(site: Any) -> None:
+    with pytest.raises(ValueError, match="no task translation; choose from sequence_classification"):
+        site(tasks=["translation"])
+    with pytest.raises(ValueError, match=r"policy.data names letters"):
+        site(data=["letters"])

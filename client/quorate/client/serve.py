@@ -25,6 +25,7 @@ from quorate.client.base_models import at_site
 from quorate.client.config import ConnectionConfig, SiteConfig
 from quorate.client.data import load_splits
 from quorate.client.holdings import SiteRows
+from quorate.client.node.folder import socket_of
 from quorate.client.policy import Gate, check_rows
 from quorate.client.service import SiteService
 from quorate.client.site import Site
@@ -38,7 +39,7 @@ from quorate.shared.tasks.base import Row
 log = logging.getLogger("quorate.client.serve")  # by name: as a program, this module is __main__
 
 SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
-SOCKET_FILE, ANSWERS_FILE, RECEIVED_DIR = "site.sock", "answers.db", "received"
+ANSWERS_FILE, RECEIVED_DIR = "answers.db", "received"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class SiteFolder:
     @property
     def socket(self) -> Path:
         """Where the site process listens."""
-        return self.state / SOCKET_FILE
+        return socket_of(self.state)
 
 
 @dataclass

@@ -45,7 +45,7 @@ def check(folder: Path, run_path: Path | None = None) -> list[Line]:
         _line("site.yaml", lambda: _site_file(site)),
     ]
     if all(line.ok for line in lines):
-        if site.config.users is not None:
+        if site.users is not None:
             lines.append(_line("users", lambda: _users(site)))
         for index in range(len(site.config.models)):
             lines.append(_line(f"models[{index}]", lambda index=index: _model(site, index)))  # type: ignore[misc]
@@ -87,7 +87,7 @@ def _site_file(site: SiteFolder) -> str:
 
 
 def _users(site: SiteFolder) -> str:
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     assert both is not None  # asked for where there are some
     own, supernode = both
     python = Path(sys.executable).resolve()

@@ -112,7 +112,11 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
         services[0].check_stopping()
         log.debug("round %d, step %d of %d, loss %.4f", event.round, event.step, event.steps, event.loss)
 
-    site = Site(AtSite(folder), device=device, on_step=on_step, received=folder.state / RECEIVED)
+    def on_model(loaded: bool) -> None:
+        services[0].model_loaded(loaded)
+
+    received = folder.state / RECEIVED
+    site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     gate = Gate(folder.config, folder.state, answered)
     services.append(SiteService(gate, name, folder.socket))

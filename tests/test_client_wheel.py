@@ -22,7 +22,7 @@ from quorate.shared.versions import QUORATE
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "client-wheel"
-BROUGHT_ALONG = {"huggingface_hub": "transformers", "pydantic_core": "pydantic", "google": "flwr"}
+BROUGHT_ALONG = {"huggingface_hub": "transformers", "pydantic_core": "pydantic", "httpx": "flwr"}
 """Modules we import of packages that one of ours needs itself, and which."""
 RUN = """
 name: trial

@@ -95,7 +95,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def make_certificates(folder: Path, days: int = 2, mutual: bool = False) -> None:
-    """ca.crt, ca.key, server.crt, server.key for 127.0.0.1 and localhost; with mutual, client.crt and .key."""
+    """ca.crt, ca.key, server.crt, server.key for 127.0.0.1 and localhost; mutual: client.crt and .key."""
     now = datetime.datetime.now(datetime.UTC)
 
     def build(name: str, key: Any, issuer: str, signer: Any, ca: bool) -> x509.Certificate:

@@ -1,7 +1,8 @@
-"""Runs that wait for a person's word, and those that have it: `quorate site approve RUN_ID`. No torch here.
+"""Runs that wait for a person's word, have it, or had it: `quorate site approve|withdraw`. No torch here.
 
 STATE/waiting/RUN_ID.json   configuration of a run that asked and was turned away
 STATE/approved/RUN_ID       hash of the configuration that a person approved
+STATE/withdrawn/RUN_ID      a run that this site takes no more part in
 
 The word holds for one configuration: a run that comes back with another one under the same id has to ask
 again.
@@ -19,7 +20,7 @@ from quorate.shared.errors import ConfigError
 
 RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """A run's id, which is a file's name here."""
-_WAITING, _APPROVED = "waiting", "approved"
+_WAITING, _APPROVED, _WITHDRAWN = "waiting", "approved", "withdrawn"
 _MOST_WAITING = 100
 """Nobody reads more; the oldest go."""
 
@@ -42,7 +43,45 @@ def approve(state: Path, run_id: str) -> Path:
         )
     digest = hashlib.sha256(waiting.read_bytes()).hexdigest()
     _write(state, _APPROVED, run_id, digest.encode())
+    (state / _WITHDRAWN / run_id).unlink(missing_ok=True)
     return waiting
+
+
+def withdraw(state: Path, run_id: str) -> None:
+    """Take this site out of a run, also in the middle of it: from now on nothing of it is answered.
+
+    What the site sent before stays with the coordinator.
+
+    Args:
+        state: the site's state folder.
+        run_id: as the site's log and `quorate runs list` show it.
+    Raises: ConfigError: that is no run id, or the folder cannot be written.
+    """
+    if not re.fullmatch(RUN_ID, run_id):
+        raise ConfigError(f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`.")
+    _write(state, _WITHDRAWN, run_id, b"")
+    (state / _APPROVED / run_id).unlink(missing_ok=True)
+
+
+def rejoin(state: Path, run_id: str) -> None:
+    """Take part again in a run that this site was withdrawn from.
+
+    Raises: ConfigError: it was not.
+    """
+    if not re.fullmatch(RUN_ID, run_id) or not is_withdrawn(state, run_id):
+        known = ", ".join(withdrawn_runs(state)) or "none"
+        raise ConfigError(f"this site was not withdrawn from a run {run_id!r} (withdrawn from: {known}).")
+    (state / _WITHDRAWN / run_id).unlink()
+
+
+def is_withdrawn(state: Path, run_id: str) -> bool:
+    """Whether this site takes no more part in a run."""
+    return (state / _WITHDRAWN / run_id).exists()
+
+
+def withdrawn_runs(state: Path) -> list[str]:
+    """Return the ids of runs that this site has left."""
+    return sorted(path.name for path in (state / _WITHDRAWN).glob("[!.]*"))
 
 
 def is_approved(state: Path, run_id: str, config_hash: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quorate.client.approvals import RUN_ID, is_approved, note_waiting
+from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_waiting
 from quorate.client.config import SiteConfig
 from quorate.client.resident import Handler, failed
 from quorate.shared.config.run import RunConfig
@@ -46,6 +46,8 @@ class Gate:
         except Exception as error:  # whatever it is, only its code leaves
             return failed(request, error)
         (update,) = self._inner.handle([request])
+        if is_withdrawn(self._state, request.header.run_id):  # while this was worked on
+            return failed(request, _withdrawn(request.header.run_id))
         return update
 
 
@@ -81,6 +83,8 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
     run_id = request.header.run_id
     if not re.fullmatch(RUN_ID, run_id):
         raise ProtocolError("the run id is not made of letters, digits, dashes and underscores alone.")
+    if is_withdrawn(state, run_id):
+        raise _withdrawn(run_id)
     if request.header.phase == "fit" and not 1 <= request.header.round <= run.federation.rounds:
         raise ProtocolError(f"a request to train round {request.header.round} of {run.federation.rounds}.")
     _allowed("policy.tasks", "task", run.task.name, policy.tasks, "policy-task")
@@ -101,6 +105,14 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
             code="policy-approval",
         )
     request.arrays.check_finite()
+
+
+def _withdrawn(run_id: str) -> RequestRefused:
+    return RequestRefused(
+        f"withdrawn: a person took this site out of run {run_id}; to take part again, "
+        f"`quorate site withdraw {run_id} --undo`.",
+        code="withdrawn",
+    )
 
 
 def check_rows(site: SiteConfig, alias: str, count: int) -> None:

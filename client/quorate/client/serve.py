@@ -25,6 +25,7 @@ from quorate.client.base_models import at_site
 from quorate.client.config import ConnectionConfig, SiteConfig
 from quorate.client.data import load_splits
 from quorate.client.holdings import SiteRows
+from quorate.client.node.folder import socket_of
 from quorate.client.policy import Gate, check_rows
 from quorate.client.service import SiteService
 from quorate.client.site import Site
@@ -35,10 +36,10 @@ from quorate.shared.model import default_device
 from quorate.shared.progress import StepEvent
 from quorate.shared.tasks.base import Row
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("quorate.client.serve")  # by name: as a program, this module is __main__
 
 SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
-SOCKET_FILE, ANSWERS_FILE = "site.sock", "answers.db"
+ANSWERS_FILE, RECEIVED_DIR = "answers.db", "received"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class SiteFolder:
     @property
     def socket(self) -> Path:
         """Where the site process listens."""
-        return self.state / SOCKET_FILE
+        return socket_of(self.state)
 
 
 @dataclass
@@ -147,7 +148,11 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
         services[0].check_stopping()
         log.debug("round %d, step %d of %d, loss %.4f", event.round, event.step, event.steps, event.loss)
 
-    site = Site(AtSite(folder), device=device, on_step=on_step)
+    def on_model(loaded: bool) -> None:
+        services[0].model_loaded(loaded)
+
+    received = folder.state / RECEIVED_DIR
+    site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     gate = Gate(folder.site, folder.state, answered)
     services.append(SiteService(gate, folder.connection.site, folder.socket))

@@ -29,6 +29,8 @@ from quorate.shared.messages import RoundRequest
 log = logging.getLogger(__name__)
 
 SERVICE, _, _ = METHOD.removeprefix("/").partition("/")
+MODEL = "quorate.BaseModel"
+"""Name in the health service that serves while a base model is loaded."""
 _WAITING = 16
 """Calls that are held open at a time; further ones, health checks too, wait."""
 _LONGEST_PATH = 100
@@ -86,6 +88,12 @@ class SiteService:
         self._server.start()
         for name in ("", SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self.model_loaded(False)
+
+    def model_loaded(self, loaded: bool) -> None:
+        """Tell health checks whether a base model is in memory."""
+        status = health_pb2.HealthCheckResponse
+        self._health.set(MODEL, status.SERVING if loaded else status.NOT_SERVING)
 
     def check_stopping(self, _event: object = None) -> None:
         """Raise Stopped once the process is told to end; to be called at every optimiser step."""
@@ -163,14 +171,14 @@ class SiteService:
         return future.result()
 
 
-def check_health(socket: Path, timeout: float = 5.0) -> bool:
-    """Whether a site process listens on `socket` and takes requests."""
+def check_health(socket: Path, timeout: float = 5.0, *, name: str = SERVICE) -> bool:
+    """Whether a site process listens on `socket` and takes requests; with MODEL, whether it holds a model."""
     with grpc.insecure_channel(
         f"unix:{socket.absolute()}", options=[("grpc.enable_http_proxy", 0)]
     ) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            reply = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=timeout)
+            reply = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=timeout)
         except grpc.RpcError:
             return False
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

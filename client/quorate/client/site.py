@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,6 +59,7 @@ class Site:
         as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
             reference that holds what the sites have drawn.
         received: folder for the results of runs; none are taken when left out.
+        on_model: told when a base model is in memory, and when it is let go of.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Site:
         on_step: OnStep = ignore_step,
         as_given: Collection[str] = (),
         received: Path | None = None,
+        on_model: Callable[[bool], None] = lambda loaded: None,
     ) -> None:
+        self._on_model = on_model
         self._holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
         self._as_given = frozenset(as_given)
         self._device = device
@@ -158,11 +161,13 @@ class Site:
         resident = self._resident
         if resident is None or _model_key(resident.run) != _model_key(run):
             self._resident = None  # let go of the old base before the new one takes its memory
+            self._on_model(False)
             started = time.monotonic()
             model = load_model(run, device=self._device)
             seconds = time.monotonic() - started
             log.info("base model %s loaded in %.1f s onto %s", model.sha256[:12], seconds, model.peft.device)
             resident = _Resident(run, model, AdapterStack.install(model), {})
+            self._on_model(True)
         resident.run = run
         self._resident = resident
         return resident

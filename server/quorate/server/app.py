@@ -24,6 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.run import RunNotRunningException
 
+from quorate.server.deliver import deliver
 from quorate.server.events import EVENTS_FILE, EventsHandler, EventsTracker
 from quorate.server.federation import FederationFolder
 from quorate.server.finish import finish
@@ -137,7 +138,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
-    """Run (or resume) the rounds, then measure and write what came of them.
+    """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
 
     Raises: QuorateError: it cannot be carried out. QuorumNotMet, KeyboardInterrupt: it ended early, and what
         finished rounds gave is written.
@@ -151,7 +152,8 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsT
             "evaluation.references (%s) are left out: a simulation alone holds the rows to train them on",
             ", ".join(config.evaluation.references),
         )
-    finish(grid, run, run_rounds(grid, run, read_nodes(folder)))
+    result = run_rounds(grid, run, read_nodes(folder))
+    deliver(grid, run, result, finish(grid, run, result))
 
 
 def read_nodes(folder: FederationFolder) -> dict[int, str]:

@@ -97,6 +97,8 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     members = _agreeing(run, replied)
     members.refused.update(answers.excluded)
     members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
+    if members.refused:
+        run.tell("refused", members.refused)
     if len(members.nodes) < federation.quorum:
         reasons = "; ".join(f"{site}: {e.reason}" for site, e in sorted(members.refused.items()))
         raise QuorumNotMet(

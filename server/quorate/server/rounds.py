@@ -71,8 +71,6 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     members = join(grid, run, names)
     _check_stopping(run, members)
     state, progress = _start(run, members)
-    if members.refused:
-        run.tell("refused", members.refused)
     run.tell(
         "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
     )

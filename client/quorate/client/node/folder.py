@@ -10,21 +10,25 @@ FOLDER/                 unpacked start-up kit
     bin/                the only commands that Flower finds
     logs/               one file per program
     supervisor/         lock and status
-    supernode/          home of the SuperNode: Flower's files, its secret, contact.json
+    supernode/          home of the SuperNode: Flower's files, its secret, contact.json, the forwarder
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from quorate.client.config import ConnectionConfig, SiteConfig, UsersConfig
+from quorate.client.node.names import SOCKET
 from quorate.shared.config.load import load_file
-from quorate.shared.errors import ConfigError, OutputError
+from quorate.shared.errors import ConfigError, DataError, OutputError
+from quorate.shared.sources import resolve_local
 
 SITE_YAML, CONNECTION_YAML = "site.yaml", "connection.yaml"
 
@@ -82,15 +86,20 @@ class SiteFolder:
         """Certificate of mutual TLS."""
         return self.path / "client.crt"
 
+    @cached_property
+    def users(self) -> UsersConfig | None:
+        """As whom the programs run; None: as whoever starts them."""
+        return self.config.users
+
     @property
     def state(self) -> Path:
         """What the processes write."""
-        return self.path / self.config.state
+        return self.path / Path(self.config.state).expanduser()
 
     @property
     def socket(self) -> Path:
         """Where the site process listens."""
-        return self.state / "site.sock"
+        return socket_of(self.state)
 
     @property
     def bin(self) -> Path:
@@ -121,6 +130,11 @@ class SiteFolder:
     def contact(self) -> Path:
         """How the SuperNode stands with the server."""
         return self.supernode / "contact.json"
+
+
+def socket_of(state: Path) -> Path:
+    """Return where the site process of a STATE listens: there, or where the environment says."""
+    return Path(os.environ.get(SOCKET) or state / "site.sock")
 
 
 @dataclass(frozen=True)
@@ -180,21 +194,40 @@ def prepare_folders(site: SiteFolder) -> None:
 
     Without `users` everything belongs to whoever starts the site, and to nobody else. With them:
 
-    * site.yaml, and STATE with all that the site process writes there, belong to the site's user. STATE has
-      the SuperNode's group and setgid: that group may walk through it to the socket, but not list it.
+    * site.yaml, data inside FOLDER, and STATE with all that the site process writes there, belong to the
+      site's user. STATE has the SuperNode's group and setgid: that group may walk through it to the socket,
+      but not list it.
     * node.key, client.key and STATE/supernode belong to the SuperNode's user.
     * STATE/bin, STATE/logs and STATE/supervisor belong to root: nobody can put another launcher there.
 
     Raises: ConfigError: users are missing, or cannot get into the folder. OutputError: cannot be written.
     """
-    both = accounts(site.config.users)
-    try:
+    both = accounts(site.users)
+    with _owning(site):
         if both is None:
             _prepare_for_one(site)
         else:
             _prepare_for_two(site, *both)
         if not site.secret.exists():
             _write_secret(site.secret, both[1] if both else None)
+
+
+def prepare_home(site: SiteFolder) -> None:
+    """Make what the SuperNode alone needs, as its user.
+
+    Raises: OutputError: cannot be written.
+    """
+    with _owning(site):
+        for folder in (site.supernode, site.logs, site.supervisor):
+            _folder(folder, 0o700)
+        if not site.secret.exists():
+            _write_secret(site.secret, None)
+
+
+@contextlib.contextmanager
+def _owning(site: SiteFolder) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"{error.filename}: {error.strerror}; start the site as the owner of {site.path}."
@@ -212,13 +245,15 @@ def _prepare_for_one(site: SiteFolder) -> None:
 
 def _prepare_for_two(site: SiteFolder, own: Account, supernode: Account) -> None:
     site.path.chmod(0o711)
-    # Not SiteFolder.state itself alone: a link in its place would hand another folder over.
     _folder(site.state, 0o2710, own.uid, supernode.gid)
     _folder(site.bin, 0o755, 0, 0)
     for folder in (site.logs, site.supervisor):
         _folder(folder, 0o700, 0, 0)
     _folder(site.supernode, 0o700, supernode.uid, supernode.gid)
     _own(site.path / SITE_YAML, 0o600, own)
+    for path in local_data(site).values():
+        if path.resolve().is_relative_to(site.path):
+            _own_tree(path.resolve(), own)
     for key in (site.node_key, site.client_key):
         if key.exists():
             _own(key, 0o600, supernode)
@@ -246,6 +281,27 @@ def _own(path: Path, mode: int, account: Account) -> None:
         raise ConfigError(f"{path}: must be a file, not a link; put the file itself there.")
     os.chown(path, account.uid, account.gid)
     path.chmod(mode)
+
+
+def _own_tree(path: Path, account: Account) -> None:
+    """Give a file, or a folder and all in it, to one user alone; links stay as they are."""
+    for folder, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+        for each in (Path(folder, name) for name in names):
+            if not each.is_symlink():
+                _own(each, 0o600, account)
+        if path.is_dir():
+            _own(Path(folder), 0o700, account)
+
+
+def local_data(site: SiteFolder) -> dict[str, Path]:
+    """Return where the data on this machine's disk lie, by alias; those that are not there are left out."""
+    found = {}
+    for alias, source in site.config.data.items():
+        if source.source.partition(":")[0] in ("hub", "sklearn", "package"):
+            continue
+        with contextlib.suppress(DataError, ConfigError):  # whoever reads them says what is wrong
+            found[alias] = resolve_local(source.source, site.path)
+    return found
 
 
 def _blocked(path: Path, account: Account) -> Path | None:

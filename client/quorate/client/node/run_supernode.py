@@ -15,6 +15,8 @@ from typing import Any
 from quorate.client.node.contact import Contact
 from quorate.client.node.names import CONTACT, QUIET
 
+_GATEWAY = (502, 503, 504)
+
 
 def watch(server: str, contact: Contact) -> None:
     """Note the outcome of every request that this process sends to `server` (HOST:PORT)."""
@@ -30,10 +32,11 @@ def watch(server: str, contact: Contact) -> None:
         except httpx.TransportError as error:
             contact.note("unreachable", type(error).__name__, time.time())
             raise
+        status = response.status_code
         if response.is_success:
             contact.note("connected", "", time.time())
-        else:
-            contact.note("refused", f"HTTP {response.status_code}", time.time())
+        else:  # a gateway on the way that does not get through is no refusal
+            contact.note("unreachable" if status in _GATEWAY else "refused", f"HTTP {status}", time.time())
         return response
 
     httpx.Client.send = noted  # type: ignore[method-assign, assignment]

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from quorate.client.node.folder import Account, SiteFolder, accounts
 from quorate.client.node.names import CONTACT, QUIET, SOCKET
@@ -51,7 +52,7 @@ class Ports:
 
 def site_program(site: SiteFolder) -> Program:
     """Return the resident site process."""
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if both is not None:
         env |= _identity(both[0])
@@ -62,27 +63,28 @@ def site_program(site: SiteFolder) -> Program:
         env=env,
         cwd=site.path,
         user=both[0].name if both else None,
-        # What it creates in STATE has the group that may walk through it.
-        group=None,
     )
 
 
-def flower_programs(site: SiteFolder, ports: Ports, server: str | None = None) -> tuple[Program, Program]:
+def flower_programs(
+    site: SiteFolder, ports: Ports, server: str | None = None, ca: Path | None = None
+) -> tuple[Program, Program]:
     """Return the SuperNode, and the executor that starts our guarding launcher for it.
 
     Args:
         site: its folder.
         ports: loopback ports.
         server: HOST:PORT that the SuperNode connects to; the server's when left out.
+        ca: whose certificate is trusted there; the federation's authority when left out.
     """
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     user = both[1] if both else None
     server = server or site.connection.server
     env = flower_environment(site, user, os.environ)
     runtime = f"{LOOPBACK}:{ports.runtime}"
     supernode = (
         *_SUPERNODE,
-        *("--superlink", server, "--root-certificates", str(site.ca)),
+        *("--superlink", server, "--root-certificates", str(ca or site.ca)),
         *("--auth-supernode-private-key", str(site.node_key)),
         *("--node-config", f'site="{site.connection.site}"'),
         *("--host", LOOPBACK, "--port", str(ports.runtime)),

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from quorate.deploy.terminal import stderr_console
-from quorate.shared.errors import AdapterError
 
 
 class LogLevel(StrEnum):
@@ -75,19 +74,6 @@ def configure_logging(level: LogLevel) -> None:
     # Deprecations inside other libraries are for us, who see them as errors in the tests, not for the user.
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(chosen if chosen <= logging.DEBUG else logging.ERROR)
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Return the adapter folder that is meant: this one, or the one in a run's output folder.
-
-    Raises: AdapterError: neither is one.
-    """
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise AdapterError(
-        f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
-    )
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from quorate.deploy.server.paths import ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import QuorateError
 
@@ -51,7 +52,7 @@ class Flower:
     @classmethod
     def of(cls, folder: FederationFolder) -> Flower:
         """Return the control side of a federation's server."""
-        return cls(folder.state / "flower", folder.config.name)
+        return cls(ServerPaths(folder).flower, folder.config.name)
 
     def submit(self, bundle: Path, run_id: str) -> int:
         """Start a Flower run of the bundle, for our run `run_id`; returns Flower's own id.
@@ -86,11 +87,12 @@ class Flower:
         """Run `flwr ARGUMENTS --format json` and return its answer."""
         if not (self.home / CONFIG_FILE).is_file():
             raise ServerNotUp(
-                f"{self.home / CONFIG_FILE} is not there: the server of federation {self.connection} was "
-                f"never started here; run `quorate server start --federation {self.connection}`."
+                f"{self.home / CONFIG_FILE} is not there: the federation's server was never started; run "
+                "`quorate server start`."
             )
         command = [sys.executable, "-m", "flwr.cli.app", *arguments, "--format", "json"]
-        environment = {**os.environ, "FLWR_HOME": str(self.home)}
+        bypass = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
+        environment = {**os.environ, "FLWR_HOME": str(self.home), "NO_PROXY": bypass}
         try:
             done = subprocess.run(
                 command,
@@ -119,8 +121,8 @@ class Flower:
         said = " ".join(str(answer.get("error-message", "")).split())
         if _NOT_UP in said:
             raise ServerNotUp(
-                f"the SuperLink of federation {self.connection} does not answer; start it with "
-                f"`quorate server start --federation {self.connection}`, or see `quorate server status`."
+                "the federation's SuperLink does not answer; start it with `quorate server start`, or see "
+                "`quorate server status`."
             )
         raise ControlError(f"`flwr {verb}`: {said[-300:]}")
 

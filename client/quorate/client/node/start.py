@@ -1,0 +1,97 @@
+"""Starting a site: the site process and Flower's programs under one supervisor.
+
+`python -m quorate.client.node.start FOLDER` runs it in the foreground.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from quorate.client.node.contact import Standing, standing
+from quorate.client.node.folder import SiteFolder, prepare_folders
+from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
+from quorate.client.node.guard import write_commands
+from quorate.client.node.supernode import Ports, flower_programs, site_program
+from quorate.client.service import check_health
+from quorate.shared.errors import ConfigError, OutputError, QuorateError
+from quorate.shared.supervisor import Program, Supervisor, read_status, start_detached
+
+READY_SECONDS = 300.0
+"""Longest wait until all is up; importing torch takes a minute on a busy machine."""
+
+
+def prepare(site: SiteFolder) -> list[Program]:
+    """Check what is cheap to check, make the folders, and return the programs in the order they start.
+
+    Raises: ConfigError: something is missing. OutputError: it runs already, or cannot be written.
+    """
+    if read_status(site.supervisor) is not None:
+        raise OutputError(
+            f"site {site.connection.site} is running already; see `quorate site status`, or stop it with "
+            "`quorate site stop`."
+        )
+    for path, remedy in (
+        (site.node_key, f"make it with `quorate site enrol {site.path}`"),
+        (site.ca, "unpack the start-up kit again"),
+    ):
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing; {remedy}.")
+    prepare_folders(site)
+    write_commands(site.bin)
+    ports = Ports.free()
+    programs = [site_program(site)]
+    if site.connection.mutual_tls:
+        programs.append(forward_program(site, ports))
+        return [*programs, *flower_programs(site, ports, forwarded_to(ports), loopback_certificate(site))]
+    return [*programs, *flower_programs(site, ports)]
+
+
+def run(site: SiteFolder) -> None:
+    """Run a site until SIGTERM or SIGINT. To be called from the main thread.
+
+    Raises: ConfigError, OutputError: it cannot start.
+    """
+    Supervisor(site.supervisor, prepare(site)).run()
+
+
+def start(site: SiteFolder, timeout: float = READY_SECONDS) -> Standing | None:
+    """Start a site in the background; returns when its process takes requests and Flower runs.
+
+    Returns: how it stands with the server; None when that is not known yet.
+    Raises: ConfigError, OutputError: it cannot start. QuorateError: it did not come up; says where to look.
+    """
+    prepare(site)  # here for its errors; the other process does it again
+    begun = time.time()
+
+    def fresh() -> Standing | None:
+        found = standing(site.contact)
+        return found if found is not None and found.last >= begun else None
+
+    start_detached(
+        [sys.executable, "-P", "-m", "quorate.client.node.start", str(site.path)],
+        site.supervisor,
+        site.logs / "supervisor.log",
+        lambda: fresh() is not None and check_health(site.socket),
+        timeout,
+    )
+    return fresh()
+
+
+def main(arguments: list[str]) -> int:
+    """Run a site in the foreground; returns the exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    try:
+        run(SiteFolder.find(Path(arguments[0])))
+    except QuorateError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""How a site stands: its programs, its base model, its connection, and the runs that wait for a person."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Literal
+
+from quorate.client.approvals import waiting_runs, withdrawn_runs
+from quorate.client.node.contact import silent, standing
+from quorate.client.node.folder import SiteFolder
+from quorate.client.service import MODEL, check_health
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.supervisor import Status, read_status
+
+
+class ProgramState(ConfigModel):
+    """One program of the site."""
+
+    pid: int | None
+    """Process id; None between its death and its restart."""
+    restarts: int
+    """How often it was started again."""
+    since: datetime
+    """When it started, or died."""
+    problem: str | None
+    """What is wrong with it; None: it works."""
+
+
+class ServerContact(ConfigModel):
+    """How the SuperNode stands with the server."""
+
+    address: str
+    """HOST:PORT."""
+    state: Literal["connected", "unreachable", "refused", "silent", "unknown"]
+    """`refused`: the server answers and says no; `silent`: the SuperNode has asked nothing for a while."""
+    detail: str
+    """Kind of failure, or HTTP status."""
+    since: datetime | None
+    """Since when it is so."""
+
+
+class SiteStatus(ConfigModel):
+    """What `quorate site status` tells."""
+
+    site: str
+    """Name of the site."""
+    federation: str
+    """Name of the federation."""
+    running: bool
+    """Whether the site was started."""
+    programs: dict[str, ProgramState]
+    """Name -> program."""
+    server: ServerContact
+    """The connection."""
+    base_model_loaded: bool
+    """Whether the site process holds a base model; it loads one when a run first asks."""
+    waiting: tuple[str, ...]
+    """Runs that were turned away until a person approves them."""
+    withdrawn: tuple[str, ...]
+    """Runs that this site has left."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every program works and the server is reached."""
+        working = self.running and not any(each.problem for each in self.programs.values())
+        return working and self.server.state == "connected"
+
+
+def site_status(site: SiteFolder) -> SiteStatus:
+    """Look at everything. Raises: ConfigError: a file of the site is missing or does not validate."""
+    status = read_status(site.supervisor)
+    programs = _programs(site, status)
+    runs = site.state.is_dir()
+    return SiteStatus(
+        site=site.connection.site,
+        federation=site.connection.federation,
+        running=status is not None,
+        programs=programs,
+        server=_server(site, running=status is not None),
+        base_model_loaded=status is not None and check_health(site.socket, name=MODEL),
+        waiting=tuple(waiting_runs(site.state)) if runs else (),
+        withdrawn=tuple(withdrawn_runs(site.state)) if runs else (),
+    )
+
+
+def _programs(site: SiteFolder, status: Status | None) -> dict[str, ProgramState]:
+    found = {}
+    for name, program in (status.programs if status else {}).items():
+        problem = None
+        if program.pid is None:
+            problem = f"does not run; see {site.logs / f'{name}.log'}"
+        elif name == "site" and not check_health(site.socket):
+            problem = "does not answer (it is starting, or stopping)"
+        since = datetime.fromtimestamp(program.since, UTC)
+        found[name] = ProgramState(pid=program.pid, restarts=program.restarts, since=since, problem=problem)
+    return found
+
+
+def _server(site: SiteFolder, *, running: bool) -> ServerContact:
+    address, found = site.connection.server, standing(site.contact)
+    if not running or found is None:
+        return ServerContact(address=address, state="unknown", detail="", since=None)
+    if silent(found.last):
+        since = datetime.fromtimestamp(found.last, UTC)
+        seconds = time.time() - found.last
+        return ServerContact(address=address, state="silent", detail=f"for {seconds:.0f} s", since=since)
+    since = datetime.fromtimestamp(found.since, UTC)
+    return ServerContact(address=address, state=found.state, detail=found.detail, since=since)

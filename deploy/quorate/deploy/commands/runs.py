@@ -1,0 +1,202 @@
+"""`quorate runs`: the runs of a federation, looked at and stopped from the coordinator's machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quorate.deploy.commands.common import (
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    configure_logging,
+    print_json,
+)
+from quorate.shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quorate.deploy.control.records import RunFolder
+    from quorate.server.federation import FederationFolder
+
+runs = typer.Typer(
+    name="runs",
+    no_args_is_help=True,
+    help="The runs of a federation.\n\nExample: quorate runs list --federation heart",
+)
+FederationOption = Annotated[
+    str,
+    typer.Option(
+        "--federation",
+        metavar="NAME",
+        help="The federation: its folder, or its name under QUORATE_HOME (~/.quorate). This folder when left "
+        "out.",
+    ),
+]
+IdArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="Id of the run, or the beginning of it that no other run has.")
+]
+
+
+@runs.command("list")
+def list_(
+    federation: FederationOption = ".",
+    as_json: JsonOption = False,
+    log_level: LogLevelOption = LogLevel.warning,
+) -> None:
+    """List the runs, the newest first. `lost` runs were killed and go on with `quorate run --resume`.
+
+    Example: quorate runs list --federation heart
+    """
+    configure_logging(log_level)
+    from quorate.deploy.control.records import list_runs
+
+    found = [_described(each) for each in list_runs(_find(federation))]
+    if as_json:
+        print_json({"runs": found})
+        return
+    if not found:
+        typer.echo("no runs yet; start one with `quorate run`")
+        return
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from quorate.deploy.terminal import stdout_console
+
+    table = Table("id", "name", "state", "rounds", "started (UTC)", box=SIMPLE)
+    for each in found:
+        rounds = f"{each['round']}/{each['rounds']}"
+        table.add_row(each["id"], each["name"], each["state"], rounds, each["started"][:19].replace("T", " "))
+    stdout_console().print(table)
+
+
+@runs.command("show")
+def show(
+    run_id: IdArgument,
+    federation: FederationOption = ".",
+    as_json: JsonOption = False,
+    log_level: LogLevelOption = LogLevel.warning,
+) -> None:
+    """Show how a run stands, and its results once there are some.
+
+    Example: quorate runs show 3f2a --federation heart
+    """
+    configure_logging(log_level)
+    from pathlib import Path
+
+    from quorate.deploy.control.records import Submission, find_run_folder
+    from quorate.deploy.results import print_results
+    from quorate.deploy.terminal import stdout_console
+    from quorate.server.outputs import read_summary
+    from quorate.server.run import SUMMARY_FILE
+    from quorate.server.status import RunStatus
+
+    run = find_run_folder(_find(federation), run_id)
+    status, submission = RunStatus.read(run.path), Submission.read(run.path)
+    summary = read_summary(run.path) if (run.path / SUMMARY_FILE).is_file() else None
+    described = {
+        **_described(run),
+        "message": status.message if status else "",
+        "folder": str(run.path),
+        "output": submission.output_dir if submission else None,
+        "submissions": list(submission.flower_runs) if submission else [],
+    }
+    if as_json:
+        print_json({**described, "summary": summary.model_dump(mode="json") if summary else None})
+        return
+    for name, value in described.items():
+        if value not in ("", None):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            stdout_console().print(f"{name:12} {text}", markup=False, soft_wrap=True)
+    if summary is not None:
+        print_results(stdout_console(), summary, Path(submission.output_dir) if submission else run.path)
+
+
+@runs.command("logs")
+def logs(
+    run_id: IdArgument,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C; the run is not touched."),
+    ] = False,
+    federation: FederationOption = ".",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the events as they are written: one JSON object a line.")
+    ] = False,
+    log_level: LogLevelOption = LogLevel.info,
+) -> None:
+    """Show the progress of a run from its beginning, as the command that started it showed it.
+
+    Example: quorate runs logs 3f2a -f --federation heart
+    """
+    configure_logging(log_level)
+    from quorate.deploy.control.follower import Follower
+    from quorate.deploy.control.records import find_run_folder
+    from quorate.deploy.terminal import stdout_console
+    from quorate.server.events import EVENTS_FILE
+    from quorate.server.events import follow as follow_events
+
+    run = find_run_folder(_find(federation), run_id)
+    follower = Follower(stdout_console())
+    over = False
+    try:
+        for event in follow_events(run.path / EVENTS_FILE):
+            if event is not None:
+                typer.echo(event.model_dump_json()) if as_json else follower(event)
+            elif over or not follow:
+                break
+            else:
+                # Once more after the end was seen: its last events may have come between.
+                over = run.state not in ("running", "waiting")
+    finally:
+        follower.close()
+
+
+@runs.command("stop")
+def stop(
+    run_id: IdArgument,
+    federation: FederationOption = ".",
+    as_json: JsonOption = False,
+    log_level: LogLevelOption = LogLevel.warning,
+) -> None:
+    """Stop a run at its last finished round; `quorate run --resume` goes on with it.
+
+    Example: quorate runs stop 3f2a --federation heart
+    """
+    configure_logging(log_level)
+    from quorate.deploy.control.flower import Flower
+    from quorate.deploy.control.records import find_run_folder
+    from quorate.deploy.control.watch import Controller
+
+    folder = _find(federation)
+    run = find_run_folder(folder, run_id)
+    if run.flower_run is None or run.state not in ("running", "waiting", "lost"):
+        raise ConfigError(f"run {run.run_id} does not run ({run.state}); there is nothing to stop.")
+    controller = Controller(
+        run, Flower.of(folder), on_event=lambda _event: None, say=typer.echo, max_restarts=0
+    )
+    ended = controller.stop()
+    state = ended.state if ended else "stopping"
+    if as_json:
+        print_json({"id": run.run_id, "state": state, "round": run.rounds_done})
+    else:
+        typer.echo(f"run {run.run_id}: {state} after round {run.rounds_done}")
+
+
+def _find(federation: str) -> FederationFolder:
+    from quorate.server.federation import FederationFolder
+
+    return FederationFolder.find(federation)
+
+
+def _described(run: RunFolder) -> dict[str, Any]:
+    """Return what `list` and `show` say of a run."""
+    config = run.config
+    return {
+        "id": run.run_id,
+        "name": config.name,
+        "state": run.state,
+        "round": run.rounds_done,
+        "rounds": config.federation.rounds,
+        "started": run.started.isoformat(),
+    }

@@ -42,7 +42,8 @@ def test_commands_and_options_are_there(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"deploy/[\w./-]*[\w/]|constraints\.txt|shared/[\w./-]*\w", PAGE)))
+    "path",
+    sorted(set(re.findall(r"deploy/[\w./-]*[\w/](?![\w*@.-])|constraints\.txt|shared/[\w./-]*\w", PAGE))),
 )
 def test_files_are_there(path: str) -> None:
     assert (ROOT / path).exists(), path

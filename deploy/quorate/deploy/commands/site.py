@@ -117,7 +117,6 @@ def start(
     own = _find(folder)
     if foreground:
         starting.run(own)
-        return
     found = starting.start(own)
     name, server = own.connection.site, own.connection.server
     if found is None or found.state == "connected":

@@ -97,7 +97,7 @@ def supernode_programs(node: NodeFolder) -> list[Program]:
 
 
 def run(folder: Path, half: Half) -> int:
-    """Run one half until SIGTERM or SIGINT; returns the site half's exit code, the other half takes this process.
+    """Run one half until SIGTERM or SIGINT; returns its exit code. The SuperNode's takes this process over.
 
     Raises: ConfigError, OutputError: it cannot start.
     """

@@ -198,6 +198,7 @@ def test_it_holds_what_is_listed_and_is_small(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_its_commands_work_where_it_is_alone(site_machine: Path, tmp_path: Path) -> None:
     quorate = site_machine / "bin" / "quorate"
     help_text = run(quorate, "--help", cwd=tmp_path)

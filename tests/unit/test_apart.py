@@ -76,7 +76,7 @@ def as_user(name: str, *command: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_users_share_the_socket_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_users_share_the_socket_alone() -> None:
     own, other = users()
     python = [sys.executable, "-P"]
     cli = "from quorate.deploy.site_cli import main; main()"

@@ -20,8 +20,9 @@ from quorate.client.node.folder import SiteFolder, prepare_folders, prepare_home
 from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
 from quorate.client.node.guard import GUARDED, write_commands
 from quorate.client.node.supernode import Ports, flower_programs
+from quorate.client.node.supervise import become_supervisor
 from quorate.shared.errors import ConfigError
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.supervisor import Program
 
 
 class Half(StrEnum):
@@ -96,7 +97,7 @@ def supernode_programs(node: NodeFolder) -> list[Program]:
 
 
 def run(folder: Path, half: Half) -> int:
-    """Run one half until SIGTERM or SIGINT; returns the exit code. To be called from the main thread.
+    """Run one half until SIGTERM or SIGINT; returns its exit code. The SuperNode's takes this process over.
 
     Raises: ConfigError, OutputError: it cannot start.
     """
@@ -105,5 +106,4 @@ def run(folder: Path, half: Half) -> int:
 
         return main([str(folder)])
     node = NodeFolder(SiteFolder.find(folder).path)
-    Supervisor(node.supervisor, supernode_programs(node)).run()
-    return 0
+    become_supervisor(node.supervisor, supernode_programs(node))

@@ -9,15 +9,17 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from quorate.client.node.contact import Standing, standing
 from quorate.client.node.folder import SiteFolder, prepare_folders
 from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
 from quorate.client.node.guard import write_commands
 from quorate.client.node.supernode import Ports, flower_programs, site_program
+from quorate.client.node.supervise import become_supervisor
 from quorate.client.service import check_health
 from quorate.shared.errors import ConfigError, OutputError, QuorateError
-from quorate.shared.supervisor import Program, Supervisor, read_status, start_detached
+from quorate.shared.supervisor import Program, read_status, start_detached
 
 READY_SECONDS = 300.0
 """Longest wait until all is up; importing torch takes a minute on a busy machine."""
@@ -49,12 +51,12 @@ def prepare(site: SiteFolder) -> list[Program]:
     return [*programs, *flower_programs(site, ports)]
 
 
-def run(site: SiteFolder) -> None:
-    """Run a site until SIGTERM or SIGINT. To be called from the main thread.
+def run(site: SiteFolder) -> NoReturn:
+    """Turn this process into the supervisor of a site, which ends with SIGTERM or SIGINT.
 
     Raises: ConfigError, OutputError: it cannot start.
     """
-    Supervisor(site.supervisor, prepare(site)).run()
+    become_supervisor(site.supervisor, prepare(site))
 
 
 def start(site: SiteFolder, timeout: float = READY_SECONDS) -> Standing | None:
@@ -90,7 +92,6 @@ def main(arguments: list[str]) -> int:
     except QuorateError as error:
         logging.getLogger(__name__).error("%s", error)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

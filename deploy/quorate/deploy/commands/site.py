@@ -32,7 +32,9 @@ models = typer.Typer(
 )
 site.add_typer(models)
 FolderArgument = Annotated[
-    Path, typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.")
+    Path,
+    # Readable: no. With two users, either may walk through the folder, and not list it.
+    typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False),
 ]
 RunIdArgument = Annotated[
     str, typer.Argument(metavar="RUN_ID", help="The run, as this site's log and `quorate runs list` name it.")
@@ -47,7 +49,10 @@ class Half(StrEnum):
 
 
 FolderOption = Annotated[
-    Path, typer.Option("--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.")
+    Path,
+    typer.Option(
+        "--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.", readable=False
+    ),
 ]
 
 
@@ -112,7 +117,6 @@ def start(
     own = _find(folder)
     if foreground:
         starting.run(own)
-        return
     found = starting.start(own)
     name, server = own.connection.site, own.connection.server
     if found is None or found.state == "connected":

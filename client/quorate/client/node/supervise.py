@@ -1,0 +1,63 @@
+"""A site's supervisor as a process of its own: reading site.yaml takes torch, and this one stays for weeks.
+
+`python -m quorate.client.node.supervise FILE` runs the programs that FILE lists.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from quorate.shared.errors import QuorateError
+from quorate.shared.supervisor import Program, Supervisor
+
+_FILE = "programs.json"
+_PATHS = ("log", "cwd")
+
+
+def become_supervisor(state_dir: Path, programs: Sequence[Program]) -> NoReturn:
+    """Write the programs down and turn this process into their supervisor.
+
+    Args:
+        state_dir: the supervisor's folder, private to whoever starts the site.
+        programs: in the order they start.
+    """
+    path = state_dir / _FILE
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump([asdict(program) for program in programs], file, default=str, indent=2)
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "quorate.client.node.supervise", str(path)])
+
+
+def read_programs(path: Path) -> list[Program]:
+    """Return what `become_supervisor` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Program(**{**each, **{name: Path(each[name]) for name in _PATHS if each[name] is not None}})
+        for each in content
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the programs until SIGTERM or SIGINT; returns the exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    path = Path(arguments[0])
+    try:
+        Supervisor(path.parent, read_programs(path)).run()
+    except QuorateError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from quorate.deploy.server import heartbeat
 from quorate.deploy.server.flower import ONLINE, UNREGISTERED
 from quorate.deploy.server.nginx import CALLS
 
@@ -57,3 +58,12 @@ def test_the_superlinks_flags_are_there() -> None:
         "--disable-runtime-dependency-installation",
         "--health-server-address",
     } <= set(options)
+
+
+def test_the_early_heartbeat_speaks_as_flowers_own() -> None:
+    constants = importlib.import_module("flwr.supercore.constant")
+    assert constants.TASK_TOKEN_HEADER == heartbeat.TOKEN_HEADER
+    client = importlib.import_module("flwr.supercore.runtime").RuntimeHttpClient
+    assert f'path="{heartbeat.PATH}"' in inspect.getsource(client.SendTaskHeartbeat)
+    message = importlib.import_module("flwr.proto.runtime_pb2").SendTaskHeartbeatRequest()
+    assert message.SerializeToString() == b"" and not message.DESCRIPTOR.fields

@@ -85,11 +85,10 @@ def stop(federation: FederationOption = None, log_level: LogLevelOption = LogLev
     Example: quorate server stop --federation heart
     """
     configure_logging(log_level)
-    from quorate.deploy.server.paths import ServerPaths
-    from quorate.shared.supervisor import stop as stop_supervisor
+    from quorate.deploy.server.start import stop as stop_server
 
     folder = find_federation(federation)
-    was = stop_supervisor(ServerPaths(folder).supervisor)
+    was = stop_server(folder)
     typer.echo(f"the server of {folder.config.name} {'has stopped' if was else 'was not running'}")
 
 

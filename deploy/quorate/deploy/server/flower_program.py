@@ -6,9 +6,27 @@ Its scripts need not be on the PATH then, and a PATH cannot name others.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import distribution
+
+from quorate.deploy.server.heartbeat import beating
+
+SERVERAPP = "flwr-serverapp"
+
+
+def load(name: str, arguments: list[str]) -> Callable[[], int | None]:
+    """Return a program of Flower's; loading it takes seconds, and more where the machine is busy."""
+    alive = beating(arguments) if name == SERVERAPP else nullcontext()
+    with alive:
+        entries = distribution("flwr").entry_points
+        program: Callable[[], int | None] = entries.select(group="console_scripts", name=name)[name].load()
+        if name == SERVERAPP:  # with all that a run needs: once Flower runs it, this takes its time as well
+            import quorate.server.app  # noqa: F401
+    return program
+
 
 if __name__ == "__main__":
     _, name, *arguments = sys.argv
     sys.argv = [name, *arguments]
-    sys.exit(distribution("flwr").entry_points.select(group="console_scripts", name=name)[name].load()())
+    sys.exit(load(name, arguments)())

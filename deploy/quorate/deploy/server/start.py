@@ -1,11 +1,14 @@
-"""Starting the server, and admitting a site while it may be running."""
+"""Starting and stopping the server, and admitting a site while it may be running."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from pathlib import Path
+
+import psutil
 
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.provision.keys import admit_key, admitted_key
@@ -18,6 +21,7 @@ from quorate.deploy.server.watch import watch
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import OutputError, QuorateError
 from quorate.shared.supervisor import Program, Supervisor, read_status, start_detached
+from quorate.shared.supervisor import stop as stop_supervisor
 
 READY_SECONDS = 300.0
 """Longest wait for everything to be up; importing Flower takes a minute on a busy machine."""
@@ -70,6 +74,23 @@ def start(folder: FederationFolder) -> None:
     program = [sys.executable, "-c", "from quorate.deploy.cli import main; main()"]
     command = [*program, "server", "start", "--foreground", "--federation", str(folder.path)]
     start_detached(command, paths.supervisor, paths.logs / "server.log", ready, READY_SECONDS)
+
+
+def stop(folder: FederationFolder) -> bool:
+    """Stop the server and all that it started; returns whether it ran. Afterwards none of it is left.
+
+    Raises: QuorateError: it is still there after a minute.
+    """
+    paths = ServerPaths(folder)
+    status = read_status(paths.supervisor)
+    if status is None:
+        return False
+    # Its lock is free a moment before its process is gone.
+    with contextlib.suppress(psutil.Error):
+        supervisor = psutil.Process(status.pid)
+        stop_supervisor(paths.supervisor)
+        supervisor.wait(_POLL_SECONDS * 50)
+    return True
 
 
 def admit_site(folder: FederationFolder, site: str, key_file: Path, *, renew: bool = False) -> str:

@@ -22,7 +22,7 @@ from quorate.shared.versions import QUORATE
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "client-wheel"
-BROUGHT_ALONG = {"huggingface_hub": "transformers", "pydantic_core": "pydantic", "google": "flwr"}
+BROUGHT_ALONG = {"huggingface_hub": "transformers", "pydantic_core": "pydantic", "httpx": "flwr"}
 """Modules we import of packages that one of ours needs itself, and which."""
 RUN = """
 name: trial
@@ -198,6 +198,7 @@ def test_it_holds_what_is_listed_and_is_small(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_its_commands_work_where_it_is_alone(site_machine: Path, tmp_path: Path) -> None:
     quorate = site_machine / "bin" / "quorate"
     help_text = run(quorate, "--help", cwd=tmp_path)

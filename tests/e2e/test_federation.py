@@ -1,6 +1,6 @@
 """A real federation on loopback: nginx, SuperLink, SuperExec, SuperNodes and site processes.
 
-It must end where the simulation of the same run file ends, byte for byte, whichever of its processes is killed.
+It must end where the simulation of the same run file ends, byte for byte, whichever process is killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tiny_runs import LABELS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(
         shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None, reason="nginx is not installed"
     ),

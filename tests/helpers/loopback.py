@@ -85,7 +85,7 @@ class Loopback:
         (self.folder / name / "site.yaml").write_text(yaml.safe_dump(dict(content)))
 
     def quorate(
-        self, *arguments: str, code: int = 0, timeout: float = 280
+        self, *arguments: str, code: int = 0, timeout: float = 900
     ) -> subprocess.CompletedProcess[str]:
         """Run one command as a person would, and hold it to its exit code."""
         ended = subprocess.run(

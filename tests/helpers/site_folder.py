@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from quorate.client.config import ConnectionConfig, SiteConfig
-from quorate.client.serve import SiteFolder
+from quorate.client.node.folder import SiteFolder
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import RequestHeader, RoundRequest
 from quorate.shared.model import hash_files
+from quorate.shared.versions import versions
 from quorate.shared.weights import weights_sha256
 
 RUN_ID = "0123456789abcdef"
@@ -54,7 +55,7 @@ def write_folder(path: Path, model: Path, **policy: Any) -> SiteFolder:
     connection = ConnectionConfig(federation="trial", site=SITE, server="localhost:9443")
     (path / "site.yaml").write_text(dump_yaml(site))
     (path / "connection.yaml").write_text(dump_yaml(connection))
-    return SiteFolder.load(path)
+    return SiteFolder.find(path)
 
 
 def request(
@@ -68,6 +69,7 @@ def request(
         "site": SITE,
         "run_config": run.canonical_json(),
         "config_hash": run.content_hash,
+        "versions": versions() if phase == "join" else {},
         **fields,
     }
     return RoundRequest(RequestHeader.model_validate(header), arrays)

@@ -8,7 +8,7 @@ seen it.
   fit of an answered round from another start       refused: conflict
   fit of a round before the newest answered one     refused: outdated, unless it is stored
   a run id under another configuration              refused: other-config
-  join                                              answered afresh: a description spends nothing
+  join, finish                                      answered afresh: they train nothing
 
 An answer that is an error is not stored: the site may be mended and asked again.
 
@@ -32,6 +32,7 @@ from quorate.shared.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
+STORED = ("fit", "evaluate")
 KEEP_ROUNDS = 2
 KEEP_DAYS = 30
 _SCHEMA = """
@@ -80,11 +81,12 @@ class Answered:
     def _one(self, request: RoundRequest) -> Update:
         try:
             self._bind(request)
-            stored = None if request.header.phase == "join" else self._stored(request)
+            stores = request.header.phase in STORED
+            stored = self._stored(request) if stores else None
             if stored is not None:
                 return stored
             (update,) = self._inner.handle([request])
-            if update.header.error is None and request.header.phase != "join":
+            if stores and update.header.error is None:
                 self._store(request, update)
             return update
         except sqlite3.Error as error:

@@ -22,58 +22,22 @@ import torch
 
 from quorate.client.answered import Answered
 from quorate.client.base_models import at_site
-from quorate.client.config import ConnectionConfig, SiteConfig
 from quorate.client.data import load_splits
 from quorate.client.holdings import SiteRows
+from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import Gate, check_rows
 from quorate.client.service import SiteService
 from quorate.client.site import Site
-from quorate.shared.config.load import load_file
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import BadInput, ConfigError, QuorateError
 from quorate.shared.model import default_device
 from quorate.shared.progress import StepEvent
 from quorate.shared.tasks.base import Row
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("quorate.client.serve")  # by name: as a program, this module is __main__
 
-SITE_FILE, CONNECTION_FILE = "site.yaml", "connection.yaml"
-SOCKET_FILE, ANSWERS_FILE, RECEIVED_DIR = "site.sock", "answers.db", "received"
-
-
-@dataclass(frozen=True)
-class SiteFolder:
-    """The unpacked start-up kit of one site.
-
-    Args:
-        path: the folder of site.yaml and connection.yaml.
-        site: what site.yaml says.
-        connection: what connection.yaml says.
-    """
-
-    path: Path
-    site: SiteConfig
-    connection: ConnectionConfig
-
-    @classmethod
-    def load(cls, path: Path) -> SiteFolder:
-        """Read both files.
-
-        Raises: ConfigError: one is missing or does not validate.
-        """
-        path = path.absolute()
-        site = load_file(SiteConfig, path / SITE_FILE)
-        return cls(path, site, load_file(ConnectionConfig, path / CONNECTION_FILE))
-
-    @property
-    def state(self) -> Path:
-        """Where the processes write."""
-        return self.path / Path(self.site.state).expanduser()
-
-    @property
-    def socket(self) -> Path:
-        """Where the site process listens."""
-        return self.state / SOCKET_FILE
+ANSWERS_FILE, RECEIVED = "answers.db", "received"
+"""In STATE: what was answered, and the results of runs that are done."""
 
 
 @dataclass
@@ -99,7 +63,7 @@ class AtSite:
         if key not in self._rows:
             where = f"site.yaml, data.{run.data}"
             try:
-                source = self.folder.site.data[run.data]
+                source = self.folder.config.data[run.data]
                 splits = load_splits(source, self.folder.path, run.task.columns, labels)
             except BadInput as error:
                 raise type(error)(f"{where}: {error}") from error
@@ -108,12 +72,12 @@ class AtSite:
             }
             log.info("%s: %s", where, ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
         rows = self._rows[key]
-        check_rows(self.folder.site, run.data, len(rows["train"]))
+        check_rows(self.folder.config, run.data, len(rows["train"]))
         return rows
 
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run with the folder of its base model here."""
-        return at_site(run, self.folder.site, self.folder.path)
+        return at_site(run, self.folder.config, self.folder.path)
 
 
 def training_device(name: str) -> torch.device:
@@ -139,7 +103,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
 
     Raises: ConfigError, OutputError: the process cannot begin.
     """
-    device = training_device(folder.site.device)
+    name = folder.connection.site
+    device = training_device(folder.config.device)
     folder.state.mkdir(mode=0o750, parents=True, exist_ok=True)
     services: list[SiteService] = []
 
@@ -150,15 +115,15 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     def on_model(loaded: bool) -> None:
         services[0].model_loaded(loaded)
 
-    received = folder.state / RECEIVED_DIR
+    received = folder.state / RECEIVED
     site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
-    gate = Gate(folder.site, folder.state, answered)
-    services.append(SiteService(gate, folder.connection.site, folder.socket))
+    gate = Gate(folder.config, folder.state, answered)
+    services.append(SiteService(gate, name, folder.socket))
     services[0].start()
-    log.info("site %s: ready at %s, training on %s", folder.connection.site, folder.socket, device)
+    log.info("site %s: ready at %s, training on %s", name, folder.socket, device)
     stop.wait()
-    log.info("site %s: ending", folder.connection.site)
+    log.info("site %s: ending", name)
     services[0].stop()
     answered.close()
 
@@ -174,13 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # libraries on their own future
     logging.getLogger("quorate").setLevel(logging.DEBUG if options.verbose else logging.INFO)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.umask(0o077)
     try:
-        serve(SiteFolder.load(options.folder), stop)
+        serve(SiteFolder.find(options.folder), stop)
     except QuorateError as error:
         log.error("%s", error)
         return error.exit_code

@@ -17,6 +17,8 @@ from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.provision import provision
 from quorate.deploy.commands.report import report
 from quorate.deploy.commands.rerun import rerun
+from quorate.deploy.commands.run import run as run_command
+from quorate.deploy.commands.runs import runs
 from quorate.deploy.commands.schema import schema
 from quorate.deploy.commands.server import server
 from quorate.deploy.commands.simulate import simulate
@@ -28,8 +30,21 @@ app = program.new_app(
     "Federated LoRA fine-tuning: sites keep their data and decide, no round counts without a quorum.\n\n"
     "Example: quorate simulate demo"
 )
-for command in (simulate, validate, schema, report, compare, predict, rerun, tune, export, provision):
+for command in (
+    simulate,
+    validate,
+    schema,
+    report,
+    compare,
+    predict,
+    rerun,
+    tune,
+    export,
+    provision,
+    run_command,
+):
     app.command()(command)
+app.add_typer(runs)
 app.add_typer(data)
 app.add_typer(server)
 app.add_typer(site)

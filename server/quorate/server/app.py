@@ -24,7 +24,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.run import RunNotRunningException
 
-from quorate.server.deliver import deliver
 from quorate.server.events import EVENTS_FILE, EventsHandler, EventsTracker
 from quorate.server.federation import FederationFolder
 from quorate.server.finish import finish
@@ -149,11 +148,11 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsT
     run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
     if config.evaluation.references:
         log.warning(
-            "evaluation.references (%s) are left out: a simulation alone holds the rows to train them on",
+            "evaluation.references (%s) are left out: only a simulation has all rows to train them on",
             ", ".join(config.evaluation.references),
         )
     result = run_rounds(grid, run, read_nodes(folder))
-    deliver(grid, run, result, finish(grid, run, result))
+    finish(grid, run, result)
 
 
 def read_nodes(folder: FederationFolder) -> dict[int, str]:

@@ -5,7 +5,8 @@ NAME/                      made by `quorate provision`, mode 0700
   ca/                      ca.crt, ca.key (0600), index.json (every certificate issued or revoked), ca.crl
   server/                  server.crt, server.key (0600), superexec.secret (0600)
   sites/SITE/              node.pub (admitted key), client.crt (mutual TLS), kit.tar
-  state/                   what runs: superlink.db, nginx/, logs/, flower/ (FLWR_HOME), nodes.json
+  state/                   what runs: status.json (the supervisor's), superlink.db, superlink/ (its
+                           certificate on loopback), nginx/, logs/, bin/, flower/ (FLWR_HOME), nodes.json
   state/runs/RUN_ID/       output folder of each run
 """
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from flwr.serverapp import Grid
 
+from quorate.server.deliver import deliver
 from quorate.server.outputs import measure, write_outputs
 from quorate.server.records import Summary
 from quorate.server.rounds import Result
@@ -30,7 +31,7 @@ def all_the_same(result: Result, work: Callable[[], _T]) -> _T:
 
 
 def finish(grid: Grid, run: Run, result: Result) -> Summary:
-    """Measure what the rounds gave and write it.
+    """Measure what the rounds gave, write it, and send the sites what is theirs of it.
 
     Raises: QuorumNotMet, KeyboardInterrupt: what ended the run early, once everything is written.
     """
@@ -38,4 +39,5 @@ def finish(grid: Grid, run: Run, result: Result) -> Summary:
     summary = all_the_same(result, lambda: write_outputs(run, result, final, best))
     if result.stopped is not None:
         raise result.stopped
+    deliver(grid, run, result, summary)
     return summary

@@ -1,4 +1,4 @@
-"""Files and folders that must never be half there, and some not readable by others."""
+"""Files and folders that are never half there, and private ones that nobody else may read."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or type(error).__name__}; make room or get the right to "
-            "write there, then give the command again (a run goes on with --resume)."
+            "write there, then give the command again (a run continues with --resume)."
         ) from error
 
 

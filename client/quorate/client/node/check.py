@@ -45,7 +45,7 @@ def check(folder: Path, run_path: Path | None = None) -> list[Line]:
         _line("site.yaml", lambda: _site_file(site)),
     ]
     if all(line.ok for line in lines):
-        if site.config.users is not None:
+        if site.users is not None:
             lines.append(_line("users", lambda: _users(site)))
         for index in range(len(site.config.models)):
             lines.append(_line(f"models[{index}]", lambda index=index: _model(site, index)))  # type: ignore[misc]
@@ -87,7 +87,7 @@ def _site_file(site: SiteFolder) -> str:
 
 
 def _users(site: SiteFolder) -> str:
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     assert both is not None  # asked for where there are some
     own, supernode = both
     python = Path(sys.executable).resolve()
@@ -151,7 +151,6 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     """Hold a run file against policy, data and models as the site process will."""
     from quorate.client.policy import admit
     from quorate.client.serve import AtSite
-    from quorate.client.serve import SiteFolder as Loaded
     from quorate.shared.config.load import load_run
     from quorate.shared.messages import RequestHeader, RoundRequest
 
@@ -167,7 +166,7 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     policy = site.config.policy.model_copy(update={"approve_each_run": False})  # nobody asks for it yet
     config = site.config.model_copy(update={"policy": policy})
     admit(run, RoundRequest(header), config, site.state)
-    at_site = AtSite(Loaded(site.path, site.config, site.connection))
+    at_site = AtSite(site)
     at_site.at_hand(run)
     rows = at_site.rows(run, site.connection.site)
     counts = ", ".join(f"{split} {len(each)}" for split, each in rows.items())

@@ -19,11 +19,13 @@ import contextlib
 import os
 import pwd
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from quorate.client.config import ConnectionConfig, SiteConfig, UsersConfig
+from quorate.client.node.names import SOCKET
 from quorate.shared.config.load import load_file
 from quorate.shared.errors import ConfigError, DataError, OutputError
 from quorate.shared.sources import resolve_local
@@ -84,6 +86,11 @@ class SiteFolder:
         """Certificate of mutual TLS."""
         return self.path / "client.crt"
 
+    @cached_property
+    def users(self) -> UsersConfig | None:
+        """As whom the programs run; None: as whoever starts them."""
+        return self.config.users
+
     @property
     def state(self) -> Path:
         """What the processes write."""
@@ -92,7 +99,7 @@ class SiteFolder:
     @property
     def socket(self) -> Path:
         """Where the site process listens."""
-        return self.state / "site.sock"
+        return socket_of(self.state)
 
     @property
     def bin(self) -> Path:
@@ -123,6 +130,11 @@ class SiteFolder:
     def contact(self) -> Path:
         """How the SuperNode stands with the server."""
         return self.supernode / "contact.json"
+
+
+def socket_of(state: Path) -> Path:
+    """Return where the site process of a STATE listens: there, or where the environment says."""
+    return Path(os.environ.get(SOCKET) or state / "site.sock")
 
 
 @dataclass(frozen=True)
@@ -190,14 +202,32 @@ def prepare_folders(site: SiteFolder) -> None:
 
     Raises: ConfigError: users are missing, or cannot get into the folder. OutputError: cannot be written.
     """
-    both = accounts(site.config.users)
-    try:
+    both = accounts(site.users)
+    with _owning(site):
         if both is None:
             _prepare_for_one(site)
         else:
             _prepare_for_two(site, *both)
         if not site.secret.exists():
             _write_secret(site.secret, both[1] if both else None)
+
+
+def prepare_home(site: SiteFolder) -> None:
+    """Make what the SuperNode alone needs, as its user.
+
+    Raises: OutputError: cannot be written.
+    """
+    with _owning(site):
+        for folder in (site.supernode, site.logs, site.supervisor):
+            _folder(folder, 0o700)
+        if not site.secret.exists():
+            _write_secret(site.secret, None)
+
+
+@contextlib.contextmanager
+def _owning(site: SiteFolder) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"{error.filename}: {error.strerror}; start the site as the owner of {site.path}."

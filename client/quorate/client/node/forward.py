@@ -112,7 +112,7 @@ def forward_program(site: SiteFolder, ports: Ports) -> Program:
             f"{site.path}: a path with blanks, quotes or any of ; {{ }} $ # cannot stand in nginx's "
             "configuration; move the site's folder."
         )
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     folder = forwarder_folder(site)
     folder.mkdir(mode=0o700, exist_ok=True)
     _make_loopback_certificate(folder)

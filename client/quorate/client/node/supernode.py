@@ -52,7 +52,7 @@ class Ports:
 
 def site_program(site: SiteFolder) -> Program:
     """Return the resident site process."""
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if both is not None:
         env |= _identity(both[0])
@@ -77,7 +77,7 @@ def flower_programs(
         server: HOST:PORT that the SuperNode connects to; the server's when left out.
         ca: whose certificate is trusted there; the federation's authority when left out.
     """
-    both = accounts(site.config.users)
+    both = accounts(site.users)
     user = both[1] if both else None
     server = server or site.connection.server
     env = flower_environment(site, user, os.environ)

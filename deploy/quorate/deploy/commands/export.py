@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quorate.deploy.commands.adapters import adapter_folder
 from quorate.deploy.commands.common import JsonOption, LogLevel, LogLevelOption, configure_logging, print_json
-from quorate.deploy.commands.inputs import adapter_folder
 from quorate.shared.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quorate.shared.errors import AdapterError, BadInput, ConfigError
+from quorate.shared.errors import BadInput, ConfigError
 
 if TYPE_CHECKING:
     from quorate.shared.config.run import RunConfig
@@ -45,19 +45,6 @@ def find_sites(sites: Path | None, run_path: Path) -> Path:
             "each site lie: put it there, or name it with --sites."
         )
     return path
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Return the adapter folder that is meant: this one, or the one in a run's output folder.
-
-    Raises: AdapterError: neither is one.
-    """
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise AdapterError(
-        f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
-    )
 
 
 def load_rows(sites: SitesConfig, path: Path, run: RunConfig) -> dict[str, dict[Split, list[Row]]]:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from quorate.deploy.commands.adapters import adapter_folder
 from quorate.deploy.commands.common import JsonOption, LogLevel, LogLevelOption, configure_logging, print_json
-from quorate.deploy.commands.inputs import adapter_folder
 from quorate.shared.errors import DataError
 from quorate.shared.template import is_text
 

@@ -89,7 +89,6 @@ def run(
         raise ConfigError("--run-id names a run to go on with; give it together with --resume.")
     folder = FederationFolder.find(federation)
     config = load_run(find_run(run), overrides or [])
-    ends.check_federated(config)
     config = ends.pinned(config)
     output_dir = output or Path("runs") / config.name
     ends.check_output(output_dir, config, resume=resume)

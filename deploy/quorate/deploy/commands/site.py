@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +15,10 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.deploy.commands.site_report import print_checks, print_status
 
 if TYPE_CHECKING:
-    from quorate.client.node.check import Line
     from quorate.client.node.folder import SiteFolder
-    from quorate.client.node.status import SiteStatus
 
 site = typer.Typer(
     name="site",
@@ -32,13 +32,27 @@ models = typer.Typer(
 )
 site.add_typer(models)
 FolderArgument = Annotated[
-    Path, typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.")
+    Path,
+    # Readable: no. With two users, either may walk through the folder, and not list it.
+    typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False),
 ]
 RunIdArgument = Annotated[
     str, typer.Argument(metavar="RUN_ID", help="The run, as this site's log and `quorate runs list` name it.")
 ]
+
+
+class Half(StrEnum):
+    """A half of a site, as `quorate.client.node.apart` has them, which is heavy to import."""
+
+    site = "site"
+    supernode = "supernode"
+
+
 FolderOption = Annotated[
-    Path, typer.Option("--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.")
+    Path,
+    typer.Option(
+        "--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.", readable=False
+    ),
 ]
 
 
@@ -75,6 +89,14 @@ def start(
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay here until stopped, as systemd and containers want it.")
     ] = False,
+    only: Annotated[
+        Half | None,
+        typer.Option(
+            "--only",
+            help="Start one half alone, for two units or containers: `site` has the data, `supernode` the "
+            "network. With --foreground.",
+        ),
+    ] = None,
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """Start the site process and Flower, and keep them running; returns when runs can be answered.
@@ -84,6 +106,12 @@ def start(
     Example: quorate site start ./north
     """
     configure_logging(log_level)
+    if only is not None:
+        from quorate.client.node import apart
+
+        if not foreground:
+            raise typer.BadParameter("--only starts one half for systemd or a container: add --foreground.")
+        raise typer.Exit(apart.run(folder, apart.Half(only)))
     from quorate.client.node import start as starting
 
     own = _find(folder)
@@ -100,6 +128,22 @@ def start(
             f"site {name} is up; {server} refuses it ({found.detail}). After a crash this passes within a "
             "minute; else the coordinator has not admitted this node key. `quorate site status` tells."
         )
+
+
+@site.command("prepare")
+def prepare(folder: FolderArgument = Path(), log_level: LogLevelOption = LogLevel.warning) -> None:
+    """Make the folders that this site's programs write to, each for its own user alone. Starts nothing.
+
+    `site start` does this too; systemd's units need it first, as root. May be given again.
+
+    Example: quorate site prepare ./north
+    """
+    configure_logging(log_level)
+    from quorate.client.node.apart import prepare as make_folders
+
+    own = _find(folder)
+    make_folders(own)
+    typer.echo(f"{own.state} is ready")
 
 
 @site.command("stop")
@@ -133,7 +177,7 @@ def status(
     if as_json:
         print_json({**found.model_dump(mode="json"), "ok": found.ok})
     else:
-        _print_status(found)
+        print_status(found)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -162,7 +206,7 @@ def check(
     if as_json:
         print_json({"ok": ok, "checks": [line.model_dump(mode="json") for line in lines]})
     else:
-        _print_checks(lines)
+        print_checks(lines)
     if not ok:
         raise typer.Exit(2)
 
@@ -234,44 +278,3 @@ def _find(folder: Path) -> SiteFolder:
     from quorate.client.node.folder import SiteFolder
 
     return SiteFolder.find(folder)
-
-
-def _print_checks(lines: list[Line]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
-    table = Table("check", "", "found, and what to do", box=SIMPLE)
-    for line in lines:
-        table.add_row(Text(line.what), "ok" if line.ok else "WRONG", Text(line.found, overflow="fold"))
-    stdout_console().print(table)
-    wrong = sum(not line.ok for line in lines)
-    typer.echo("all is well" if not wrong else f"{wrong} of {len(lines)} checks went wrong")
-
-
-def _print_status(found: SiteStatus) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
-    if not found.running:
-        typer.echo(f"site {found.site} does not run; start it with `quorate site start`.")
-    else:
-        table = Table("program", "process", "restarts", "since (UTC)", "state", box=SIMPLE)
-        for name, program in found.programs.items():
-            pid = "" if program.pid is None else str(program.pid)
-            since = f"{program.since:%Y-%m-%d %H:%M:%S}"
-            table.add_row(name, pid, str(program.restarts), since, Text(program.problem or "works"))
-        stdout_console().print(table)
-        detail = f" ({found.server.detail})" if found.server.detail else ""
-        since = f" since {found.server.since:%Y-%m-%d %H:%M:%S} UTC" if found.server.since else ""
-        typer.echo(f"server {found.server.address}: {found.server.state}{detail}{since}")
-        typer.echo(f"base model: {'loaded' if found.base_model_loaded else 'none loaded yet'}")
-    for run_id in found.waiting:
-        typer.echo(f"run {run_id} waits for your word: `quorate site approve {run_id}`")
-    for run_id in found.withdrawn:
-        typer.echo(f"run {run_id}: withdrawn")

@@ -24,16 +24,6 @@ _FILES = (RUN_FILE, RECORD_FILE, METRICS_FILE, SUMMARY_FILE, REPORT_FILE)
 _FOLDERS = (ADAPTER_DIR, TENSORBOARD_DIR)
 
 
-def check_federated(config: RunConfig) -> None:
-    """Raise ConfigError for what a simulation can do and a federation cannot."""
-    if config.evaluation.references:
-        raise ConfigError(
-            f"evaluation.references [{', '.join(config.evaluation.references)}]: reference runs need the rows "
-            "of all sites in one process, which a simulation has and a federation never; give "
-            "'evaluation.references=[]', and compare with a simulation on data of your own."
-        )
-
-
 def pinned(config: RunConfig) -> RunConfig:
     """Return the run with its base model's hash: sites take no model by its path.
 

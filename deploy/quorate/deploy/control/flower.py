@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quorate.deploy.server.flower import CONNECTION
 from quorate.deploy.server.paths import ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import QuorateError
@@ -53,7 +52,7 @@ class Flower:
     @classmethod
     def of(cls, folder: FederationFolder) -> Flower:
         """Return the control side of a federation's server."""
-        return cls(ServerPaths(folder).flower, CONNECTION)
+        return cls(ServerPaths(folder).flower, folder.config.name)
 
     def submit(self, bundle: Path, run_id: str) -> int:
         """Start a Flower run of the bundle, for our run `run_id`; returns Flower's own id.

@@ -23,7 +23,8 @@ from quorate.shared.files import write_atomically
 
 CONTROL_FILE = "control.json"
 RunState = State | Literal["waiting", "lost"]
-"""As in status.json; `waiting` for a ServerApp to begin, `lost` where it died and nobody submitted it again."""
+"""As in status.json; `waiting` for a ServerApp to begin, `lost` where it died and the run was not submitted
+again."""
 
 
 class Submission(Record):

@@ -105,7 +105,9 @@ class Controller:
             if (ended := self._ended(number)) is not None:
                 return ended
             if not self._run.occupied and self._flower.state(number) not in ACTIVE:
-                return self._ended(number) or _interrupted(number)
+                ended = self._ended(number) or _interrupted(number)
+                ended.write(self._run.path)
+                return ended
             time.sleep(POLL_SECONDS)
         return None
 

@@ -30,6 +30,8 @@ CA_DAYS = 3652
 """Ten years."""
 DAYS = 365
 """Validity of a certificate of the server or of a site, unless another is asked for."""
+_COMMON_NAME = 64
+"""Most characters of a common name. Sites' names are no longer; a host's counts as an alternative name."""
 _SLACK = timedelta(hours=1)
 """Certificates begin a little in the past: clocks of sites may be slow."""
 
@@ -102,17 +104,14 @@ class Authority:
         Raises: ConfigError: the CA's key is missing or another's.
         """
         ca, now = self.certificate, datetime.now(UTC)
-        subject = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
         if role == "server":
             usage, names = ExtendedKeyUsageOID.SERVER_AUTH, [general_name(host) for host in hosts]
-            # The names that count are the alternative ones; a common name has room for 64 characters alone.
-            subject = [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Quorate server"),
-                *subject[: len(name) <= 64],
-            ]
+            subject = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Quorate server")]
         else:
-            usage = ExtendedKeyUsageOID.CLIENT_AUTH
+            usage, subject = ExtendedKeyUsageOID.CLIENT_AUTH, []
             names = [x509.UniformResourceIdentifier(f"quorate:{self.federation}/{name}")]
+        if len(name) <= _COMMON_NAME:
+            subject.append(x509.NameAttribute(NameOID.COMMON_NAME, name))
         builder = (
             _builder(x509.Name(subject), ca.subject, key)
             .not_valid_after(min(now + timedelta(days=days), ca.not_valid_after_utc))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quorate.client.config import ConnectionConfig
 from quorate.client.enrol import CLIENT_KEY, CONNECTION, NODE_KEY
@@ -108,12 +110,14 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 
 def _render(name: str, values: Mapping[str, object]) -> bytes:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    return _environment().get_template(f"{name}.j2").render(values).encode()
 
-    environment = Environment(
+
+@cache
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("quorate.deploy.provision", "templates"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,  # no HTML; names cannot hold what means something in these files
     )
-    return environment.get_template(f"{name}.j2").render(values).encode()

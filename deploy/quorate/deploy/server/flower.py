@@ -25,8 +25,6 @@ from quorate.shared.supervisor import Program
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
 
-CONNECTION = "quorate"
-"""Name of the SuperLink in config.toml of `state/flower`, for `flwr COMMAND CONNECTION`."""
 FEDERATION = "QUORATE_FEDERATION"
 """Environment variable that tells the ServerApp which federation it serves (`quorate.server.app`)."""
 TASK_POLL_SECONDS = 0.5
@@ -116,16 +114,19 @@ def superexec(paths: ServerPaths) -> Program:
 def write_flower_files(paths: ServerPaths) -> None:
     """Write what Flower looks for: the connection of its command line, and the ServerApp's command.
 
+    The connection has the federation's name: `flwr list NAME`, with FLWR_HOME set to `state/flower`.
+
     Raises: OutputError.
     """
     # JSON's strings are TOML's.
-    address = f"{HOST}:{paths.folder.config.server.superlink_port}"
+    config = paths.folder.config
+    name, address = json.dumps(config.name), json.dumps(f"{HOST}:{config.server.superlink_port}")
     lines = [
         "# Written by `quorate server start`.",
         "[superlink]",
-        f"default = {json.dumps(CONNECTION)}",
-        f"[superlink.{CONNECTION}]",
-        f"address = {json.dumps(address)}",
+        f"default = {name}",
+        f"[superlink.{name}]",
+        f"address = {address}",
         f"root-certificates = {json.dumps(str(paths.loopback_certificate))}",
     ]
     write_atomically(paths.flower / "config.toml", ("\n".join(lines) + "\n").encode())

@@ -1,0 +1,169 @@
+"""The ServerApp as a SuperExec starts it, over the in-process grid: what it writes, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+from flwr.supercore.run import RunNotRunningException
+
+from quorate.client.resident import connect
+from quorate.client.site import Site
+from quorate.server.app import FEDERATION, LOG_FILE, app
+from quorate.server.events import EVENTS_FILE
+from quorate.server.federation import FederationFolder
+from quorate.server.run import alone_in
+from quorate.server.status import RunStatus
+from quorate.shared.config.load import dump_yaml
+from quorate.shared.errors import ConfigError, QuorateError, QuorumNotMet
+from quorate.simulations.grid import FIRST_SITE_NODE, InProcessGrid
+
+RUN_ID = "0123456789abcdef"
+FLOWER_RUN = 77
+
+
+class Submitted:
+    """A run in a federation's folder, and the sites that answer it."""
+
+    def __init__(self, folder: FederationFolder, site: Site) -> None:
+        self.folder, self.site = folder, site
+        self.run_dir = folder.runs / RUN_ID
+
+    def run(self, grid: type[InProcessGrid] = InProcessGrid, run_id: str = RUN_ID) -> RunStatus | None:
+        connect(self.site)
+        try:
+            app(grid(self.site, self.site.names), Context(FLOWER_RUN, 0, {}, RecordDict(), {"run": run_id}))
+        finally:
+            connect(None)
+        return RunStatus.read(self.run_dir)
+
+    def adapter(self) -> bytes:
+        return (self.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def submit(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(name: str = "one", **changes: Any) -> Submitted:
+        site = Site(make_sites(north=12, south=7, west=4))
+        submitted = Submitted(FederationFolder(tmp_path / name), site)
+        submitted.run_dir.mkdir(parents=True)
+        config = site.prepare(make_run(**changes))
+        (submitted.run_dir / "run.yaml").write_text(dump_yaml(config))
+        names = {str(FIRST_SITE_NODE + index): each for index, each in enumerate(site.names)}
+        submitted.folder.nodes_file.write_text(json.dumps(names))
+        monkeypatch.setenv(FEDERATION, str(submitted.folder.path))
+        return submitted
+
+    return make
+
+
+def test_a_run_is_carried_out_in_its_folder_under_its_own_id(submit: Any) -> None:
+    submitted = submit()
+    assert submitted.run() == RunStatus(state="done", exit_code=0, flower_run_id=FLOWER_RUN)
+    summary = json.loads((submitted.run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["run_id"]) == ("done", RUN_ID)
+    assert summary["best"]["test"] is not None
+    events = [
+        json.loads(line)["event"] for line in (submitted.run_dir / EVENTS_FILE).read_text().splitlines()
+    ]
+    assert events.count("round") == summary["rounds"] and events[-1] == "finish"
+
+
+@pytest.mark.parametrize("run_id", ["", "../../etc", "0123456789ABCDEF", "0123456789abcdef0"])
+def test_what_is_no_run_id_names_no_folder(submit: Any, run_id: str) -> None:
+    submitted = submit()
+    with pytest.raises(ConfigError, match="no run id"):
+        submitted.run(run_id=run_id)
+    assert RunStatus.read(submitted.run_dir) is None
+
+
+def test_a_run_that_was_stopped_is_written_and_goes_on_where_it_was(submit: Any) -> None:
+    class Stopped(InProcessGrid):
+        """Flower stops the run in its second round."""
+
+        def push_messages(self, messages: Any) -> Any:
+            pushed = list(messages)
+            if pushed and pushed[0].metadata.group_id == "2":
+                raise RunNotRunningException
+            return super().push_messages(pushed)
+
+    submitted = submit()
+    with pytest.raises(QuorateError, match="was stopped"):
+        submitted.run(Stopped)
+    status = RunStatus.read(submitted.run_dir)
+    assert status is not None and (status.state, status.exit_code) == ("interrupted", 130)
+    assert json.loads((submitted.run_dir / "summary.json").read_text())["rounds"] == 1
+    whole = submit("two")
+    assert whole.run() == submit_again(submitted, whole)
+    assert submitted.adapter() == whole.adapter()
+
+
+def submit_again(submitted: Submitted, other: Submitted) -> RunStatus | None:
+    os.environ[FEDERATION] = str(submitted.folder.path)
+    return submitted.run()
+
+
+def test_sigterm_interrupts_and_flowers_handlers_come_back(submit: Any) -> None:
+    class Terminated(InProcessGrid):
+        def pull_messages(self, message_ids: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            return super().pull_messages(message_ids)
+
+    submitted, before = submit(), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(QuorateError, match="was stopped"):
+        submitted.run(Terminated)
+    assert signal.getsignal(signal.SIGTERM) == before
+    status = RunStatus.read(submitted.run_dir)
+    assert status is not None and status.state == "interrupted"
+
+
+def test_without_its_superexec_it_ends_by_flowers_handler_and_stays_running(
+    submit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Orphaned(InProcessGrid):
+        def pull_messages(self, message_ids: Any) -> Any:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("Flower's handler ends the process")
+
+    def flowers(number: int, frame: Any) -> None:
+        raise SystemExit(5)
+
+    submitted, before = submit(), signal.signal(signal.SIGINT, flowers)
+    try:
+        with pytest.raises(SystemExit):
+            submitted.run(Orphaned)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    status = RunStatus.read(submitted.run_dir)
+    assert status is not None and (status.state, status.exit_code) == ("running", None)
+    with alone_in(submitted.run_dir):  # nobody is in the folder: a new submission can go on
+        pass
+
+
+def test_too_few_sites_are_told(submit: Any) -> None:
+    submitted = submit(federation={"rounds": 1, "quorum": 4})
+    with pytest.raises(QuorumNotMet):
+        submitted.run()
+    status = RunStatus.read(submitted.run_dir)
+    assert status is not None and (status.state, status.exit_code) == ("quorum-not-met", 3)
+    assert "the run needs 4 sites" in status.message
+
+
+def test_the_words_of_an_internal_error_stay_in_the_log(submit: Any) -> None:
+    class Broken(InProcessGrid):
+        def get_node_ids(self) -> Any:
+            raise ValueError("words of a library")
+
+    submitted = submit()
+    with pytest.raises(ValueError):
+        submitted.run(Broken)
+    status = RunStatus.read(submitted.run_dir)
+    assert status is not None and (status.state, status.exit_code) == ("failed", 1)
+    assert "ValueError" in status.message and "words of a library" not in status.message
+    assert "words of a library" in (submitted.run_dir / LOG_FILE).read_text()

@@ -1,0 +1,135 @@
+"""The two halves of a site, started apart: what each of them needs, and what it must not."""
+
+import os
+import pwd
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quorate.client.enrol import enrol
+from quorate.client.node.apart import NodeFolder, supernode_programs
+from quorate.client.node.names import SOCKET
+from quorate.shared.errors import ConfigError
+from quorate.shared.supervisor import read_status
+
+CONNECTION = {"federation": "lungs", "site": "north", "server": "127.0.0.1:9", "mutual_tls": False}
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> NodeFolder:
+    """What the SuperNode's container sees: no site.yaml, no data."""
+    (tmp_path / "connection.yaml").write_text(yaml.safe_dump(CONNECTION))
+    (tmp_path / "ca.crt").write_text("read by Flower alone")
+    enrol(tmp_path)
+    return NodeFolder(tmp_path)
+
+
+def test_the_supernode_needs_neither_site_yaml_nor_data(
+    node: NodeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SOCKET, "/run/quorate/site.sock")
+    supernode, superexec = supernode_programs(node)
+    for program in (supernode, superexec):
+        assert program.env[SOCKET] == "/run/quorate/site.sock"
+        assert program.env["PATH"] == str(node.bin)
+        assert program.user is None
+        assert program.log.is_relative_to(node.supernode)
+    assert (node.bin / "flwr-clientapp").is_file()
+    for folder in (node.supernode, node.logs, node.supervisor):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_without_the_variable_the_socket_is_in_state(
+    node: NodeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SOCKET, raising=False)
+    assert node.socket == node.path / "state" / "site.sock"
+
+
+def test_without_a_key_it_does_not_start(node: NodeFolder) -> None:
+    node.node_key.unlink()
+    with pytest.raises(ConfigError, match="quorate site enrol"):
+        supernode_programs(node)
+
+
+def users() -> tuple[str, str]:
+    """Two ordinary users that every Debian has, with groups of their own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become other users")
+    names = [
+        each for each in ("daemon", "games", "mail", "bin") if each in {u.pw_name for u in pwd.getpwall()}
+    ]
+    if len(names) < 2:
+        pytest.skip("this machine has no two spare users")
+    return names[0], names[1]
+
+
+def as_user(name: str, *command: str) -> list[str]:
+    return ["setpriv", "--reuid", name, "--regid", name, "--clear-groups", *command]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_users_share_the_socket_alone() -> None:
+    own, other = users()
+    python = [sys.executable, "-P"]
+    cli = "from quorate.deploy.site_cli import main; main()"
+    if subprocess.run(as_user(own, *python, "-c", "import quorate.client"), capture_output=True).returncode:
+        pytest.skip(f"user {own} cannot read this Python or this checkout")
+    folder = Path("/srv") / f"quorate-apart-{os.getpid()}"  # pytest's own folders are root's alone
+    folder.mkdir()
+    (folder / "connection.yaml").write_text(yaml.safe_dump(CONNECTION))
+    (folder / "ca.crt").write_text("read by Flower alone")
+    (folder / "notes.csv").write_text("text,label\nsecret,yes\n")
+    site_yaml = {"data": {"notes": {"source": "notes.csv"}}, "users": {"site": own, "supernode": other}}
+    (folder / "site.yaml").write_text(yaml.safe_dump({**site_yaml, "device": "cpu"}))
+    enrol(folder)
+    started = []
+    try:
+        subprocess.run([*python, "-c", cli, "site", "prepare", folder], check=True)
+        for half, user in (("site", own), ("supernode", other)):
+            command = as_user(
+                user, *python, "-c", cli, "site", "start", "--foreground", "--only", half, str(folder)
+            )
+            isolated = ["unshare", "--net"] if half == "site" else []  # as PrivateNetwork=yes
+            started.append(subprocess.Popen([*isolated, *command]))
+        node, deadline = NodeFolder(folder), time.monotonic() + 400
+        health = (
+            "import sys; from pathlib import Path; from quorate.client.service import check_health; "
+            "sys.exit(not check_health(Path(sys.argv[1])))"
+        )
+        socket = str(folder / "state" / "site.sock")
+        while True:
+            status = read_status(node.supervisor)
+            up = (
+                Path(socket).exists()
+                and status is not None
+                and all(each.pid for each in status.programs.values())
+            )
+            if up and not subprocess.run(as_user(other, *python, "-c", health, socket)).returncode:
+                break
+            assert all(each.poll() is None for each in started), "a half has ended"
+            assert time.monotonic() < deadline, "the halves did not come up"
+            time.sleep(2)
+
+        def readable(user: str, path: str) -> bool:
+            return not subprocess.run(
+                as_user(user, "cat", str(folder / path)), capture_output=True
+            ).returncode
+
+        assert readable(own, "notes.csv") and not readable(other, "notes.csv")
+        assert readable(own, "site.yaml") and not readable(other, "site.yaml")
+        assert readable(other, "node.key") and not readable(own, "node.key")
+        assert not readable(other, "state/answers.db")
+    finally:
+        for each in started:
+            each.send_signal(signal.SIGTERM)
+        codes = [each.wait(60) for each in started]
+        subprocess.run(["rm", "-rf", folder], check=True)
+    assert codes == [0, 0]

@@ -1,0 +1,168 @@
+"""The server before it starts: what nginx is told, who is admitted, and what stops it with one sentence."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from loopback import free_ports
+
+from quorate.deploy.cli import run
+from quorate.deploy.provision.authority import Authority
+from quorate.deploy.provision.certificates import revoke_site
+from quorate.deploy.provision.provision import provision
+from quorate.deploy.server import checks, nginx
+from quorate.deploy.server.checks import check_before_start, check_port
+from quorate.deploy.server.keys import pins
+from quorate.deploy.server.loopback import make_loopback_certificate
+from quorate.deploy.server.paths import ServerPaths
+from quorate.server.federation import FederationFolder
+from quorate.shared.errors import ConfigError
+
+NGINX = pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="nginx is not here")
+
+
+@pytest.fixture
+def provisioned(tmp_path: Path) -> Any:
+    """Provision a federation of three sites, of which two have keys and certificates."""
+
+    def make(name: str = "clinic", **server: Any) -> ServerPaths:
+        port, superlink, health = free_ports(3)
+        fields = {"hostname": "localhost", "listen": "127.0.0.1", "port": port, **server}
+        ports = {"superlink_port": superlink, "health_port": health}
+        content = {"name": "clinic", "server": {**fields, **ports}, "sites": ["north", "south"]}
+        file = tmp_path / "federation.yaml"
+        file.write_text(yaml.safe_dump(content))
+        folder = provision(file, tmp_path / name, with_keys=True).folder
+        content["sites"] = ["north", "south", "west"]
+        (folder.path / "federation.yaml").write_text(yaml.safe_dump(content))
+        paths = ServerPaths(folder)
+        paths.make()
+        make_loopback_certificate(paths)
+        return paths
+
+    return make
+
+
+@NGINX
+@pytest.mark.parametrize("mutual_tls", [False, True])
+@pytest.mark.parametrize("listen", ["127.0.0.1", "::1"])
+def test_nginx_accepts_its_configuration(provisioned: Any, mutual_tls: bool, listen: str) -> None:
+    paths = provisioned(mutual_tls=mutual_tls, listen=listen)
+    written = nginx.configure(paths)
+    assert ("ssl_verify_client on;" in written.read_text()) is mutual_tls
+    assert written.stat().st_mode & 0o077 == 0
+
+
+@NGINX
+def test_what_nginx_does_not_accept_is_said_before_it_starts(provisioned: Any) -> None:
+    paths = provisioned()
+    paths.key.write_text("no key")
+    with pytest.raises(ConfigError, match="nginx does not accept"):
+        nginx.configure(paths)
+
+
+def test_a_certificate_goes_with_its_sites_key_and_no_other(provisioned: Any) -> None:
+    paths = provisioned(mutual_tls=True)
+    folder, found = paths.folder, {}
+    for site in ("north", "south"):
+        certificate = x509.load_pem_x509_certificate((folder.site(site) / "client.crt").read_bytes())
+        key = load_ssh_public_key((folder.site(site) / "node.pub").read_bytes())
+        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        found[site] = (certificate.fingerprint(hashes.SHA1()).hex(), base64.b64encode(pem).decode())
+    lines = re.findall(r'^ +([0-9a-f]{40}) "(\S+)";  # (\w+)$', nginx.render(paths), re.MULTILINE)
+    assert {site: (certificate, key) for certificate, key, site in lines} == found
+    revoke_site(folder, Authority(folder, "clinic"), "south")
+    assert [pin.site for pin in pins(folder)] == ["north"]
+
+
+def test_nothing_from_outside_can_break_out_of_the_configuration(provisioned: Any, tmp_path: Path) -> None:
+    paths = provisioned("with blank")
+    with pytest.raises(ConfigError, match="move the federation's folder"):
+        nginx.render(paths)
+    with pytest.raises(ConfigError, match=r"server\.listen"):
+        provisioned(listen="0.0.0.0;")
+
+
+def test_a_taken_port_is_named_with_who_has_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"server\.port: 127\.0\.0\.1:{port} is taken by process {os.getpid()}"
+        ):
+            check_port("127.0.0.1", port, "server.port")
+    check_port("127.0.0.1", port, "server.port")
+
+
+def test_what_is_missing_is_said(provisioned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = provisioned()
+    (paths.folder.server / "superexec.secret").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "find_nginx", lambda: "nginx")
+        with pytest.raises(
+            ConfigError, match=r"is not provisioned \(superexec\.secret missing\).*quorate provision"
+        ):
+            check_before_start(paths)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="nginx is not installed; install it with"):
+        check_before_start(paths)
+
+
+def test_an_expired_certificate_is_said(provisioned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_nginx", lambda: "nginx")
+    paths = provisioned()
+    check_before_start(paths)
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([])
+    old = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=9))
+        .not_valid_after(now - datetime.timedelta(days=3, hours=1))
+        .sign(key, hashes.SHA256())
+    )
+    paths.certificate.write_bytes(old.public_bytes(Encoding.PEM))
+    with pytest.raises(
+        ConfigError, match=r"server\.crt: expired 3 days ago; give `quorate certificates renew`"
+    ):
+        check_before_start(paths)
+
+
+@pytest.mark.parametrize("name", ["start", "status", "stop"])
+def test_commands_end_with_2_where_there_is_no_federation(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUORATE_HOME", str(tmp_path))
+    assert run(["server", name, "--federation", "nowhere"]) == 2
+    assert "there is no federation 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_stopped_server_has_a_status_and_admits_sites(
+    provisioned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = provisioned()
+    where = ["--federation", str(paths.folder.path)]
+    assert run(["server", "status", *where]) == 1
+    said = capsys.readouterr().out
+    assert "does not run" in said and re.search(r"west +no key", said)
+    north = paths.folder.site("north") / "node.pub"
+    assert run(["server", "admit", "west", str(north), *where]) == 2
+    assert "the key of north" in capsys.readouterr().err
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    (tmp_path / "west.pub").write_bytes(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    assert run(["server", "admit", "west", str(tmp_path / "west.pub"), *where]) == 0
+    assert "it can connect once the server is started" in capsys.readouterr().out
+    assert FederationFolder(paths.folder.path).site("west").joinpath("node.pub").exists()

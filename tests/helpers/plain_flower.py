@@ -99,7 +99,11 @@ def make_certificates(folder: Path, days: int = 2, mutual: bool = False) -> None
     now = datetime.datetime.now(datetime.UTC)
 
     def build(name: str, key: Any, issuer: str, signer: Any, ca: bool) -> x509.Certificate:
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        names = [
+            x509.DNSName("localhost"),
+            x509.DNSName("quorate.test"),
+            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        ]
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))

@@ -27,7 +27,8 @@ LogLevelOption = Annotated[
     LogLevel,
     typer.Option(
         "--log-level",
-        help="How much to say on stderr: debug adds tracebacks and other libraries' messages, warning leaves "
+        metavar="LEVEL",
+        help="How much to say on stderr, of debug, info, warning and error: debug adds tracebacks and other libraries' messages, warning leaves "
         "out progress, error leaves out warnings too.",
         case_sensitive=False,
     ),

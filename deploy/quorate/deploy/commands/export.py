@@ -18,8 +18,11 @@ def export(
         typer.Argument(metavar="DIR", help="The output folder of a run, or an adapter folder."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder for the model.")
-    ],
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="A new folder for the model; DIR-merged when left out."
+        ),
+    ] = None,
     merge: Annotated[
         bool,
         typer.Option("--merge", help="Add the adapter to the weights of its base model, in float32."),
@@ -41,8 +44,9 @@ def export(
     adapter = adapter_folder(directory)
     from quorate.client.merge import merge as merge_model
 
-    sha256 = merge_model(adapter, output)
+    folder = output or Path(f"{directory if directory.name else directory.resolve()}-merged")
+    sha256 = merge_model(adapter, folder)
     if as_json:
-        print_json({"model": str(output), "sha256": sha256, "adapter": str(adapter)})
+        print_json({"model": str(folder), "sha256": sha256, "adapter": str(adapter)})
     else:
-        typer.echo(f"{output}\nsha256 {sha256}")
+        typer.echo(f"{folder}\nsha256 {sha256}")

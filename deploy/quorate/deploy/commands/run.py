@@ -59,6 +59,7 @@ def run(
         int,
         typer.Option(
             "--max-restarts",
+            metavar="N",
             min=0,
             help="How often a run that was lost (a killed process, a machine that restarted) is submitted "
             "again in a row without a finished round between.",

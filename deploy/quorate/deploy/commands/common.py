@@ -28,8 +28,8 @@ LogLevelOption = Annotated[
     typer.Option(
         "--log-level",
         metavar="LEVEL",
-        help="How much to say on stderr, of debug, info, warning and error: debug adds tracebacks and other libraries' messages, warning leaves "
-        "out progress, error leaves out warnings too.",
+        help="How much to say on stderr, of debug, info, warning and error: debug adds tracebacks and other "
+        "libraries' messages, warning leaves out progress, error leaves out warnings too.",
         case_sensitive=False,
     ),
 ]

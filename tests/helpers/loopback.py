@@ -128,7 +128,7 @@ class Loopback:
 
     def pid(self, program: str, site: str | None = None) -> int | None:
         """Process id of a supervised program, of the server or of a site; None while it is down."""
-        folder = self.folder / site / "state" if site else self.home / "state"
+        folder = self.folder / site / "state" / "supervisor" if site else self.home / "state"
         try:
             status = json.loads((folder / "status.json").read_text())
         except FileNotFoundError:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from loopback import NEEDS_NGINX, free_ports
 
+SOUTH = "notes: {source: ../south.csv, columns: {text: letter}, labels: {u: urgent, r: routine}}"
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
@@ -32,7 +34,7 @@ def shell(command: str, folder: Path, **environment: str) -> str:
 def write_example(folder: Path) -> None:
     """Put the README's run and sites file, and rows for its two sites, into a folder."""
     for kind, text in BLOCKS:
-        if kind == "yaml":
+        if kind == "yaml" and not text.startswith("# north/"):
             (folder / text.split()[1]).write_text(text)
     words = {"routine": "check-up booked for next month", "urgent": "chest pain and short of breath now"}
     rows = [(f"{words[label]}, case {n}", label) for n in range(15) for label in words]
@@ -48,7 +50,9 @@ def test_the_readme_has_the_commands_this_file_knows() -> None:
     known = {"make demo", "make test", ". .venv/bin/activate"}
     others = [c for c in COMMANDS if c not in known]
     assert known <= set(COMMANDS)
-    assert others and all(c.startswith(("quorate ", "for ", "  quorate ", "done", "export ")) for c in others)
+    assert others and all(
+        c.startswith(("quorate ", "tar -xf ", "for ", "  quorate ", "done")) for c in others
+    )
 
 
 @pytest.mark.slow
@@ -66,7 +70,7 @@ def test_the_demo_runs_as_a_newcomer_types_it(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_commands_on_own_data_run_in_their_order(tmp_path: Path) -> None:
     write_example(tmp_path)
-    mine = [c for c in COMMANDS if c.startswith("quorate ") and "triage" in c]
+    mine = [c for c in COMMANDS if c.startswith("quorate ") and "triage" in c and "federation" not in c]
     assert len(mine) == 4
     said = [shell(command, tmp_path) for command in mine]
     assert "routine" in said[2] or "urgent" in said[2]
@@ -87,3 +91,45 @@ def test_the_commands_of_the_table_make_it(tmp_path: Path) -> None:
     rows = ("federated", "centralised", *(f"local only: {site}" for site in ("CancerGov", "GARD", "NIDDK")))
     assert all(f"| {row} | 0." in said for row in rows)
     assert "Mean over seeds 0, 1, 2" in said
+
+
+@NEEDS_NGINX
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_commands_between_machines_run_in_their_order(tmp_path: Path) -> None:
+    """As they stand there, on one machine; the second site does what the first does."""
+    write_example(tmp_path)
+    port, superlink, health = free_ports(3)
+    ports = f"port: {port}, superlink_port: {superlink}, health_port: {health}, listen: 127.0.0.1, hostname"
+    file = tmp_path / "federation.yaml"
+    file.write_text(file.read_text().replace("{hostname", f"{{{ports}"))
+    (site_yaml,) = [text for kind, text in BLOCKS if text.startswith("# north/site.yaml")]
+    first = COMMANDS.index("quorate provision federation.yaml")
+    commands = COMMANDS[first : 1 + next(n for n, c in enumerate(COMMANDS) if "--federation clinics -o" in c)]
+    assert len(commands) == 8
+    home = {"QUORATE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    sources = {"north": "notes: {source: ../north.jsonl}", "south": SOUTH}
+    try:
+        for command in commands:
+            for site in ("north", "south") if "north" in command else ("",):
+                mine = command.replace("north", site)
+                if mine.startswith("tar"):  # the kit has come by mail
+                    kit = tmp_path / "home" / "clinics" / "sites" / site / "kit.tar"
+                    (tmp_path / f"{site}.tar").write_bytes(kit.read_bytes())
+                if mine.startswith("quorate site check"):
+                    written = site_yaml.replace("notes: {source: /srv/north/notes.jsonl}", sources[site])
+                    assert written != site_yaml
+                    (tmp_path / site / "site.yaml").write_text(written)
+                shell(mine, tmp_path, **home)
+        simulated = tmp_path / "simulated"
+        shell(f"quorate simulate triage.yaml training.max_stack=1 -o {simulated}", tmp_path, **home)
+        for name in ("north/state/received/*/adapter", "runs/clinics/adapter"):
+            (adapter,) = tmp_path.glob(f"{name}/adapter_model.safetensors")
+            assert adapter.read_bytes() == (simulated / "adapter" / "adapter_model.safetensors").read_bytes()
+    finally:
+        for stop in ("site stop north", "site stop south", "server stop --federation clinics"):
+            subprocess.run(
+                [Path(sys.executable).with_name("quorate"), *stop.split()],
+                cwd=tmp_path,
+                env={**os.environ, **home},
+            )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from loopback import NAME, Loopback, processes, wait_for
+from loopback import NAME, NEEDS_NGINX, Loopback, processes, wait_for
 from tiny_runs import LABELS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(2400),
-    pytest.mark.skipif(
-        shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None, reason="nginx is not installed"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), NEEDS_NGINX]
 RUN = """
 name: tiny
 task: {name: sequence_classification, labels: [cardiac, hepatic, pulmonary], max_length: 24}

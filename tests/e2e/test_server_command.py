@@ -21,7 +21,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from loopback import free_ports, wait_for
+from loopback import NEEDS_NGINX, free_ports, wait_for
 
 from quorate.deploy.provision.authority import Authority
 from quorate.deploy.provision.certificates import revoke_site
@@ -29,7 +29,7 @@ from quorate.deploy.provision.kit import unpack
 from quorate.deploy.provision.provision import provision
 from quorate.server.federation import FederationFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), NEEDS_NGINX]
 SITES = ("east", "north", "south")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +18,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 NAME = "clinic"
+NEEDS_NGINX = pytest.mark.skipif(
+    shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin") is None,
+    reason="nginx is not installed",
+)
 
 
 def free_ports(count: int) -> list[int]:

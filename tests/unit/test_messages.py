@@ -167,3 +167,24 @@ def test_dtypes_that_numpy_lacks_are_refused(dtype: str) -> None:
     text = json.dumps(header).encode()
     with pytest.raises(ProtocolError, match=dtype):
         Update.decode(len(text).to_bytes(8, "little") + text + b"\0" * size)
+
+
+def by_hand(header: dict[str, Any], body: bytes = b"") -> bytes:
+    """A safetensors file that its library would not write."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        by_hand({"__metadata__": None}),
+        by_hand({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}, bytes(4)),
+        by_hand({"a": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}}),
+    ],
+    ids=["no metadata", "65 dimensions", "a dimension of 2**62"],
+)
+def test_what_safetensors_takes_and_nobody_writes_is_refused(data: bytes) -> None:
+    # Another error than ours would end a coordinator's run: any site could do that.
+    with pytest.raises(ProtocolError):
+        Update.decode(data)

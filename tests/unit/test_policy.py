@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from site_folder import RUN_ID, request, sha256_of
 
-from quorate.client.approvals import approve, waiting_runs
+from quorate.client.approvals import approve, note_waiting, waiting_runs
 from quorate.client.config import SiteConfig
-from quorate.client.policy import Gate, check_rows
+from quorate.client.policy import Gate, check_rows, read_run
 from quorate.server.collect import REASONS
 from quorate.shared.adapter import Adapter
-from quorate.shared.errors import ConfigError, RequestRefused
+from quorate.shared.errors import ConfigError, ProtocolError, RequestRefused
 from quorate.shared.messages import RoundRequest, Update
 
 
@@ -112,9 +112,36 @@ def test_a_person_approves_one_run_with_one_configuration(site: Any, pinned: Any
     gate.handle([request(pinned(), "join", 0), request(pinned())])
     assert inner.seen == 2
     (update,) = gate.handle([request(pinned(seed=4))])
-    assert (update.header.error, inner.seen) == ("policy-approval", 2), "approved was another configuration"
+    assert (update.header.error, inner.seen) == ("other-config", 2), "approved was another configuration"
     for path in (tmp_path / "approved").iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_person_reads_is_what_a_person_approves(site: Any, pinned: Any, tmp_path: Path) -> None:
+    inner = Inner()
+    gate = Gate(site(approve_each_run=True), tmp_path, inner)
+    gate.handle([request(pinned(), "join", 0)])  # read by a person, and then, before the word is given:
+    (update,) = gate.handle([request(pinned(seed=4), "join", 0)])
+    assert update.header.error == "other-config"
+    assert approve(tmp_path, RUN_ID).read_text() == pinned().canonical_json()
+
+
+def test_runs_that_ask_cannot_push_out_one_that_waits(tmp_path: Path) -> None:
+    for number in range(100):
+        note_waiting(tmp_path, f"{number:016x}", "{}")
+    with pytest.raises(RequestRefused, match="100 runs wait"):
+        note_waiting(tmp_path, RUN_ID, "{}")
+    approve(tmp_path, f"{7:016x}")
+    note_waiting(tmp_path, RUN_ID, "{}")
+    left = {path.stem for path in (tmp_path / "waiting").iterdir()}
+    assert left == {f"{number:016x}" for number in range(100) if number != 7} | {RUN_ID}
+
+
+def test_a_configuration_that_nobody_could_read_is_not_kept(site: Any, pinned: Any, tmp_path: Path) -> None:
+    asked = request(pinned())
+    long = asked.header.model_copy(update={"run_config": asked.header.run_config + " " * 2**20})
+    with pytest.raises(ProtocolError, match="more than"):
+        read_run(RoundRequest(long, asked.arrays))
 
 
 def test_messages_that_are_wrong_in_themselves(

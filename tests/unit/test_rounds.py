@@ -380,12 +380,25 @@ def test_the_timeout_ends_the_wait_for_a_quorum(play: Any) -> None:
         ),
         (
             {"outcomes": {"values": ((0, 0),), "counts": (9,), "loss_sum": 1.7e308}},
-            "a loss that no evaluation gives",
+            "a loss or a sum that no evaluation gives",
         ),
+        (
+            {"outcomes": {"values": ((0, 0),), "counts": (9,), "sums": {"target": 1.7e308}}},
+            "a loss or a sum that no evaluation gives",
+        ),
+        (
+            {"outcomes": {"values": ((0, 0),), "counts": (2**70,), "num_rows": 9}},
+            "counts that no evaluation gives",
+        ),
+        (
+            {"outcomes": {"values": ((2**70, 0),), "counts": (9,)}},
+            "counts that no evaluation gives",
+        ),
+        ({"outcomes": {"num_rows": 9}}, "not one per row"),
         ({"outcomes": {"values": ((99, 0),), "counts": (9,)}}, "as this task has them"),
         ({"outcomes": {"values": ((0,),), "counts": (9,)}}, "as this task has them"),
     ],
-    ids=["none", "count", "rows", "loss", "label", "width"],
+    ids=["none", "count", "rows", "loss", "sums", "huge", "huge-value", "no-outcomes", "label", "width"],
 )
 def test_an_impossible_evaluation_is_set_aside(play: Any, header: dict[str, Any], reason: str) -> None:
     def change(update: Update) -> Update:

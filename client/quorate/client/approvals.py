@@ -4,8 +4,8 @@ STATE/waiting/RUN_ID.json   configuration of a run that asked and was turned awa
 STATE/approved/RUN_ID       hash of the configuration that a person approved
 STATE/withdrawn/RUN_ID      a run that this site takes no more part in
 
-The word holds for one configuration: a run that comes back with another one under the same id has to ask
-again.
+The word holds for one configuration. What waits under an id never changes: else a coordinator could put
+another configuration in the place of the one that a person has just read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from quorate.shared.errors import ConfigError
+from quorate.shared.errors import ConfigError, RequestRefused
 
 RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """A run's id, which is a file's name here."""
 _WAITING, _APPROVED, _WITHDRAWN = "waiting", "approved", "withdrawn"
 _MOST_WAITING = 100
-"""Nobody reads more; the oldest go."""
+"""Nobody reads more; the oldest that were decided on go, and further runs wait for room."""
 
 
 def approve(state: Path, run_id: str) -> Path:
@@ -93,14 +93,32 @@ def is_approved(state: Path, run_id: str, config_hash: str) -> bool:
 
 
 def note_waiting(state: Path, run_id: str, run_config: str) -> None:
-    """Keep what a run asked with, for a person to read and approve.
+    """Keep what a run asked with first, for a person to read and approve.
 
-    Raises: ConfigError: the state folder cannot be written.
+    Raises: RequestRefused: another configuration waits under this id, or too many runs wait. ConfigError: the
+        state folder cannot be written.
     """
-    _write(state, _WAITING, f"{run_id}.json", run_config.encode())
-    files = sorted((state / _WAITING).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for path in files[:-_MOST_WAITING]:
-        path.unlink(missing_ok=True)
+    path, content = state / _WAITING / f"{run_id}.json", run_config.encode()
+    if path.is_file():
+        if path.read_bytes() != content:
+            raise RequestRefused(
+                f"run {run_id} asked with another configuration before ({path}); have the coordinator start "
+                "a new run for a changed run file.",
+                code="other-config",
+            )
+        return
+    waiting = set(waiting_runs(state))
+    if len(waiting) >= _MOST_WAITING:
+        raise RequestRefused(
+            f"{len(waiting)} runs wait for a person already; approve some, or delete their files in "
+            f"{path.parent}.",
+            code="policy-approval",
+        )
+    _write(state, _WAITING, path.name, content)
+    files = sorted((state / _WAITING).glob("*.json"), key=lambda each: each.stat().st_mtime)
+    decided = [each for each in files if each.stem not in waiting and each != path]
+    for each in decided[: max(len(files) - _MOST_WAITING, 0)]:
+        each.unlink(missing_ok=True)
 
 
 def waiting_runs(state: Path) -> list[str]:

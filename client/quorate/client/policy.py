@@ -21,6 +21,9 @@ from quorate.shared.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
+_LONGEST_CONFIG = 2**20
+"""Characters of a run's configuration: it is kept, for a person to read."""
+
 
 class Gate:
     """A handler that lets through what the policy allows.
@@ -56,6 +59,8 @@ def read_run(request: RoundRequest) -> RunConfig:
 
     Raises: ProtocolError: it is not valid, or not what its hash says; no value is quoted.
     """
+    if len(request.header.run_config) > _LONGEST_CONFIG:
+        raise ProtocolError(f"a run configuration of more than {_LONGEST_CONFIG} characters.")
     try:
         run = RunConfig.model_validate_json(request.header.run_config)
     except ValidationError as error:

@@ -14,6 +14,8 @@ from quorate.shared.tasks import Task
 
 _LARGEST = 1e100
 """No figure of a working site is beyond this; sums over sites stay finite, and charts can be drawn."""
+_MOST = 2**53
+"""Nor any count; sums over a thousand sites fit an int64."""
 
 
 class UpdateTooLarge(AdapterError):
@@ -46,8 +48,10 @@ def check_measured(task: Task, update: Update, rows: int) -> None:
     if outcomes.rows != update.header.num_examples:
         raise ProtocolError("sent outcomes of another number of rows than it names.")
     _check_rows(update, rows)
-    if abs(outcomes.loss_sum) > _LARGEST:
-        raise ProtocolError("sent a loss that no evaluation gives.")
+    if any(abs(figure) > _LARGEST for figure in (outcomes.loss_sum, *outcomes.sums.values())):
+        raise ProtocolError("sent a loss or a sum that no evaluation gives.")
+    if outcomes.units > _MOST or any(abs(each) > _MOST for value in outcomes.values for each in value):
+        raise ProtocolError("sent counts that no evaluation gives.")
     task.check_outcomes(outcomes)
 
 

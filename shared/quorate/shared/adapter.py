@@ -135,6 +135,8 @@ class Adapter(Mapping[str, Array]):
             raise AdapterError(f"these bytes are not a safetensors file: {error}") from error
         except KeyError as error:  # safetensors looks the dtype up in a table without bfloat16 and float8
             raise AdapterError(f"an array has dtype {error}; expected float32.") from error
+        except ValueError as error:  # well formed, but of a shape that numpy does not have
+            raise AdapterError("an array has too many or too large dimensions.") from error
 
 
 def _shown(name: str) -> str:

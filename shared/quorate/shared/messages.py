@@ -163,7 +163,7 @@ class Message(Generic[H]):
         try:
             arrays = Adapter.from_bytes(data)  # also proves that the JSON header in front is well formed
             length = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}  # may be null
             header = cls.header_type.model_validate_json(metadata.get(_HEADER, ""))
         except ValidationError as error:
             fields = ", ".join(".".join(map(str, e["loc"])) or e["type"] for e in error.errors())

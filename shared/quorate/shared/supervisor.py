@@ -98,6 +98,7 @@ class Supervisor:
         self._state_dir = state_dir
         self._kept = [_Kept(program) for program in programs]
         self._stopping = False
+        self._unwritten = self._failing = False
 
     def run(self) -> None:
         """Start everything and stay until SIGTERM or SIGINT. To be called from the main thread.
@@ -109,6 +110,8 @@ class Supervisor:
             try:
                 while not self._stopping:
                     if any([kept.tend() for kept in self._kept]):  # each of them, not up to the first
+                        self._unwritten = True
+                    if self._unwritten:
                         self._write()
                     time.sleep(_POLL_SECONDS)
             finally:
@@ -125,8 +128,15 @@ class Supervisor:
     def _write(self) -> None:
         status = Status(pid=os.getpid(), programs={kept.program.name: kept.status for kept in self._kept})
         part = self._state_dir / f".{STATUS_FILE}.part"
-        part.write_text(status.model_dump_json(indent=2), encoding="utf-8")
-        part.replace(self._state_dir / STATUS_FILE)
+        try:
+            part.write_text(status.model_dump_json(indent=2), encoding="utf-8")
+            part.replace(self._state_dir / STATUS_FILE)
+        except OSError as error:  # a full disk is no reason to stop what runs; written once there is room
+            if not self._failing:
+                log.error("%s cannot be written: %s", self._state_dir / STATUS_FILE, error.strerror)
+            self._failing = True
+        else:
+            self._unwritten = self._failing = False
 
 
 class _Kept:

@@ -176,6 +176,8 @@ class Classification(TargetTask):
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
         """Raise ProtocolError unless outcomes are pairs of label ids, or true and predicted bits."""
+        if outcomes.units != outcomes.rows:
+            raise ProtocolError("sent outcomes that are not one per row, as this task has them.")
         width, below = (2 * len(self.labels), 2) if self.multi_label else (2, len(self.labels))
         for value in outcomes.values:
             if len(value) != width or not all(0 <= each < below for each in value):

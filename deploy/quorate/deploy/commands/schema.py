@@ -26,8 +26,9 @@ def schema(
     kind: Annotated[
         Kind,
         typer.Argument(
-            help="Which kind of file: a run file, a simulation's sites file, a coordinator's "
-            "federation.yaml, or a site's site.yaml."
+            metavar="[KIND]",
+            help="Which kind of file: run (a run file), sites (a simulation's sites), federation (a "
+            "coordinator's) or site (a site's own).",
         ),
     ] = Kind.run,
 ) -> None:

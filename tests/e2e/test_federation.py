@@ -113,7 +113,7 @@ def in_round(federation: Loopback, known: set[str], round: int, phase: str) -> P
 
 def kill_client_app(federation: Loopback) -> None:
     """The process that Flower starts for one message."""
-    pattern = "quorate.client.node"
+    pattern = "quorate.client.node.launch"
     pids = wait_for(lambda: processes(pattern, str(federation.folder / "north")), "no ClientApp to kill")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)

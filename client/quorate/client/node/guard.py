@@ -13,7 +13,7 @@ from pathlib import Path
 
 GUARDED = "flwr-clientapp"
 REFUSING = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
-_LAUNCHER = "quorate.client.node.launcher"
+_LAUNCHER = "quorate.client.node.launch"
 
 
 def write_commands(folder: Path, python: str = sys.executable) -> None:

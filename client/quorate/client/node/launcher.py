@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 REPLACED = ("pull_task_input", "install_from_fab", "install_app_dependencies", "get_load_client_app_fn")
 """Names in flwr.supernode.runtime.run_clientapp, which its function run_clientapp must call by name."""
+_RUNTIME, _COMMAND = "flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp"
 REFUSED = 1002
 """Flower error code of a refusal; the reason is our error code alone."""
 
@@ -85,16 +86,19 @@ def _install_nothing(*_: object, **__: object) -> None:
     """Stand where Flower would install what it was sent."""
 
 
+def load() -> None:
+    """Import all that an answer needs: this is what takes time."""
+    importlib.import_module(_RUNTIME)
+    importlib.import_module(_COMMAND)
+    importlib.import_module("quorate.client.app")
+
+
 def main() -> None:
     """Answer one message as Flower's `flwr-clientapp` does, under guard."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("quorate").setLevel(logging.INFO)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
-    runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
+    runtime = importlib.import_module(_RUNTIME)
+    command = importlib.import_module(_COMMAND)
     Guard().install(runtime)
     command.flwr_clientapp()
-
-
-if __name__ == "__main__":
-    main()

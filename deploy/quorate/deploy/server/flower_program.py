@@ -10,14 +10,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import distribution
 
-from quorate.deploy.server.heartbeat import beating
+from quorate.shared.heartbeat import beating
 
 SERVERAPP = "flwr-serverapp"
 
 
 def load(name: str, arguments: list[str]) -> Callable[[], int | None]:
     """Return a program of Flower's; loading it takes seconds, and more where the machine is busy."""
-    alive = beating(arguments) if name == SERVERAPP else nullcontext()
+    alive = beating(name, arguments) if name == SERVERAPP else nullcontext()
     with alive:
         entries = distribution("flwr").entry_points
         program: Callable[[], int | None] = entries.select(group="console_scripts", name=name)[name].load()

@@ -29,6 +29,8 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number of rows or steps; up to 2**53 a float64 weight holds it exactly."""
 Short = Annotated[str, StringConstraints(max_length=100)]
 """Text that a reason may quote."""
+Release = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+!_-]{0,64}$")]
+"""A version; it is shown on terminals and in logs, and holds nothing that could steer them."""
 MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,64}$")]
 """Names of figures stand in the record, and trackers make tags of them."""
 _HEADER = "quorate"
@@ -78,7 +80,7 @@ class RequestHeader(ConfigModel):
     """The site that is asked; empty while joining, when the coordinator knows nodes but not yet names."""
     split: Split | None = None
     """Rows to evaluate on."""
-    versions: dict[str, Short] = {}
+    versions: dict[str, Release] = {}
     """Releases that the coordinator runs, said in `join`."""
     run_config: str
     """The run configuration as canonical JSON."""
@@ -99,7 +101,7 @@ class SiteDescription(ConfigModel):
     """SHA-256 of each file of the base model that the site uses."""
     model_sha256: str
     """SHA-256 of the base model's weights, as in the run file."""
-    versions: dict[str, str]
+    versions: dict[str, Release]
     """Versions of quorate, torch, transformers, peft."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know: classes the site lacks, texts cut off."""

@@ -12,29 +12,30 @@ from quorate.client.enrol import NODE_PUB
 from quorate.deploy.provision.keys import REVOKED
 from quorate.deploy.server import flower, nginx
 from quorate.deploy.server.paths import ServerPaths
-from quorate.shared.errors import QuorateError
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+_RETRY_SECONDS = 30.0
 
 
 def watch(paths: ServerPaths) -> None:
     """Register the sites once the SuperLink answers, and see to every change after that; never returns."""
     seen = _marks(paths)
-    _register(paths)
+    taken = _register(paths)
     while True:
-        time.sleep(_POLL_SECONDS)
-        now = _marks(paths)
-        if now == seen:
-            continue
-        seen = now
-        log.info("keys or certificates have changed; taking them over")
+        time.sleep(_POLL_SECONDS if taken else _RETRY_SECONDS)
         try:
+            now = _marks(paths)
+            if now == seen and taken:
+                continue
+            log.info("keys or certificates have changed; taking them over")
             nginx.reload(paths)
-        except QuorateError as error:
-            log.error("%s", error)
-        _register(paths)
+            taken = _register(paths)
+            seen = now
+        except Exception as error:  # revocations after this one must be noticed all the same
+            taken = False
+            log.error("%s; trying again in %.0f s", error, _RETRY_SECONDS)
 
 
 def _marks(paths: ServerPaths) -> dict[str, tuple[int, int]]:
@@ -53,8 +54,8 @@ def _marks(paths: ServerPaths) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _register(paths: ServerPaths) -> None:
-    """Bring the SuperLink's nodes to the admitted keys.
+def _register(paths: ServerPaths) -> bool:
+    """Bring the SuperLink's nodes to the admitted keys; returns whether that was done.
 
     In another process: Flower is large, and this one stays; and gRPC's threads do not go with the forks of a
     supervisor.
@@ -62,4 +63,5 @@ def _register(paths: ServerPaths) -> None:
     command = [sys.executable, "-m", "quorate.deploy.server.registering", str(paths.folder.path)]
     done = subprocess.run(command, env={**os.environ, **flower.environment(paths)}, check=False)
     if done.returncode != 0:
-        log.error("the sites' keys were not taken over; mend what is said above, then start the server again")
+        log.error("the sites' keys were not all taken over, for the reason above; trying again soon")
+    return done.returncode == 0

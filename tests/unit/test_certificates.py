@@ -357,7 +357,8 @@ def test_changes_killed_at_any_moment_are_completed(
                 action()
             # A renewal that was complete but for its exit is done once more; nothing else is ever doubled.
             more = len(authority.index.events) - count
-            assert more == events, (action.__name__, nth)
+            again = action is renewed and killed and more == 2
+            assert more == events or again, (action.__name__, nth, more)
             assert revoked_serials(authority) == {int(each, 16) for each in authority.index.revoked()}
             if not killed:
                 assert nth > 4

@@ -24,10 +24,13 @@ command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || die "nginx is not insta
 
 # Sites as users of their own, where that can be: root, and a path to Python that others may walk.
 users=no
-if [ "$(id -u)" = 0 ] && setpriv --reuid=nobody --regid=nogroup --clear-groups "$bin/python" -c 'import quorate.shared' \
-        2>/dev/null; then
+as_nobody() { setpriv --reuid=nobody --regid=nogroup --clear-groups --inh-caps=-all --bounding-set=-all "$@" 2>/dev/null; }
+if [ "$(id -u)" = 0 ] && as_nobody test -r "$(readlink -f "$bin/python")" \
+        && as_nobody "$bin/python" -c 'import quorate.shared'; then
     users=yes
 fi
+
+[ "$users" = yes ] || echo "each site runs as one user: for two, be root, with a Python that every user may read"
 
 umask 022
 mkdir -p "$folder"

@@ -7,7 +7,7 @@
 #   -w   client (default): the wheel for sites; server: the whole of Quorate
 #   -e   extras, such as parquet,images
 #   -p   Python that the other machine has, same version and platform (default: python3)
-#   -t   index to take torch from (https://download.pytorch.org/whl/cpu for the CPU build alone); else pip's own
+#   -t   index to take torch from (PyTorch's installation page names that of the CPU builds); else pip's own
 #
 # Wheels alone are taken, no source archive, so nothing is built or run while downloading. OUT must not exist.
 set -eu

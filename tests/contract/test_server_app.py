@@ -19,7 +19,7 @@ from quorate.server.events import EVENTS_FILE
 from quorate.server.federation import FederationFolder
 from quorate.server.run import alone_in
 from quorate.server.status import RunStatus
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError, QuorateError, QuorumNotMet
 from quorate.simulations.grid import FIRST_SITE_NODE, InProcessGrid
 

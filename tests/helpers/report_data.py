@@ -24,7 +24,7 @@ from quorate.server.records import (
     RoundRecord,
     Summary,
 )
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import SiteDescription
 from quorate.shared.outcomes import Outcomes

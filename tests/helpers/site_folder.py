@@ -13,7 +13,7 @@ from typing import Any
 from quorate.client.config import ConnectionConfig, SiteConfig
 from quorate.client.node.folder import SiteFolder
 from quorate.shared.adapter import Adapter
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import RequestHeader, RoundRequest
 from quorate.shared.model import hash_files

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from quorate.client.config import ConnectionConfig
 from quorate.client.enrol import enrol
 from quorate.deploy.provision.provision import provision
-from quorate.shared.config.load import load_file
-from quorate.shared.config.run import NAME
+from quorate.shared.config.names import NAME
+from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
 
 names = st.from_regex(NAME.removesuffix("$") + r"\Z").map(str)

@@ -17,7 +17,8 @@ from quorate.server.federation import FederationConfig
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.dialect import MAX_BYTES, parse, write_mapping
 from quorate.shared.config.fields import Node, root
-from quorate.shared.config.load import dump_yaml, load_run, load_sites_file, schema
+from quorate.shared.config.load import load_run, load_sites_file, schema
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SitesConfig
 from quorate.shared.errors import ConfigError

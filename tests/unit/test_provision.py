@@ -25,7 +25,7 @@ from quorate.deploy.provision.keys import admitted_key
 from quorate.deploy.provision.kit import unpack
 from quorate.deploy.provision.provision import provision
 from quorate.server.federation import FederationFolder
-from quorate.shared.config.load import load_file
+from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
 
 KIT = {"README.md", "ca.crt", "compose.yaml", "connection.yaml", "quorate-site.service", "site.yaml"}

@@ -7,9 +7,8 @@ from typing import Annotated, Self, get_args
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from quorate.shared.config.base import ConfigModel
-from quorate.shared.config.run import Name, Sha256
+from quorate.shared.config.names import Name, Sha256
 from quorate.shared.config.sites import SourceConfig
-from quorate.shared.tasks import TASKS
 
 UserName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 
@@ -53,8 +52,12 @@ class PolicyConfig(ConfigModel):
     @field_validator("tasks")
     @classmethod
     def _tasks_exist(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if tasks is None:
+            return None
+        from quorate.shared.tasks import TASKS  # torch, which other commands of a site need not wait for
+
         known = [str(get_args(task.model_fields["name"].annotation)[0]) for task in TASKS]
-        if unknown := [task for task in tasks or () if task not in known]:
+        if unknown := [task for task in tasks if task not in known]:
             raise ValueError(f"there is no task {', '.join(unknown)}; choose from {', '.join(known)}")
         return tasks
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from quorate.client.config import ConnectionConfig
-from quorate.shared.config.load import load_file
+from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
 from quorate.shared.files import PRIVATE, PUBLIC, alone, sync_folder, write_atomically, writing
 

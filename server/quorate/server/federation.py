@@ -22,8 +22,8 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from quorate.shared.config.base import ConfigModel
-from quorate.shared.config.load import load_file
-from quorate.shared.config.run import NAME, Name
+from quorate.shared.config.names import NAME, Name
+from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
 
 HOME = "QUORATE_HOME"

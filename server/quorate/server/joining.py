@@ -17,7 +17,7 @@ from quorate.server.flower import POLL_SECONDS
 from quorate.server.records import Exclusion
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import NAME
+from quorate.shared.config.names import NAME
 from quorate.shared.errors import ProtocolError, QuorumNotMet
 from quorate.shared.messages import Phase, RequestHeader, RoundRequest, SiteDescription, Split, Update
 from quorate.shared.versions import check_versions, versions

@@ -18,7 +18,8 @@ from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoin
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.config.load import dump_yaml, load_run
+from quorate.shared.config.load import load_run
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import CheckpointError, OutputError
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from quorate.server.evaluation import scalars
 from quorate.server.records import Evaluation, Exclusion, RoundMetrics, RoundRecord, Summary
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.messages import SiteDescription

@@ -11,7 +11,7 @@ import numpy as np
 
 from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers, saved_modules
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, GlobalState
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import AdapterError
 from quorate.shared.model import lora_config

@@ -26,7 +26,8 @@ from quorate.client.site import SiteRows
 from quorate.server.checkpoint import write_file
 from quorate.server.records import Record
 from quorate.server.run import RUN_FILE
-from quorate.shared.config.load import dump_yaml, load_run, load_sites_file
+from quorate.shared.config.load import load_run, load_sites_file
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import DataError, OutputError

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.fields import root, suggest
-from quorate.shared.config.load import load_file, load_run
+from quorate.shared.config.load import load_run
+from quorate.shared.config.read import load_file
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.seeds import rng

@@ -26,7 +26,7 @@ from quorate.server.report.svg import (
     variable,
 )
 from quorate.server.run import RUN_FILE
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.simulations.space import Value
 from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
 from quorate.simulations.tune import settled

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from quorate.client.config import ConnectionConfig, SiteConfig, UsersConfig
 from quorate.client.node.names import SOCKET
-from quorate.shared.config.load import load_file
+from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError, DataError, OutputError
 from quorate.shared.sources import resolve_local
 

@@ -57,7 +57,8 @@ def inspect_own(run_path: Path, overrides: Sequence[str], site_file: Path, *, as
     """
     from quorate.client.config import SiteConfig
     from quorate.client.inspection import inspect_own_data
-    from quorate.shared.config.load import load_file, load_run
+    from quorate.shared.config.load import load_run
+    from quorate.shared.config.read import load_file
 
     config = load_run(run_path, overrides)
     tell(inspect_own_data(load_file(SiteConfig, site_file), site_file.parent, config), as_json=as_json)

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quorate.client.config import ConnectionConfig
 from quorate.client.enrol import CLIENT_KEY, CONNECTION, NODE_KEY
 from quorate.server.federation import FederationConfig
-from quorate.shared.config.load import dump_yaml
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError
 from quorate.shared.files import PRIVATE, PUBLIC
 from quorate.shared.versions import QUORATE

@@ -21,7 +21,7 @@ from quorate.deploy.provision.certificates import ensure_server, server_hosts, s
 from quorate.deploy.provision.keys import admit, admitted_key, known_sites, revocation
 from quorate.deploy.provision.kit import KIT, connection_of, kit_files, pack, unpack
 from quorate.server.federation import FederationConfig, FederationFolder, home
-from quorate.shared.config.load import dump_yaml, load_file
+from quorate.shared.config.read import dump_yaml, load_file
 from quorate.shared.errors import ConfigError
 from quorate.shared.files import (
     PRIVATE,

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.fields import Node, dotted, root, suggest, suggest_choice
-from quorate.shared.config.run import Name, Sha256
+from quorate.shared.config.names import Name, Sha256
 
 Path = tuple[str | int, ...]
 

@@ -1,27 +1,23 @@
 """Reading run and sites files: YAML, `key=value` overrides, and errors that a person can act on.
 
 A run file says everything that shapes a run; `load_run` reads it, puts the overrides of the command line over
-it, and validates the whole. `dump_yaml` writes the resolved configuration, which reads back equal.
+it, and validates the whole. `read.dump_yaml` writes the resolved configuration, which reads back equal.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from quorate.shared.config.base import ConfigModel
-from quorate.shared.config.dialect import parse, read_mapping, write_mapping
-from quorate.shared.config.explain import explain
+from quorate.shared.config.dialect import parse, read_mapping
 from quorate.shared.config.fields import Node, dotted, root, suggest
+from quorate.shared.config.read import load_file, validate
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SitesConfig
 from quorate.shared.errors import ConfigError
-
-_M = TypeVar("_M", bound=ConfigModel)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -42,7 +38,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-    return _validate(RunConfig, content, str(path), changed)
+    return validate(RunConfig, content, str(path), changed)
 
 
 def load_sites_file(path: Path) -> SitesConfig:
@@ -51,19 +47,6 @@ def load_sites_file(path: Path) -> SitesConfig:
     Raises: ConfigError: one error that lists every problem, a line each.
     """
     return load_file(SitesConfig, path)
-
-
-def load_file(model: type[_M], path: Path) -> _M:
-    """Read and validate any configuration file.
-
-    Raises: ConfigError: one error that lists every problem, a line each.
-    """
-    return _validate(model, read_mapping(path), str(path))
-
-
-def dump_yaml(model: ConfigModel) -> str:
-    """Return a configuration as YAML with all defaults written out; loading it gives an equal model."""
-    return write_mapping(model.model_dump(mode="json"))
 
 
 def schema(model: type[ConfigModel] = RunConfig, kind: str = "run") -> dict[str, Any]:
@@ -75,17 +58,6 @@ def schema(model: type[ConfigModel] = RunConfig, kind: str = "run") -> dict[str,
     """
     described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
     return {**described, "title": f"Quorate {kind} file"}
-
-
-def _validate(
-    model: type[_M], content: dict[Any, Any], where: str, overridden: Collection[tuple[str, ...]] = ()
-) -> _M:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(explain(error, model, where, overridden)) from error
-    except RecursionError as error:
-        raise ConfigError(f"{where}: an anchor (&) contains itself; write the values out.") from error
 
 
 def _apply(content: dict[Any, Any], override: str) -> tuple[str, ...]:

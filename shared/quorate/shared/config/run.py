@@ -13,10 +13,8 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.names import Name, Sha256
 from quorate.shared.tasks import TaskConfig
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 
 def _is_regular(pattern: str) -> str:
@@ -31,7 +29,6 @@ def _is_regular(pattern: str) -> str:
 
 Pattern = Annotated[str, StringConstraints(min_length=1), AfterValidator(_is_regular)]
 """Names arrays of the adapter, see `quorate.shared.selection`."""
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ModelConfig(ConfigModel):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from quorate.shared.config.base import ConfigModel
-from quorate.shared.config.run import Name
+from quorate.shared.config.names import Name
 from quorate.shared.template import TextTemplate
 
 

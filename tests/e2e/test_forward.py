@@ -8,19 +8,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from loopback import NEEDS_NGINX
 from plain_flower import free_port, make_certificates, make_node_key, wait_until
 
 from quorate.client.node.folder import SiteFolder, prepare_folders
-from quorate.client.node.forward import find_nginx, forward_program, forwarded_to, loopback_certificate
+from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
 from quorate.client.node.supernode import Ports, flower_programs
 from quorate.shared.errors import ConfigError
+from quorate.shared.loopback import find_nginx
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None, reason="needs nginx"
-    ),
-]
+pytestmark = [pytest.mark.slow, NEEDS_NGINX]
 SERVER = """
 daemon off; pid {folder}/nginx.pid; error_log stderr; {user}
 events {{}}

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from quorate.client.site import Site
-from quorate.server import checkpoint
 from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from quorate.server.outputs import best_state
 from quorate.server.records import RoundMetrics, RoundRecord
@@ -25,6 +24,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, OutputError
 from quorate.shared.export import as_lora
+from quorate.shared.files import write_folder
 from quorate.simulations.grid import InProcessGrid
 
 ROUNDS = 3
@@ -142,9 +142,7 @@ def test_every_byte_of_a_checkpoint_is_looked_at(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     """Whole and unedited, but with a field that this version does not know how to do without."""
-    checkpoint.write_folder(
-        tmp_path / "checkpoint-1", files := {"state.safetensors": b"", "progress.json": b"{}"}
-    )
+    write_folder(tmp_path / "checkpoint-1", files := {"state.safetensors": b"", "progress.json": b"{}"})
     import hashlib
 
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())

@@ -26,12 +26,12 @@ from quorate.deploy.control.flower import Flower, FlowerState, ServerNotUp
 from quorate.deploy.control.follower import Follower, joining_table
 from quorate.deploy.control.records import RunFolder, find_run_folder
 from quorate.deploy.control.watch import Controller
-from quorate.server.checkpoint import write_folder
 from quorate.server.events import EVENTS_FILE, Event, EventsTracker
 from quorate.server.federation import FederationFolder
 from quorate.server.run import alone_in
 from quorate.server.status import RunStatus
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError, QuorateError
+from quorate.shared.files import write_folder
 
 SHAPE = Shape(rounds=2, planned=2, samples=5, references=())
 RUN = config(SHAPE)

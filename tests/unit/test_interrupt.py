@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from quorate.client.site import Site
-from quorate.server.checkpoint import write_folder
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.rounds import run_rounds
 from quorate.server.run import RECORD_FILE, Run, read_jsonl
+from quorate.shared.files import write_folder
 from quorate.simulations.grid import InProcessGrid
 
 

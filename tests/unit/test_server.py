@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-from loopback import free_ports
+from loopback import NEEDS_NGINX, free_ports
 
 from quorate.deploy.cli import run
 from quorate.deploy.provision.authority import Authority
@@ -26,12 +26,10 @@ from quorate.deploy.provision.provision import provision
 from quorate.deploy.server import checks, nginx
 from quorate.deploy.server.checks import check_before_start, check_port
 from quorate.deploy.server.keys import pins
-from quorate.deploy.server.loopback import make_loopback_certificate
 from quorate.deploy.server.paths import ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import ConfigError
-
-NGINX = pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="nginx is not here")
+from quorate.shared.loopback import write_loopback_pair
 
 
 @pytest.fixture
@@ -50,13 +48,13 @@ def provisioned(tmp_path: Path) -> Any:
         (folder.path / "federation.yaml").write_text(yaml.safe_dump(content))
         paths = ServerPaths(folder)
         paths.make()
-        make_loopback_certificate(paths)
+        write_loopback_pair(paths.loopback_certificate, paths.loopback_key, "loopback", ["localhost"])
         return paths
 
     return make
 
 
-@NGINX
+@NEEDS_NGINX
 @pytest.mark.parametrize("mutual_tls", [False, True])
 @pytest.mark.parametrize("listen", ["127.0.0.1", "::1"])
 def test_nginx_accepts_its_configuration(provisioned: Any, mutual_tls: bool, listen: str) -> None:
@@ -66,7 +64,7 @@ def test_nginx_accepts_its_configuration(provisioned: Any, mutual_tls: bool, lis
     assert written.stat().st_mode & 0o077 == 0
 
 
-@NGINX
+@NEEDS_NGINX
 def test_what_nginx_does_not_accept_is_said_before_it_starts(provisioned: Any) -> None:
     paths = provisioned()
     paths.key.write_text("no key")

@@ -19,10 +19,9 @@ from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, QuorateError
-from quorate.shared.files import write_file, write_folder, writing
+from quorate.shared.files import write_folder
 from quorate.shared.messages import SiteDescription
 
-__all__ = ["write_file", "write_folder", "writing"]
 _STATE, _PROGRESS, _SUMS = "state.safetensors", "progress.json", "SHA256SUMS"
 
 

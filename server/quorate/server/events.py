@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError
 
-from quorate.server.checkpoint import writing
 from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord, Summary
 from quorate.server.trackers import Tracker
 from quorate.shared.config.run import RunConfig
+from quorate.shared.files import writing
 from quorate.shared.messages import SiteDescription
 
 log = logging.getLogger(__name__)

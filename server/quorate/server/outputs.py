@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from quorate.server.card import model_card
-from quorate.server.checkpoint import load_checkpoint, write_file, write_folder
+from quorate.server.checkpoint import load_checkpoint
 from quorate.server.evaluation import summarise
 from quorate.server.records import (
     Answer,
@@ -30,6 +30,7 @@ from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import QuorumNotMet
 from quorate.shared.export import adapter_files
+from quorate.shared.files import write_file, write_folder
 from quorate.shared.outcomes import Outcomes
 
 _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")

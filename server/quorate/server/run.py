@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quorate.server.best import metric_of
-from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, write_file, writing
+from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
@@ -22,6 +20,7 @@ from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import CheckpointError, OutputError
+from quorate.shared.files import alone, write_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -182,20 +181,9 @@ def alone_in(output_dir: Path) -> Iterator[None]:
     Raises: OutputError: another process has it, or it cannot be made.
     """
     _make_folder(output_dir)
-    descriptor = os.open(output_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another process is running into {output_dir}; wait for its end, or choose "
-                "another folder (-o)."
-            ) from error
-        except OSError as error:  # some network file systems lock no folders
-            log.debug("%s: no lock (%s)", output_dir, error.strerror)
+    busy = f"another process is running into {output_dir}; wait for its end, or choose another folder (-o)."
+    with alone(output_dir, busy):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _make_folder(output_dir: Path) -> None:

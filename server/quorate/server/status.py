@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from quorate.server.checkpoint import write_file
 from quorate.server.records import Record
 from quorate.shared.errors import OutputError
+from quorate.shared.files import write_file
 
 STATUS_FILE = "status.json"
 State = Literal["running", "done", "interrupted", "quorum-not-met", "failed"]

@@ -104,10 +104,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, busy: str | None = None) -> Iterator[None]:
     """Hold `folder` for this process, so that two commands do not write into it at once.
 
     The lock is the system's and leaves no file: it is gone with the process, however that ends.
+
+    Args:
+        folder: must be there.
+        busy: what to say when another process holds it.
 
     Raises: OutputError: another process holds it.
     """
@@ -117,12 +121,31 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{folder}: another command works in this folder; wait for its end.") from None
+            busy = busy or f"{folder}: another command works in this folder; wait for its end."
+            raise OutputError(busy) from None
         except OSError as error:  # some network file systems lock no folders
             log.debug("%s: no lock (%s)", folder, error.strerror)
         yield
     finally:
         os.close(descriptor)
+
+
+def held(path: Path) -> bool | None:
+    """Whether a process holds this file or folder as `alone` does; None where the file system has no locks.
+
+    Raises: OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Shared, so that two who look do not see each other, and let go of at once.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager

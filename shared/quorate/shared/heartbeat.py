@@ -75,8 +75,10 @@ def beat_once(program: str, address: str, token: str, context: ssl.SSLContext | 
         "flwr-component-name": program,
         TOKEN_HEADER: token,
     }
-    plain = http.client.HTTPConnection(address, timeout=_TIMEOUT)
-    secure = context and http.client.HTTPSConnection(address, context=context, timeout=_TIMEOUT)
-    with closing(secure or plain) as connection:
+    if context is None:
+        opened = http.client.HTTPConnection(address, timeout=_TIMEOUT)
+    else:
+        opened = http.client.HTTPSConnection(address, context=context, timeout=_TIMEOUT)
+    with closing(opened) as connection:
         connection.request("POST", PATH, b"", headers)
         return connection.getresponse().status

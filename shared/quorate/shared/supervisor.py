@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import OutputError, QuorateError
+from quorate.shared.files import held
 
 log = logging.getLogger(__name__)
 
@@ -306,14 +307,7 @@ def _alone(state_dir: Path) -> Iterator[None]:
 
 def _locked(state_dir: Path) -> bool:
     path = state_dir / LOCK_FILE
-    if not path.exists():
-        return False
-    with path.open("r") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return path.exists() and held(path) is True
 
 
 def _die_with(parent: int) -> None:

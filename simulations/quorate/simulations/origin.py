@@ -23,7 +23,6 @@ import torch
 from pydantic import ValidationError
 
 from quorate.client.site import SiteRows
-from quorate.server.checkpoint import write_file
 from quorate.server.records import Record
 from quorate.server.run import RUN_FILE
 from quorate.shared.config.load import load_run, load_sites_file
@@ -31,6 +30,7 @@ from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import DataError, OutputError
+from quorate.shared.files import write_file
 from quorate.shared.messages import Split
 from quorate.shared.model import default_device
 from quorate.shared.sources import PACKAGE, expand, is_hub_id

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quorate.client.site import Site, SiteRows
-from quorate.server.checkpoint import write_file
 from quorate.server.run import RUN_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml, load_file
 from quorate.shared.errors import CheckpointError, ConfigError, DataError, OutputError
+from quorate.shared.files import write_file
 from quorate.shared.seeds import derive_seed
 from quorate.simulations.space import SpaceConfig
 from quorate.simulations.trial import DIVERGED, RETRY_OF, Diverged, Search, objective, trial_dir

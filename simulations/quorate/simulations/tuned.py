@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 from pydantic import Field
 
-from quorate.server.checkpoint import write_file
 from quorate.server.records import Figure, Record
 from quorate.server.report import figures, render_page
 from quorate.server.report.charts import HALF, WIDE
@@ -27,6 +26,7 @@ from quorate.server.report.svg import (
 )
 from quorate.server.run import RUN_FILE
 from quorate.shared.config.read import dump_yaml
+from quorate.shared.files import write_file
 from quorate.simulations.space import Value
 from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
 from quorate.simulations.tune import settled

@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from quorate.client.config import UsersConfig
-from quorate.client.node.folder import SiteFolder, prepare_folders, prepare_home, socket_of
-from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
+from quorate.client.node.folder import SiteFolder, check_enrolled, prepare_folders, prepare_home, socket_of
+from quorate.client.node.forward import connecting_programs
 from quorate.client.node.guard import GUARDED, write_commands
-from quorate.client.node.supernode import Ports, flower_programs
 from quorate.client.node.supervise import become_supervisor
 from quorate.shared.errors import ConfigError
 from quorate.shared.supervisor import Program
@@ -75,12 +74,7 @@ def supernode_programs(node: NodeFolder) -> list[Program]:
 
     Raises: ConfigError: something is missing. OutputError: cannot be written.
     """
-    for path, remedy in (
-        (node.node_key, f"make it with `quorate site enrol {node.path}`"),
-        (node.ca, "unpack the start-up kit again"),
-    ):
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing; {remedy}.")
+    check_enrolled(node)
     prepare_home(node)
     # Where root has prepared STATE, this user cannot write there, nor put another launcher in.
     if not node.bin.exists() or os.access(node.bin, os.W_OK):
@@ -89,11 +83,7 @@ def supernode_programs(node: NodeFolder) -> list[Program]:
         raise ConfigError(
             f"{node.bin}: {GUARDED} is missing; give `quorate site prepare {node.path}` as root."
         )
-    ports = Ports.free()
-    if not node.connection.mutual_tls:
-        return list(flower_programs(node, ports))
-    forward = forward_program(node, ports)
-    return [forward, *flower_programs(node, ports, forwarded_to(ports), loopback_certificate(node))]
+    return connecting_programs(node)
 
 
 def run(folder: Path, half: Half) -> int:

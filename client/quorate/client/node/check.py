@@ -214,7 +214,8 @@ def _certificate(path: Path, remedy: str) -> str:
 def _client_certificate(site: SiteFolder) -> str:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    from quorate.client.node.forward import find_nginx
+    from quorate.client.node.forward import NEEDED
+    from quorate.shared.loopback import find_nginx
 
     found = _certificate(site.client_crt, "send client.csr to the coordinator, who sends it back signed")
     certificate = x509.load_pem_x509_certificate(site.client_crt.read_bytes())
@@ -224,7 +225,7 @@ def _client_certificate(site: SiteFolder) -> str:
             f"{site.client_crt}: belongs to another key than {site.client_key}; send client.csr to the "
             "coordinator again."
         )
-    find_nginx()
+    find_nginx(NEEDED)
     return found
 
 

@@ -212,6 +212,16 @@ def prepare_folders(site: SiteFolder) -> None:
             _write_secret(site.secret, both[1] if both else None)
 
 
+def check_enrolled(site: SiteFolder) -> None:
+    """Raise ConfigError where the site has no node key or no certificate of the federation yet."""
+    for path, remedy in (
+        (site.node_key, f"make it with `quorate site enrol {site.path}`"),
+        (site.ca, "unpack the start-up kit again"),
+    ):
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing; {remedy}.")
+
+
 def prepare_home(site: SiteFolder) -> None:
     """Make what the SuperNode alone needs, as its user.
 

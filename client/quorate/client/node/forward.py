@@ -8,26 +8,18 @@ makes anew and that nobody outside this machine trusts.
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
 import re
-import shutil
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
 from quorate.client.node.folder import SiteFolder, accounts
-from quorate.client.node.supernode import LOOPBACK, Ports
+from quorate.client.node.supernode import Ports, flower_programs
 from quorate.shared.errors import ConfigError
-from quorate.shared.files import PRIVATE, write_atomically
+from quorate.shared.files import write_atomically
+from quorate.shared.loopback import HOST, find_nginx, write_loopback_pair
 from quorate.shared.supervisor import Program
 
-NGINX = "nginx"
-_YEARS = 10
+NEEDED = ", and the server asks for a client certificate, which it adds"
 # Ends a word or a block in nginx's configuration, or begins a variable.
 _UNSAFE = re.compile(r"[\s;{}$\"'\\#]")
 _TEMPLATE = """\
@@ -92,7 +84,7 @@ def loopback_certificate(site: SiteFolder) -> Path:
 
 def forwarded_to(ports: Ports) -> str:
     """Return HOST:PORT where the forwarder listens."""
-    return f"{LOOPBACK}:{ports.forward}"
+    return f"{HOST}:{ports.forward}"
 
 
 def forward_program(site: SiteFolder, ports: Ports) -> Program:
@@ -115,7 +107,7 @@ def forward_program(site: SiteFolder, ports: Ports) -> Program:
     both = accounts(site.users)
     folder = forwarder_folder(site)
     folder.mkdir(mode=0o700, exist_ok=True)
-    _make_loopback_certificate(folder)
+    write_loopback_pair(loopback_certificate(site), folder / "loopback.key", "Quorate site on loopback")
     host = site.connection.server.rpartition(":")[0].strip("[]")
     content = _TEMPLATE.format(
         state=folder,
@@ -123,7 +115,7 @@ def forward_program(site: SiteFolder, ports: Ports) -> Program:
         user="user root;" if both is None and os.geteuid() == 0 else "",
         server=site.connection.server,
         host=f"[{host}]" if ":" in host else host,
-        loopback=LOOPBACK,
+        loopback=HOST,
         port=ports.forward,
         ca=site.ca,
         certificate=site.client_crt,
@@ -133,7 +125,7 @@ def forward_program(site: SiteFolder, ports: Ports) -> Program:
     if both is not None:
         for path in (folder, *folder.iterdir()):
             os.chown(path, both[1].uid, both[1].gid, follow_symlinks=False)
-    command = (find_nginx(), "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf"))
+    command = (find_nginx(NEEDED), "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf"))
     return Program(
         "forward",
         command,
@@ -143,40 +135,13 @@ def forward_program(site: SiteFolder, ports: Ports) -> Program:
     )
 
 
-def find_nginx() -> str:
-    """Return the path of nginx.
+def connecting_programs(site: SiteFolder) -> list[Program]:
+    """Return the programs that connect a site, in the order they start: with mutual TLS the forwarder first.
 
-    Raises: ConfigError: it is not installed.
+    Raises: ConfigError: nginx or the client certificate is missing. OutputError.
     """
-    # Not on the PATH of ordinary users on Debian.
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    found = shutil.which(NGINX, path=places)
-    if found is None:
-        raise ConfigError(
-            "nginx is not installed, and the server asks for a client certificate, which it adds; install it "
-            "with `apt-get install nginx-light` (Debian, Ubuntu) or `dnf install nginx` (Fedora, RHEL)."
-        )
-    return found
-
-
-def _make_loopback_certificate(folder: Path) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Quorate site on loopback")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))  # clocks are set back at times
-        .not_valid_after(now + datetime.timedelta(days=365 * _YEARS))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]), critical=False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    write_atomically(folder / "loopback.key", private, PRIVATE)
-    write_atomically(folder / "loopback.crt", certificate.public_bytes(Encoding.PEM), PRIVATE)
+    ports = Ports.free()
+    if not site.connection.mutual_tls:
+        return list(flower_programs(site, ports))
+    forward = forward_program(site, ports)
+    return [forward, *flower_programs(site, ports, forwarded_to(ports), loopback_certificate(site))]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from quorate.client.node.contact import Standing, standing
-from quorate.client.node.folder import SiteFolder, prepare_folders
-from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
+from quorate.client.node.folder import SiteFolder, check_enrolled, prepare_folders
+from quorate.client.node.forward import connecting_programs
 from quorate.client.node.guard import write_commands
-from quorate.client.node.supernode import Ports, flower_programs, site_program
+from quorate.client.node.supernode import site_program
 from quorate.client.node.supervise import become_supervisor
 from quorate.client.service import check_health
-from quorate.shared.errors import ConfigError, OutputError, QuorateError
+from quorate.shared.errors import OutputError, QuorateError
 from quorate.shared.supervisor import Program, read_status, start_detached
 
 READY_SECONDS = 300.0
@@ -35,20 +35,10 @@ def prepare(site: SiteFolder) -> list[Program]:
             f"site {site.connection.site} is running already; see `quorate site status`, or stop it with "
             "`quorate site stop`."
         )
-    for path, remedy in (
-        (site.node_key, f"make it with `quorate site enrol {site.path}`"),
-        (site.ca, "unpack the start-up kit again"),
-    ):
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing; {remedy}.")
+    check_enrolled(site)
     prepare_folders(site)
     write_commands(site.bin)
-    ports = Ports.free()
-    programs = [site_program(site)]
-    if site.connection.mutual_tls:
-        programs.append(forward_program(site, ports))
-        return [*programs, *flower_programs(site, ports, forwarded_to(ports), loopback_certificate(site))]
-    return [*programs, *flower_programs(site, ports)]
+    return [site_program(site), *connecting_programs(site)]
 
 
 def run(site: SiteFolder) -> NoReturn:

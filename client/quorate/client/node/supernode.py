@@ -15,9 +15,9 @@ from pathlib import Path
 
 from quorate.client.node.folder import Account, SiteFolder, accounts
 from quorate.client.node.names import CONTACT, QUIET, SOCKET
+from quorate.shared.loopback import HOST
 from quorate.shared.supervisor import Program
 
-LOOPBACK = "127.0.0.1"
 _NEVER_PROXIED = ("127.0.0.1", "localhost", "::1")
 _POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # Flower's own setting; a second when left out
 _SUPERNODE = (sys.executable, "-P", "-m", "quorate.client.node.run_supernode")
@@ -46,7 +46,7 @@ class Ports:
         """Ask the system for free ports."""
         with socket.socket() as one, socket.socket() as two:
             for each in (one, two):
-                each.bind((LOOPBACK, 0))
+                each.bind((HOST, 0))
             return cls(one.getsockname()[1], two.getsockname()[1])
 
 
@@ -81,13 +81,13 @@ def flower_programs(
     user = both[1] if both else None
     server = server or site.connection.server
     env = flower_environment(site, user, os.environ)
-    runtime = f"{LOOPBACK}:{ports.runtime}"
+    runtime = f"{HOST}:{ports.runtime}"
     supernode = (
         *_SUPERNODE,
         *("--superlink", server, "--root-certificates", str(ca or site.ca)),
         *("--auth-supernode-private-key", str(site.node_key)),
         *("--node-config", f'site="{site.connection.site}"'),
-        *("--host", LOOPBACK, "--port", str(ports.runtime)),
+        *("--host", HOST, "--port", str(ports.runtime)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(site.secret)),
     )
     superexec = (

@@ -17,6 +17,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.deploy.commands.federations import FederationOption, find_federation
 from quorate.deploy.commands.inputs import find_run
 
 if TYPE_CHECKING:
@@ -29,15 +30,7 @@ if TYPE_CHECKING:
 def run(
     run: RunArgument,
     overrides: OverridesArgument = None,
-    federation: Annotated[
-        str,
-        typer.Option(
-            "--federation",
-            metavar="NAME",
-            help="The federation: its folder, or its name under QUORATE_HOME (~/.quorate). This folder when "
-            "left out.",
-        ),
-    ] = ".",
+    federation: FederationOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -81,14 +74,13 @@ def run(
     from quorate.deploy.control.follower import Follower
     from quorate.deploy.control.watch import Controller
     from quorate.deploy.terminal import stderr_console
-    from quorate.server.federation import FederationFolder
     from quorate.server.run import alone_in
     from quorate.shared.config.load import load_run
     from quorate.shared.errors import ConfigError
 
     if run_id is not None and not resume:
         raise ConfigError("--run-id names a run to go on with; give it together with --resume.")
-    folder = FederationFolder.find(federation)
+    folder = find_federation(federation)
     config = load_run(find_run(run), overrides or [])
     config = ends.pinned(config)
     output_dir = output or Path("runs") / config.name
@@ -110,7 +102,7 @@ def run(
         )
         follower.say(f"run {target.run_id}")
         try:
-            ended = _carry_out(controller, target, follower, federation)
+            ended = _carry_out(controller, target, follower, federation or str(folder.path))
         finally:
             follower.close()
             if not controller.submitted:

@@ -13,26 +13,17 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.deploy.commands.federations import FederationOption, find_federation
 from quorate.shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from quorate.deploy.control.records import RunFolder
-    from quorate.server.federation import FederationFolder
 
 runs = typer.Typer(
     name="runs",
     no_args_is_help=True,
     help="The runs of a federation.\n\nExample: quorate runs list --federation heart",
 )
-FederationOption = Annotated[
-    str,
-    typer.Option(
-        "--federation",
-        metavar="NAME",
-        help="The federation: its folder, or its name under QUORATE_HOME (~/.quorate). This folder when left "
-        "out.",
-    ),
-]
 IdArgument = Annotated[
     str, typer.Argument(metavar="ID", help="Id of the run, or the beginning of it that no other run has.")
 ]
@@ -40,7 +31,7 @@ IdArgument = Annotated[
 
 @runs.command("list")
 def list_(
-    federation: FederationOption = ".",
+    federation: FederationOption = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
@@ -51,7 +42,7 @@ def list_(
     configure_logging(log_level)
     from quorate.deploy.control.records import list_runs
 
-    found = [_described(each) for each in list_runs(_find(federation))]
+    found = [_described(each) for each in list_runs(find_federation(federation))]
     if as_json:
         print_json({"runs": found})
         return
@@ -73,7 +64,7 @@ def list_(
 @runs.command("show")
 def show(
     run_id: IdArgument,
-    federation: FederationOption = ".",
+    federation: FederationOption = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
@@ -91,7 +82,7 @@ def show(
     from quorate.server.run import SUMMARY_FILE
     from quorate.server.status import RunStatus
 
-    run = find_run_folder(_find(federation), run_id)
+    run = find_run_folder(find_federation(federation), run_id)
     status, submission = RunStatus.read(run.path), Submission.read(run.path)
     summary = read_summary(run.path) if (run.path / SUMMARY_FILE).is_file() else None
     described = {
@@ -119,7 +110,7 @@ def logs(
         bool,
         typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C; the run is not touched."),
     ] = False,
-    federation: FederationOption = ".",
+    federation: FederationOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the events as they are written: one JSON object a line.")
     ] = False,
@@ -136,7 +127,7 @@ def logs(
     from quorate.server.events import EVENTS_FILE
     from quorate.server.events import follow as follow_events
 
-    run = find_run_folder(_find(federation), run_id)
+    run = find_run_folder(find_federation(federation), run_id)
     follower = Follower(stdout_console())
     over = False
     try:
@@ -155,7 +146,7 @@ def logs(
 @runs.command("stop")
 def stop(
     run_id: IdArgument,
-    federation: FederationOption = ".",
+    federation: FederationOption = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
@@ -168,7 +159,7 @@ def stop(
     from quorate.deploy.control.records import find_run_folder
     from quorate.deploy.control.watch import Controller
 
-    folder = _find(federation)
+    folder = find_federation(federation)
     run = find_run_folder(folder, run_id)
     if run.flower_run is None or run.state not in ("running", "waiting", "lost"):
         raise ConfigError(f"run {run.run_id} does not run ({run.state}); there is nothing to stop.")
@@ -181,12 +172,6 @@ def stop(
         print_json({"id": run.run_id, "state": state, "round": run.rounds_done})
     else:
         typer.echo(f"run {run.run_id}: {state} after round {run.rounds_done}")
-
-
-def _find(federation: str) -> FederationFolder:
-    from quorate.server.federation import FederationFolder
-
-    return FederationFolder.find(federation)
 
 
 def _described(run: RunFolder) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +17,7 @@ from quorate.server.status import RunStatus, State
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError, OutputError
-from quorate.shared.files import write_atomically
+from quorate.shared.files import held, write_atomically
 
 CONTROL_FILE = "control.json"
 RunState = State | Literal["waiting", "lost"]
@@ -97,18 +95,12 @@ class RunFolder:
     @property
     def occupied(self) -> bool:
         """Whether a ServerApp is at work in the folder: it holds a lock that is gone with it."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            # Shared, so that two who look do not see each other, and let go of at once.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks: only status.json says how the run stands
-            status = RunStatus.read(self.path)
-            return status is not None and status.state == "running"
-        finally:
-            os.close(descriptor)
-        return False
+        is_held = held(self.path)
+        if is_held is not None:
+            return is_held
+        # A file system without locks: only status.json says how the run stands.
+        status = RunStatus.read(self.path)
+        return status is not None and status.state == "running"
 
     @property
     def state(self) -> RunState:

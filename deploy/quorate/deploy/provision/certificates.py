@@ -15,7 +15,14 @@ from cryptography.x509.oid import NameOID
 from quorate.client.enrol import CLIENT_CRT, client_private_bytes, new_key
 from quorate.deploy.provision.authority import DAYS, Authority, load_key
 from quorate.deploy.provision.index import Issued
-from quorate.deploy.provision.keys import known_site, known_sites, revocation, revoke_key, stamp
+from quorate.deploy.provision.keys import (
+    known_site,
+    known_sites,
+    on_nist_curve,
+    revocation,
+    revoke_key,
+    stamp,
+)
 from quorate.server.federation import FederationConfig, FederationFolder
 from quorate.shared.errors import ConfigError
 from quorate.shared.files import PRIVATE, PUBLIC, make_folder, write_atomically
@@ -23,7 +30,6 @@ from quorate.shared.files import PRIVATE, PUBLIC, make_folder, write_atomically
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names under which the server's own processes reach each other."""
 _MOST_BYTES = 64 * 2**10
-_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 
 @dataclass(frozen=True)
@@ -226,9 +232,7 @@ def _read_request(path: Path, site: str) -> ec.EllipticCurvePublicKey:
         raise ConfigError(f"{path}: its signature is wrong, so it was changed on the way; {remedy}.")
     if names != [site] or not request.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
         raise ConfigError(f"{path}: is not a request in the name of {site}; {remedy}.")
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVES):
-        raise ConfigError(f"{path}: its key is no ECDSA key on a NIST curve; {remedy}.")
-    return key
+    return on_nist_curve(key, f"{path}: its key is no ECDSA key on a NIST curve; {remedy}.")
 
 
 def _canonical(host: str) -> str:

@@ -116,8 +116,16 @@ def read_public_key(content: bytes, where: str) -> ec.EllipticCurvePublicKey:
         key = pem.load_ssh_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{where}: is no public key in OpenSSH format; {remedy}.") from error
+    return on_nist_curve(key, f"{where}: is no ECDSA key on a NIST curve; {remedy}.")
+
+
+def on_nist_curve(key: object, otherwise: str) -> ec.EllipticCurvePublicKey:
+    """Return a public key of the kind that Flower takes.
+
+    Raises: ConfigError: it is of another kind; with the words `otherwise`.
+    """
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVES):
-        raise ConfigError(f"{where}: is no ECDSA key on a NIST curve; {remedy}.")
+        raise ConfigError(otherwise)
     return key
 
 

@@ -10,10 +10,9 @@ import psutil
 from cryptography import x509
 
 from quorate.deploy.server.keys import admitted, pins, read_certificate
-from quorate.deploy.server.loopback import HOST
-from quorate.deploy.server.nginx import find_nginx
 from quorate.deploy.server.paths import ServerPaths
 from quorate.shared.errors import ConfigError
+from quorate.shared.loopback import HOST, find_nginx
 
 
 def check_before_start(paths: ServerPaths) -> None:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quorate.deploy.server.keys import Admitted
-from quorate.deploy.server.loopback import HOST
 from quorate.deploy.server.paths import SUPEREXEC, SUPERLINK, ServerPaths
 from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.files import PRIVATE_FOLDER, write_atomically
+from quorate.shared.loopback import HOST
 from quorate.shared.supervisor import Program
 
 if TYPE_CHECKING:

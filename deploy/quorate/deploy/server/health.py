@@ -9,8 +9,8 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quorate.deploy.server.loopback import HOST
 from quorate.deploy.server.paths import NGINX, SUPEREXEC, SUPERLINK, ServerPaths
+from quorate.shared.loopback import HOST
 from quorate.shared.supervisor import read_status
 
 _SECONDS = 5.0

@@ -6,7 +6,6 @@ import grp
 import os
 import pwd
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from quorate.deploy.server.keys import pins
 from quorate.deploy.server.paths import ServerPaths
 from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.files import write_atomically
+from quorate.shared.loopback import find_nginx
 
 CALLS = (
     "activate-node",
@@ -33,22 +33,6 @@ CALLS = (
 _WORKER_USERS = ("www-data", "nginx", "nobody")
 # Ends a word or a block in nginx's configuration, or begins a variable.
 _UNSAFE = re.compile(r"[\s;{}$\"'\\#]")
-
-
-def find_nginx() -> str:
-    """Return the path of nginx.
-
-    Raises: ConfigError: it is not installed.
-    """
-    # Not on the PATH of ordinary users on Debian.
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    found = shutil.which("nginx", path=places)
-    if found is None:
-        raise ConfigError(
-            "nginx is not installed; install it with `apt-get install nginx-light` (Debian, Ubuntu) or "
-            "`dnf install nginx` (Fedora, RHEL). Its own service may stay off."
-        )
-    return found
 
 
 def render(paths: ServerPaths) -> str:

@@ -15,11 +15,11 @@ from quorate.deploy.provision.keys import admit_key, admitted_key
 from quorate.deploy.server import flower, nginx
 from quorate.deploy.server.checks import check_before_start
 from quorate.deploy.server.health import problems
-from quorate.deploy.server.loopback import make_loopback_certificate
 from quorate.deploy.server.paths import NGINX, ServerPaths
 from quorate.deploy.server.watch import watch
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import OutputError, QuorateError
+from quorate.shared.loopback import write_loopback_pair
 from quorate.shared.supervisor import Program, Supervisor, read_status, start_detached
 from quorate.shared.supervisor import stop as stop_supervisor
 
@@ -40,7 +40,12 @@ def prepare(paths: ServerPaths) -> list[Program]:
         )
     paths.make()
     check_before_start(paths)
-    make_loopback_certificate(paths)
+    # Flower checks node keys on a SuperLink with TLS alone, so loopback has TLS as well. The public
+    # certificate is no good for it: its names are public, its key is better in nginx alone, and it may be
+    # renewed while a run goes on.
+    write_loopback_pair(
+        paths.loopback_certificate, paths.loopback_key, "Quorate SuperLink on loopback", ["localhost"]
+    )
     flower.write_flower_files(paths)
     nginx.configure(paths)
     public = Program(NGINX, nginx.command(paths), log=paths.logs / "nginx.log", cwd=paths.nginx)

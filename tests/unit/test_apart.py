@@ -16,7 +16,7 @@ from quorate.client.enrol import enrol
 from quorate.client.node.apart import NodeFolder, supernode_programs
 from quorate.client.node.names import SOCKET
 from quorate.shared.errors import ConfigError
-from quorate.shared.supervisor import read_status
+from quorate.shared.supervised import read_status
 
 CONNECTION = {"federation": "lungs", "site": "north", "server": "127.0.0.1:9", "mutual_tls": False}
 

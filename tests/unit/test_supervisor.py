@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quorate.shared.errors import OutputError, QuorateError
-from quorate.shared.supervisor import Status, read_status, start_detached, stop
+from quorate.shared.supervised import Status, read_status, start_detached, stop
 
 # One program that sleeps, and one that starts a child and tells its pid.
 _CODE = """

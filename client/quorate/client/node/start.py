@@ -19,7 +19,8 @@ from quorate.client.node.supernode import site_program
 from quorate.client.node.supervise import become_supervisor
 from quorate.client.service import check_health
 from quorate.shared.errors import OutputError, QuorateError
-from quorate.shared.supervisor import Program, read_status, start_detached
+from quorate.shared.supervised import read_status, start_detached
+from quorate.shared.supervisor import Program
 
 READY_SECONDS = 300.0
 """Longest wait until all is up; importing torch takes a minute on a busy machine."""

@@ -11,7 +11,7 @@ from quorate.client.node.contact import silent, standing
 from quorate.client.node.folder import SiteFolder
 from quorate.client.service import MODEL, check_health
 from quorate.shared.config.base import ConfigModel
-from quorate.shared.supervisor import Status, read_status
+from quorate.shared.supervised import Status, read_status
 
 
 class ProgramState(ConfigModel):

@@ -153,7 +153,7 @@ def stop(folder: FolderArgument = Path(), log_level: LogLevelOption = LogLevel.w
     Example: quorate site stop ./north
     """
     configure_logging(log_level)
-    from quorate.shared.supervisor import stop as stop_supervisor
+    from quorate.shared.supervised import stop as stop_supervisor
 
     own = _find(folder)
     was = stop_supervisor(own.supervisor)

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quorate.deploy.server.paths import NGINX, SUPEREXEC, SUPERLINK, ServerPaths
 from quorate.shared.loopback import HOST
-from quorate.shared.supervisor import read_status
+from quorate.shared.supervised import read_status
 
 _SECONDS = 5.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -18,7 +18,7 @@ from quorate.deploy.server.paths import ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import QuorateError
 from quorate.shared.files import write_atomically
-from quorate.shared.supervisor import read_status
+from quorate.shared.supervised import read_status
 
 _POLL_SECONDS = 0.5
 

@@ -20,8 +20,9 @@ from quorate.deploy.server.watch import watch
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import OutputError, QuorateError
 from quorate.shared.loopback import write_loopback_pair
-from quorate.shared.supervisor import Program, Supervisor, read_status, start_detached
-from quorate.shared.supervisor import stop as stop_supervisor
+from quorate.shared.supervised import read_status, start_detached
+from quorate.shared.supervised import stop as stop_supervisor
+from quorate.shared.supervisor import Program, Supervisor
 
 READY_SECONDS = 300.0
 """Longest wait for everything to be up; importing Flower takes a minute on a busy machine."""

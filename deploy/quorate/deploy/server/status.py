@@ -12,7 +12,7 @@ from quorate.deploy.server.keys import admitted, read_certificate
 from quorate.deploy.server.paths import SUPERLINK, ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.config.base import ConfigModel
-from quorate.shared.supervisor import read_status
+from quorate.shared.supervised import read_status
 
 
 class ProgramState(ConfigModel):

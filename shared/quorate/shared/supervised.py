@@ -1,0 +1,115 @@
+"""A supervisor seen from another process: started in the background, looked at, stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.errors import OutputError, QuorateError
+from quorate.shared.files import held
+
+STATUS_FILE, LOCK_FILE = "status.json", "supervisor.lock"
+_POLL_SECONDS = 0.2
+
+
+class ProgramStatus(ConfigModel):
+    """A program as its supervisor sees it."""
+
+    pid: int | None
+    """Process id; None between death and restart."""
+    since: float
+    """When it started, or died [Unix time]."""
+    restarts: int
+    """How often it was started again."""
+    last_exit: int | None = None
+    """How it ended last: exit code, or minus the signal."""
+
+
+class Status(ConfigModel):
+    """What `status.json` holds."""
+
+    pid: int
+    """The supervisor's process id."""
+    programs: dict[str, ProgramStatus]
+    """Name -> program."""
+
+
+def start_detached(
+    command: Sequence[str], state_dir: Path, output: Path, ready: Callable[[], bool], timeout: float
+) -> subprocess.Popen[bytes]:
+    """Start a supervisor in the background and wait until what it runs is ready.
+
+    Args:
+        command: runs `Supervisor.run` in its foreground.
+        state_dir: its folder.
+        output: its log.
+        ready: asked again and again.
+        timeout: longest wait [s].
+    Returns: the process, which goes on when this one ends.
+    Raises: OutputError: one is running already. QuorateError: it ended, or nothing was ready in time; what
+        was started is stopped again.
+    """
+    if read_status(state_dir) is not None:
+        raise OutputError(f"{state_dir}: is running already; stop it first.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("ab") as file:
+        process = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    deadline = time.monotonic() + timeout
+    try:
+        while not ready():
+            if process.poll() is not None:
+                raise QuorateError(f"it ended at once ({process.returncode}); {output} says why.")
+            if time.monotonic() > deadline:
+                raise QuorateError(f"it was not ready after {timeout:.0f} s; {output} and the logs say why.")
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    return process
+
+
+def stop(state_dir: Path, timeout: float = 60.0) -> bool:
+    """Stop the supervisor of a folder and all it runs; returns whether there was one.
+
+    Raises: QuorateError: it is still there after `timeout` seconds.
+    """
+    status = read_status(state_dir)
+    if status is None:
+        return False
+    os.kill(status.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while _locked(state_dir):
+        if time.monotonic() > deadline:
+            raise QuorateError(f"process {status.pid} did not stop within {timeout:.0f} s.")
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def read_status(state_dir: Path) -> Status | None:
+    """Return what a running supervisor wrote last; None when none is running, whatever the file says."""
+    if not _locked(state_dir):
+        return None
+    # It may hold the lock and not have written yet, or be about to leave.
+    try:
+        return Status.model_validate_json((state_dir / STATUS_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise OutputError(
+            f"{state_dir / STATUS_FILE}: damaged; stop the supervisor and start again."
+        ) from error
+
+
+def _locked(state_dir: Path) -> bool:
+    path = state_dir / LOCK_FILE
+    return path.exists() and held(path) is True

@@ -13,10 +13,10 @@ from typing import Any
 from quorate.client.config import ConnectionConfig, SiteConfig
 from quorate.client.node.folder import SiteFolder
 from quorate.shared.adapter import Adapter
+from quorate.shared.base_model import hash_files
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import RequestHeader, RoundRequest
-from quorate.shared.model import hash_files
 from quorate.shared.versions import versions
 from quorate.shared.weights import weights_sha256
 

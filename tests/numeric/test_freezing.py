@@ -43,7 +43,8 @@ def test_patterns_are_endings_or_whole_regular_expressions(pattern: str, query: 
 def test_layers_are_those_of_pefts_layers_to_transform(make_run: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from quorate.shared.model import adapter_of, load_base
+    from quorate.shared.base_model import load_base
+    from quorate.shared.model import adapter_of
 
     run = make_run()
     for wanted in (0, 1):

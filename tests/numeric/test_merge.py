@@ -13,8 +13,8 @@ import transformers
 from quorate.client.merge import merge
 from quorate.client.predict import with_adapter
 from quorate.deploy.cli import run as quorate
+from quorate.shared.base_model import hash_files, load_base
 from quorate.shared.errors import ModelError, OutputError
-from quorate.shared.model import hash_files, load_base
 from quorate.shared.weights import weights_sha256
 from quorate.simulations.runner import simulate
 

@@ -17,11 +17,11 @@ from quorate.client.data import load_splits
 from quorate.server.checks import check_trained
 from quorate.server.evaluation import summarise
 from quorate.shared.adapter import Adapter
+from quorate.shared.base_model import load_base
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import DataError, ModelError, ProtocolError
 from quorate.shared.messages import Update, UpdateHeader
-from quorate.shared.model import load_base
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks import CausalLM
 from quorate.shared.tasks.base import Example, Row

@@ -90,7 +90,7 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
     Raises: ModelError: not an archive, a link or a path out of it, another hash, files cut off.
         ConfigError: `models_dir` cannot be written.
     """
-    from quorate.shared.model import hash_files  # torch: only when it is needed
+    from quorate.shared.base_model import hash_files  # torch: only when it is needed
     from quorate.shared.weights import check_files, weights_sha256
 
     try:

@@ -69,7 +69,7 @@ def tokenizer(run: RunConfig, notes: list[str]) -> Any:
     """Return the model's tokenizer, for lengths; without one a note says so, and the rest is looked at."""
     if run.task.processor_class != "AutoTokenizer":
         return None
-    from quorate.shared.model import load_tokenizer
+    from quorate.shared.base_model import load_tokenizer
 
     try:
         return load_tokenizer(run)

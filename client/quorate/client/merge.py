@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from quorate.client.predict import check_adapter_dir, with_adapter
+from quorate.shared.base_model import hash_files, load_base
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ModelError, OutputError
 from quorate.shared.export import RUN_FILE
 from quorate.shared.files import writing
-from quorate.shared.model import hash_files, load_base
 from quorate.shared.weights import weights_sha256
 
 _CARD = """\

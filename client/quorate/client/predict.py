@@ -12,10 +12,11 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from quorate.shared.adapter import Adapter
+from quorate.shared.base_model import Base, default_device, load_base
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
 from quorate.shared.export import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE
-from quorate.shared.model import Base, default_device, load_base, quiet_about_conv1d
+from quorate.shared.model import quiet_about_conv1d
 from quorate.shared.quantised import placed
 from quorate.shared.tasks.base import Row
 

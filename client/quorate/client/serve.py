@@ -28,9 +28,9 @@ from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import Gate, check_rows
 from quorate.client.service import SiteService
 from quorate.client.site import Site
+from quorate.shared.base_model import default_device
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import BadInput, ConfigError, QuorateError
-from quorate.shared.model import default_device
 from quorate.shared.progress import StepEvent
 from quorate.shared.tasks.base import Row
 

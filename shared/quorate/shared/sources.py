@@ -29,6 +29,7 @@ MODEL_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "*.model",
+    "chat_template*",
 )
 _MODEL_FIELD = "model.model_name_or_path"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from quorate.client.site import SiteRows
 from quorate.server.records import Record
 from quorate.server.run import RUN_FILE
+from quorate.shared.base_model import default_device
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
@@ -32,7 +33,6 @@ from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import DataError, OutputError
 from quorate.shared.files import write_file
 from quorate.shared.messages import Split
-from quorate.shared.model import default_device
 from quorate.shared.sources import PACKAGE, expand, is_hub_id
 from quorate.shared.tasks.base import Kind, Row
 from quorate.simulations.sites import load_sites

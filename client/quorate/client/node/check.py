@@ -116,7 +116,7 @@ def _users(site: SiteFolder) -> str:
 
 def _model(site: SiteFolder, index: int) -> str:
     from quorate.client.base_models import find
-    from quorate.shared.model import hash_files
+    from quorate.shared.base_model import hash_files
     from quorate.shared.weights import check_files, weights_sha256
 
     model = site.config.models[index]

@@ -31,7 +31,7 @@ def pinned(config: RunConfig) -> RunConfig:
     """
     if config.model.sha256 is not None:
         return config
-    from quorate.shared.model import hash_files
+    from quorate.shared.base_model import hash_files
     from quorate.shared.sources import resolve_model
     from quorate.shared.weights import check_files, weights_sha256
 

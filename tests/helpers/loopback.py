@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from federations import unpack_kit
 
 NAME = "clinic"
 NEEDS_NGINX = pytest.mark.skipif(
@@ -79,8 +79,7 @@ class Loopback:
         self.quorate("provision", "federation.yaml")
         self.home = folder / "home" / NAME
         for name in self.sites:
-            with tarfile.open(self.home / "sites" / name / "kit.tar") as kit:
-                kit.extractall(folder, filter="data")
+            unpack_kit(self.home / "sites" / name / "kit.tar", folder)
             content = {"data": data[name], "models": models, "device": "cpu", **(site or {})}
             self.write_site(name, content)
             self.quorate("site", "enrol", name)

@@ -360,9 +360,11 @@ assert not {"torch", "transformers", "flwr", "numpy", "pydantic"} & sys.modules.
     assert done.returncode == 0, done.stderr
 
 
-def test_a_full_disk_is_bad_input() -> None:
+@pytest.mark.parametrize("buffering", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_a_full_disk_is_bad_input(buffering: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        process = quorate("--version", stdout=full)
+        process = quorate("--version", stdout=full, env=environment | buffering)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err.startswith("OutputError: ") and "free some space" in err and "Traceback" not in err

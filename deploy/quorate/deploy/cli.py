@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 internal error or a refusal, 2 bad input, 3 quorum not met
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from quorate.deploy import program
@@ -62,4 +61,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the command `quorate`."""
-    sys.exit(run())
+    program.main(app)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -64,6 +65,19 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:  # Typer has turned KeyboardInterrupt into this
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else DONE
+
+
+def main(app: typer.Typer) -> NoReturn:
+    """Run this process's command line to its end, what it printed included."""
+    code = run(app)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if code == DONE and not isinstance(error, BrokenPipeError):  # whoever read has seen enough
+            code = report_failure(error, show_traceback=False)
+        # Python would try again as it ends, and make 120 of the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def refuse_both_wheels() -> None:

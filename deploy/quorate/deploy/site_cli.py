@@ -6,7 +6,6 @@ one to be skipped.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from quorate.deploy import program
@@ -36,4 +35,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the command `quorate` of the sites' wheel."""
-    sys.exit(run())
+    program.main(app)

@@ -4,7 +4,6 @@ import ast
 import subprocess
 import sys
 import tomllib
-import venv
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from wheels import build_wheel, install_wheel
 
 from quorate.deploy.cli import app as full
 from quorate.deploy.program import WHEELS, refuse_both_wheels
@@ -161,26 +161,18 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, FOLDER, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
+    return build_wheel(FOLDER, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
 def site_machine(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the wheel and, behind it, the present one's packages but for our own."""
-    home = tmp_path_factory.mktemp("site") / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python", "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
-    borrowed = home / "borrowed"
-    borrowed.mkdir()
+    borrowed = tmp_path_factory.mktemp("borrowed")
     for entry in Path(pytest.__file__).parents[1].iterdir():
         if "quorate" not in entry.name and entry.suffix != ".pth":
             (borrowed / entry.name).symlink_to(entry)
-    (site_packages,) = home.glob("lib/python*/site-packages")
-    (site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+    home = tmp_path_factory.mktemp("site") / "venv"
+    install_wheel(wheel, home, borrowed)
     return home
 
 

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 import tomllib
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from wheels import build_wheel, install_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 PORTIONS = ("deploy", "server", "client", "shared", "simulations")
@@ -88,24 +88,14 @@ print(json.dumps([code, sorted({"torch", "transformers", "flwr"} & sys.modules.k
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
+    return build_wheel(ROOT, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the wheel, and the present one's packages behind it; returns its folder."""
     home = tmp_path_factory.mktemp("elsewhere") / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    python = home / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
-    # Only now, or pip would take our own editable install for an earlier one to remove. A folder named in a
-    # .pth file is searched, but the .pth files in it are not read, so the checkout stays out of reach.
-    (site_packages,) = home.glob("lib/python*/site-packages")
-    (site_packages / "borrowed.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    install_wheel(wheel, home, Path(pytest.__file__).parents[1])
     return home
 
 

@@ -1,0 +1,64 @@
+"""`privacy:` of a run file: whose presence is hidden, by how much, and by which mechanism."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from quorate.shared.config.base import ConfigModel
+
+
+class _Noise(ConfigModel):
+    """How much noise: exactly one of the first two fields is given."""
+
+    target_epsilon: float | None = Field(None, gt=0)
+    """Largest epsilon after all rounds; the noise multiplier is calibrated to it before the first step."""
+    noise_multiplier: float | None = Field(None, gt=0)
+    """Standard deviation of the noise over the clipping norm."""
+
+    @model_validator(mode="after")
+    def _one_measure_of_noise(self) -> Self:
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either target_epsilon or noise_multiplier")
+        return self
+
+
+class SitePrivacy(_Noise):
+    """DP-SGD at every site (arXiv:1607.00133): the unit is a record, or a group of records such as a patient.
+
+    A step's batch is a Poisson sample whose expected size is `training.per_device_train_batch_size` times
+    `training.gradient_accumulation_steps`; for groups that is an expected number of groups.
+    """
+
+    unit: Literal["record", "group"]
+    """What one difference between neighbouring data sets is: a training row, or all rows that share the value
+    of the data's `group` column."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """Probability with which the claim may fail; below 1 / units of a site, else the site refuses. Left out:
+    1e-5, or a tenth of 1 / units where that is smaller."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Clip each unit's gradient to this global L2 norm (takes the place of training.max_grad_norm)."""
+    max_records_per_group: int = Field(1, ge=1)
+    """Rows of a sampled group that enter a batch, drawn afresh each time; for unit group alone."""
+    secure_rng: bool = False
+    """Draw noise and batches from a cryptographic generator rather than from a seeded one of torch."""
+
+
+class ClientPrivacy(_Noise):
+    """Noise at the server on the sum of clipped updates (DP-FedAvg, arXiv:1710.06963): the unit is a site."""
+
+    unit: Literal["client"]
+    """What one difference between neighbouring data sets is: a whole site."""
+    delta: float = Field(gt=0, lt=1)
+    """Probability with which the claim may fail; below 1 / sites."""
+    clipping_norm: float = Field(1.0, gt=0)
+    """L2 norm that updates are clipped to; with `adaptive_quantile` only the first round's."""
+    adaptive_quantile: float | None = Field(None, gt=0, lt=1)
+    """Follow this quantile of the updates' norms (arXiv:1905.03871); a fixed norm when left out."""
+    participation_hidden: bool = False
+    """Sites are drawn by secret coins and nobody but the server learns which; only then is the sampling of
+    sites counted as amplification."""
+
+
+PrivacyConfig = Annotated[SitePrivacy | ClientPrivacy, Field(discriminator="unit")]

@@ -1,0 +1,1 @@
+"""Differential privacy: what a mechanism did (events), and what that costs (accounting)."""

@@ -164,6 +164,20 @@ def test_a_page_without_references_says_so(tmp_path: Path) -> None:
     assert "Local only" not in page.sections["worth"] and "one machine" not in page.sections["limits"]
 
 
+def test_intervals_are_announced_only_where_a_figure_has_one(tmp_path: Path) -> None:
+    assert "intervals" in report(tmp_path, FAST).sections["worth"]
+    file = tmp_path / "summary.json"
+    summary = json.loads(file.read_text())
+    for measured in (
+        summary["best"],
+        summary["final"],
+    ):  # as a language model's loss leaves it: names, no figures
+        intervals = measured["test"]["intervals"]
+        measured["test"]["intervals"] = {"pooled": {}, "sites": {site: {} for site in intervals["sites"]}}
+    file.write_text(json.dumps(summary))
+    assert "intervals" not in Page(write_report(tmp_path).read_text()).sections["worth"]
+
+
 def test_a_worse_model_is_called_worse(tmp_path: Path) -> None:
     page = report(tmp_path, replace(FAST, federated=0.5))
     assert "not better for any of the 5 sites" in page.header and "not worth it" in page.header

@@ -29,7 +29,11 @@ def worth_section(files: RunFiles) -> Section:
     section.say(
         f"{metric_name(metric)} on each site's own {result.split} rows"
         + (f": {meaning}." if meaning else ".")
-        + (" Thin lines across the bars' ends are 95\u00a0% intervals." if result.intervals else "")
+        + (
+            " Thin lines across the bars' ends are 95\u00a0% intervals."
+            if _has_intervals(result, metric)
+            else ""
+        )
     )
     sites = sorted(result.sites)
     shown = sorted(sorted(sites, key=lambda site: -result.rows.get(site, 0))[:MOST_SITES])
@@ -130,8 +134,13 @@ def _table(files: RunFiles, result: Evaluation, references: References, sites: l
         if central:
             row.append(_measured(central, metric, site))
         rows.append(row)
-    hint = "95\u00a0% intervals in small print." if result.intervals else ""
+    hint = "95\u00a0% intervals in small print." if _has_intervals(result, metric) else ""
     return Table(f"{metric_name(metric)} by site and model", columns, rows, hint=hint)
+
+
+def _has_intervals(result: Evaluation, metric: str) -> bool:
+    """Tell whether any figure of `metric` has one; a language model's loss, say, has none."""
+    return any(interval_of(result, metric, site) is not None for site in (None, *result.sites))
 
 
 def _measured(evaluation: Evaluation | None, metric: str, site: str | None, tone: str = "") -> Cell:

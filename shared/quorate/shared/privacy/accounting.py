@@ -97,9 +97,11 @@ def _epsilon(groups: tuple[PrivacyEvent, ...], delta: float, accountant: Account
         return 0.0
     if any(group.noise_multiplier == 0 for group in groups):
         return math.inf
-    bound = _by_rdp(groups, delta)
-    if accountant == "rdp" or bound == 0:  # which is exact, as an upper bound
-        return bound
+    if accountant == "rdp":
+        return _by_rdp(groups, delta)
+    bound = _epsilon(groups, delta, "rdp")
+    if bound == 0:
+        return 0.0
     if not bound < BOUNDLESS:
         return math.inf
     found = _by_pld(groups, delta, bound)

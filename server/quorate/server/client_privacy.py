@@ -27,14 +27,12 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.errors import ConfigError
-from quorate.shared.privacy.accounting import calibrate, epsilon, sum_multiplier
+from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.calibration import calibrate
+from quorate.shared.privacy.client_level import count_noise, sum_multiplier
 from quorate.shared.selection import upload_schema
 
 log = logging.getLogger(__name__)
-
-COUNT_NOISE = 1 / 20
-"""Noise on the count of norms within the clipping norm, over the expected cohort (sigma_b = K / 20,
-arXiv:1905.03871, section 3.1)."""
 
 
 @dataclass
@@ -216,10 +214,10 @@ def _plan(run: Run, privacy: ClientPrivacy, members: Members) -> ClientPlan:
     if z is None:
         assert privacy.target_epsilon is not None  # ClientPrivacy
         (event,) = plan.events(_most_releases(run, Ledger(plan=plan), members, 1))
-        z = calibrate(privacy.target_epsilon, privacy.delta, event)
+        z = calibrate(privacy.target_epsilon, privacy.delta, event.sampling_probability, event.steps)
     if privacy.adaptive_quantile is None:
         return plan.model_copy(update={"noise_multiplier": z, "sum_multiplier": z})
-    deviation = COUNT_NOISE * plan.expected_cohort
+    deviation = count_noise(plan.expected_cohort)
     return plan.model_copy(
         update={
             "noise_multiplier": z,

@@ -214,7 +214,7 @@ class ClientClaim(Record):
     values: int
     """How many values of the adapter move."""
     noise_on_mean: float
-    """Expected L2 norm of the noise on the mean update over the clipping norm; above 1 it drowns the sites."""
+    """Expected L2 norm of the noise on the mean update over the clipping norm; above 1 it drowns updates."""
     clipping_norm: float | None
     """Clipping norm of the last round [parameter units]."""
     releases: int

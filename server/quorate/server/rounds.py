@@ -162,8 +162,8 @@ def _step(
         if central and clipped:  # 6 central noise: the rule sees the noised mean as the only update there is
             rule.add(accumulator, central.noised_mean(clipped, books), 1.0)
         after = rule.finish(accumulator, state, round)  # 7 step the global adapter
-        if central:
-            central.release(state, after, round, cohort, books)
+    if central:
+        central.release(state, after, round, cohort, books)
     return after, cohort
 
 

@@ -223,8 +223,8 @@ def _warnings(files: RunFiles) -> list[str]:
         found.append(f"There are only {rows}: small differences mean little{why}.")
     if summary and (claim := summary.client_privacy) and claim.noise_on_mean > USELESS:
         found.append(
-            f"Noise for privacy moved the adapter {claim.noise_on_mean:.3g} times as far in a round as all sites "
-            "together could (see Privacy)."
+            f"Noise for privacy moved the adapter {claim.noise_on_mean:.3g} times as far in a round as "
+            "all sites together could (see Privacy)."
         )
     return found
 

@@ -22,10 +22,10 @@ def privacy_section(files: RunFiles) -> Section:
 def claim_in_words(claim: ClientClaim) -> str:
     """Return the claim in one paragraph, for whoever has the adapter alone."""
     return (
-        f"Site-level differential privacy: the adapter is ({claim.epsilon:.3g}, {claim.delta:g})-differentially "
-        "private for adding or removing all data of one site, if the coordinator added the noise it says it "
-        "did. That does not cover the figures on this page, which hold no noise, nor the choice of settings "
-        "in earlier runs on the same data."
+        f"Site-level differential privacy: this adapter is ({claim.epsilon:.3g}, {claim.delta:g})-"
+        "differentially private for adding or removing all data of one site, if the coordinator added the "
+        "noise it says it did. That does not cover the figures on this page, which hold no noise, nor the "
+        "choice of settings in earlier runs on the same data."
     )
 
 
@@ -33,9 +33,9 @@ def _client(section: Section, claim: ClientClaim) -> None:
     section.say(claim_in_words(claim))
     if claim.noise_on_mean > USELESS:
         section.say(
-            f"The noise on the mean update was {claim.noise_on_mean:.3g} times the clipping norm: it moved the "
-            "adapter further than all sites together could. More sites in a round, fewer trained values or "
-            "another unit (privacy.unit: record) would mend that.",
+            f"The noise on the mean update was {claim.noise_on_mean:.3g} times the clipping norm: it moved "
+            "the adapter further than all sites together could. More sites in a round, fewer trained values "
+            "or another unit (privacy.unit: record) would mend that.",
             "note",
         )
     facts = [

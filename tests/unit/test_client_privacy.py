@@ -199,6 +199,13 @@ def test_a_damaged_ledger_or_release_is_not_passed_over(privately: Any) -> None:
         privately(resume=True)
 
 
+def test_a_run_that_has_lost_its_ledger_does_not_begin_another(privately: Any) -> None:
+    _, _, _, run = privately(federation={"rounds": 1})
+    (run.output_dir / LEDGER_FILE).unlink()
+    with pytest.raises(CheckpointError, match="what the run has spent"):
+        privately(resume=True, federation={"rounds": 1})
+
+
 @pytest.mark.parametrize("hidden", [False, True], ids=["known", "hidden"])
 def test_sampling_amplifies_only_where_it_is_hidden(privately: Any, hidden: bool) -> None:
     """Known coins: a site pays in full for the rounds that it was drawn for. Empty cohorts go on."""

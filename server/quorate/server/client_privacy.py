@@ -19,6 +19,7 @@ from quorate.server.releases import (
     Pending,
     Released,
     drop_released,
+    missing_ledger,
     read_released,
     write_released,
 )
@@ -67,6 +68,8 @@ class CentralPrivacy:
             return None
         done = progress.round if progress else 0
         ledger = Ledger.read(run.output_dir)
+        if ledger is None and done:
+            raise missing_ledger(run.output_dir)
         if ledger is None:
             ledger = Ledger(plan=_plan(run, privacy, members))
             ledger.write(run.output_dir)

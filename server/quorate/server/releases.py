@@ -121,10 +121,7 @@ class Ledger(Record):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read (damaged, or of another version), and without it nobody knows what "
-                "the run has spent; restore it from a copy, or start the run again in another folder (-o)."
-            ) from error
+            raise missing_ledger(output_dir) from error
 
 
 class Released(Record):
@@ -179,6 +176,14 @@ def drop_released(output_dir: Path, keep: int | None = None) -> None:
     for folder in output_dir.glob("released-*"):
         if keep is None or folder != _folder(output_dir, keep):
             shutil.rmtree(folder)
+
+
+def missing_ledger(output_dir: Path) -> CheckpointError:
+    """Return what to say where `privacy.json` is gone or damaged."""
+    return CheckpointError(
+        f"{output_dir / LEDGER_FILE} is missing, damaged or of another version, and without it nobody knows "
+        "what the run has spent; restore it from a copy, or start the run again in another folder (-o)."
+    )
 
 
 def _folder(output_dir: Path, round: int) -> Path:

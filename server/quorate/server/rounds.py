@@ -22,7 +22,6 @@ from quorate.server.joining import Members, answers_of, join, request, warn_of_c
 from quorate.server.records import ClientClaim, Evaluation, RoundMetrics
 from quorate.server.run import Run
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
 from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
@@ -222,7 +221,9 @@ def _trained(
 
     arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
-    yield from in_order(cohort, answers, answers.ask(grid, asked, check))
+    arriving = answers.ask(grid, asked, check)
+    # Order decides the last bits of a sum, which noise drowns; without it no update is held for another.
+    yield from arriving if run.config.private_clients else in_order(cohort, answers, arriving)
     books.take(answers)
 
 
@@ -255,7 +256,7 @@ def _finish(
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
     standing = before.standing if before else Standing()
-    if not isinstance(run.config.privacy, ClientPrivacy):
+    if not run.config.private_clients:
         # Under client-level privacy the last round is the result: validation rows are a site's data too, and
         # no noise hides which round they would choose.
         standing = standing.after(run.config, round, validation)

@@ -13,7 +13,6 @@ from quorate.server.best import metric_of
 from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Sample, Summary
 from quorate.server.report.figures import bounds, number
 from quorate.shared.config.load import load_run
-from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import OutputError
 
@@ -93,7 +92,7 @@ class RunFiles:
     @property
     def picks_best(self) -> bool:
         """Whether validation rows pick the round that is kept; else it is the last (client-level privacy)."""
-        return not isinstance(self.config.privacy, ClientPrivacy)
+        return not self.config.private_clients
 
     @cached_property
     def best(self) -> Measured | None:

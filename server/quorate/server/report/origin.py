@@ -5,7 +5,6 @@ from __future__ import annotations
 from quorate.server.report.figures import count
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Code, Section, Table
-from quorate.shared.config.privacy import ClientPrivacy
 
 
 def limits_section(files: RunFiles) -> Section:
@@ -19,7 +18,7 @@ def limits_section(files: RunFiles) -> Section:
         "Sites send updates, never rows. "
         + (
             "What the adapter may tell of a site is bounded (see Privacy); what the coordinator saw is not."
-            if isinstance(files.config.privacy, ClientPrivacy)
+            if files.config.private_clients
             else "But no differential privacy was used: nothing guarantees that the adapter, or the updates "
             "the coordinator saw, reveal nothing of single rows. Treat the adapter as derived from the data."
         )

@@ -247,6 +247,11 @@ class RunConfig(ConfigModel):
     report_to: tuple[Literal["tensorboard"], ...] = ()
     """Trackers to write to besides the run's own files."""
 
+    @property
+    def private_clients(self) -> bool:
+        """Whether the server adds noise that hides whole sites."""
+        return isinstance(self.privacy, ClientPrivacy)
+
     @model_validator(mode="after")
     def _rule_fits_adapter(self) -> RunConfig:
         self.aggregation.check_compatible(use_dora=self.adapter.use_dora)

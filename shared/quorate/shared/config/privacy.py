@@ -68,18 +68,18 @@ class ClientPrivacy(_Noise):
         """Raise ValueError, with reason and remedy, for what would void the claim."""
         if not aggregation.linear:
             raise ValueError(
-                f"privacy unit client: aggregation {aggregation.name} needs every site's own update, but "
+                f"privacy.unit client: aggregation {aggregation.name} needs every site's own update, but "
                 "noise hides no more than their sum; choose aggregation fedavg, ffa or reptile"
             )
         if aggregation.weighting != "uniform":
             raise ValueError(
-                f"privacy unit client: aggregation.weighting {aggregation.weighting} would let a site count "
+                f"privacy.unit client: aggregation.weighting {aggregation.weighting} would let a site count "
                 "for more than the clipping norm, by figures of its own data; set aggregation.weighting: "
                 "uniform"
             )
         if evaluation.early_stopping_patience is not None:
             raise ValueError(
-                "privacy unit client: evaluation.early_stopping_patience would end the run by the sites' "
+                "privacy.unit client: evaluation.early_stopping_patience would end the run by the sites' "
                 "validation rows, to which no noise is added; leave it out and set federation.rounds"
             )
 

@@ -16,6 +16,7 @@ import pytest
 from pydantic import ValidationError
 from tampered import SIZES, Change, Tampered, only, spoiled, untouched
 
+from quorate.client.finish import report
 from quorate.client.site import Site
 from quorate.server.client_privacy import useless
 from quorate.server.cohort import poisson_cohort
@@ -306,13 +307,15 @@ def test_the_last_round_is_the_result_and_says_what_may_be_claimed(privately: An
     ] == pytest.approx(epsilon([PrivacyEvent(sampling_probability=1, noise_multiplier=1, steps=3)], 0.01))
     told = delivery(summary, "north")
     assert told.own and not told.pooled
+    site_report = report(run.config, run.run_id, "north", told)
+    assert "the last:" in site_report and "hold no noise" in site_report and "picked by" not in site_report
     card = (run.output_dir / "adapter" / "README.md").read_text()
     said = f"({result.claim.epsilon:.3g}, 0.01)-differentially private"
     assert said in card.replace("\\", "") and "was not used" not in card and "the best by" not in card
-    report = write_report(run.output_dir).read_text()
-    assert said in report and "no differential privacy was used" not in report
-    assert "best: round" not in report and "round 3 is the best" not in report
-    assert f"{result.claim.noise_on_mean:.3g} times" in report
+    page = write_report(run.output_dir).read_text()
+    assert said in page and "no differential privacy was used" not in page
+    assert "best: round" not in page and "round 3 is the best" not in page
+    assert f"{result.claim.noise_on_mean:.3g} times" in page
 
 
 def test_the_claim_is_read_back(privately: Any) -> None:

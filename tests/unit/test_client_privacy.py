@@ -27,6 +27,7 @@ from quorate.server.releases import LEDGER_FILE, ClientPlan, Ledger
 from quorate.server.report import write_report
 from quorate.server.rounds import Result, run_rounds
 from quorate.server.run import RECORD_FILE, Run, read_jsonl
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
 from quorate.shared.messages import Update
 from quorate.shared.privacy.accounting import epsilon
@@ -316,6 +317,20 @@ def test_the_last_round_is_the_result_and_says_what_may_be_claimed(privately: An
     assert said in page and "no differential privacy was used" not in page
     assert "best: round" not in page and "round 3 is the best" not in page
     assert f"{result.claim.noise_on_mean:.3g} times" in page
+
+
+def test_a_search_is_refused(make_run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs the extra `tune`")
+    from quorate.simulations.space import SpaceConfig
+    from quorate.simulations.trial import Search
+
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(make_run(aggregation=UNIFORM, privacy=PLAIN)))
+    space = SpaceConfig.model_validate(
+        {"trials": 1, "space": {"adapter.r": {"type": "categorical", "choices": [2, 4]}}}
+    )
+    with pytest.raises(ConfigError, match="search without privacy on public"):
+        Search(path, (), space, {}, tmp_path / "out")
 
 
 def test_the_claim_is_read_back(privately: Any) -> None:

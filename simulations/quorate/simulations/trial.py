@@ -75,8 +75,8 @@ class Search:
         if self.base.private_clients:
             raise ConfigError(
                 "privacy.unit client: a search picks settings by the sites' validation rows, to which no "
-                "noise is added, and every trial spends epsilon of its own; search without privacy on public or "
-                "made-up data (a simulation can), and run the settings found with it."
+                "noise is added, and every trial spends epsilon of its own; search without privacy on public "
+                "or made-up data (a simulation can), and run the settings found with it."
             )
 
     @property

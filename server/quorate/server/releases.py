@@ -23,6 +23,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, QuorateError
 from quorate.shared.files import write_atomically, write_folder
+from quorate.shared.privacy.client_level import client_rounds
 from quorate.shared.privacy.events import PrivacyEvent
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,12 @@ class ClientPlan(Record):
 
     def events(self, releases: int) -> tuple[PrivacyEvent, ...]:
         """Return what so many releases that a site may be part of cost it."""
-        probability = self.sampling_probability if self.amplified else 1.0
-        event = PrivacyEvent(
-            sampling_probability=probability, noise_multiplier=self.noise_multiplier, steps=releases
+        event = client_rounds(
+            self.noise_multiplier,
+            sites=self.sites,
+            cohort=self.expected_cohort,
+            rounds=releases,
+            participation_hidden=self.participation_hidden,
         )
         return (event,) if releases else ()
 

@@ -77,7 +77,8 @@ def delivery(summary: Summary, site: str) -> Delivery:
         "own": _finite(scalars(evaluation.sites.get(site, {}))),
         "own_rows": evaluation.rows.get(site, 0),
     }
-    if len(evaluation.sites) >= MIN_SITES:
+    # Pooled figures hold no noise: with client-level privacy a site is told of its own rows alone.
+    if len(evaluation.sites) >= MIN_SITES and summary.client_privacy is None:
         figures["pooled"] = _finite(scalars(evaluation.pooled))
         figures["pooled_rows"] = sum(evaluation.rows.values())
     if (worth := summary.worth.get(site)) and math.isfinite(worth.local_only):

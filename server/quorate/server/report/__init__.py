@@ -17,6 +17,7 @@ from quorate.server.report.headline import headline
 from quorate.server.report.learning import data_section, learning_section
 from quorate.server.report.origin import limits_section, origin_section
 from quorate.server.report.page import Headline, Section
+from quorate.server.report.privacy import privacy_section
 from quorate.server.report.quality import quality_section
 from quorate.server.report.rounds import participation_section
 from quorate.server.report.samples import samples_section
@@ -34,6 +35,7 @@ _SECTIONS = (
     data_section,
     participation_section,
     cost_section,
+    privacy_section,
     limits_section,
     origin_section,
 )

@@ -89,9 +89,14 @@ class RunFiles:
             return sorted(self.summary.sites)
         return sorted({site for record in self.records for site in record.cohort})
 
+    @property
+    def picks_best(self) -> bool:
+        """Whether validation rows pick the round that is kept; else it is the last (client-level privacy)."""
+        return not self.config.private_clients
+
     @cached_property
     def best(self) -> Measured | None:
-        """The best round's model, with its validation figures looked up where the summary lacks them."""
+        """The model that is kept, with its validation figures looked up where the summary lacks them."""
         best = self.summary.best if self.summary else None
         validated = {each.round: each.validation for each in self.metrics if each.validation}
         if best is None:
@@ -100,7 +105,8 @@ class RunFiles:
             if not values:
                 return None
             sign = self.config.task.sign(self.metric)
-            best = Measured(round=max(values, key=lambda r: (sign * values[r], -r)))
+            picked = max(values, key=lambda r: (sign * values[r], -r))
+            best = Measured(round=picked if self.picks_best else self.records[-1].round)
         return best.model_copy(update={"validation": best.validation or validated.get(best.round)})
 
     @cached_property

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.names import Name, Sha256
+from quorate.shared.config.privacy import ClientPrivacy, PrivacyConfig
 from quorate.shared.tasks import TaskConfig
 
 
@@ -239,10 +240,17 @@ class RunConfig(ConfigModel):
     """How updates become the next global adapter."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Metrics, the best round and reference runs."""
+    privacy: PrivacyConfig | None = None
+    """Differential privacy; none when left out."""
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints kept in output_dir; the best round's is kept besides."""
     report_to: tuple[Literal["tensorboard"], ...] = ()
     """Trackers to write to besides the run's own files."""
+
+    @property
+    def private_clients(self) -> bool:
+        """Whether the server adds noise that hides whole sites."""
+        return isinstance(self.privacy, ClientPrivacy)
 
     @model_validator(mode="after")
     def _rule_fits_adapter(self) -> RunConfig:
@@ -294,4 +302,10 @@ class RunConfig(ConfigModel):
                 f"federation.quorum {self.federation.quorum} is above federation.sites_per_round {asked}; "
                 "lower the quorum or ask more sites"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _client_privacy_fits(self) -> RunConfig:
+        if isinstance(self.privacy, ClientPrivacy):
+            self.privacy.check_fits(self.aggregation, self.evaluation)
         return self

@@ -70,6 +70,15 @@ def test_the_same_request_gives_the_same_bytes_and_trains_nothing(site: Any, run
     assert site.ask(request(run, "evaluate", split="validation")).header.num_examples == 9, "another split"
 
 
+def test_training_alone_is_done_once(site: Any, make_run: Any) -> None:
+    run = make_run(evaluation={"references": ["local_only"]})
+    first = site.ask(request(run, "alone", 0))
+    assert first.header.error is None and site.steps == 6, "three steps in each of two rounds"
+    site.reopen()
+    assert site.ask(request(run, "alone", 0)).encoded == first.encoded and site.steps == 6
+    assert site.ask(request(run, "fit", 1)).header.error is None, "it is no round of the run"
+
+
 def test_a_round_is_trained_from_one_start_alone(site: Any, run: Any) -> None:
     first = site.ask(request(run))
     other = site.ask(request(run, arrays=start(0.1)))

@@ -32,7 +32,7 @@ from quorate.shared.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
-STORED = ("fit", "evaluate")
+STORED = ("fit", "evaluate", "alone")
 KEEP_ROUNDS = 2
 KEEP_DAYS = 30
 _SCHEMA = """
@@ -156,7 +156,7 @@ class Answered:
                 (key[0], key[0], KEEP_ROUNDS),
             )
             stale = "run_id IN (SELECT run_id FROM runs WHERE heard_at < ?)"
-            self._db.execute(f"DELETE FROM answers WHERE phase = 'evaluate' AND {stale}", (old,))
+            self._db.execute(f"DELETE FROM answers WHERE phase <> 'fit' AND {stale}", (old,))
             self._db.execute(f"UPDATE answers SET message = NULL WHERE phase = 'fit' AND {stale}", (old,))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from quorate.client.alone import train_alone
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.resident import failed
@@ -24,10 +25,11 @@ from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.optimizers import check_optimizer
 from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
-from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
+from quorate.shared.messages import BEST_ROUND, RoundRequest, SiteDescription, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
@@ -196,7 +198,12 @@ class Site:
         phase = requests[0].header.phase
         if phase == "fit":
             return self._fit(resident, requests)
-        one = {"join": self._join, "evaluate": self._evaluate, "finish": self._finish}[phase]
+        one = {
+            "join": self._join,
+            "evaluate": self._evaluate,
+            "alone": self._alone,
+            "finish": self._finish,
+        }[phase]
         return [one(resident, request) for request in requests]
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
@@ -237,6 +244,30 @@ class Site:
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
+        )
+
+    def _alone(self, resident: _Resident, request: RoundRequest) -> Update:
+        started, site = time.monotonic(), request.header.site
+        if resident.run.privacy is not None:
+            raise RequestRefused(
+                "training alone under differential privacy would spend what nothing accounts for; have the "
+                "coordinator leave evaluation.references out.",
+                code="policy-privacy",
+            )
+        resident.model.set_residual(Adapter({}))
+        train, validation, test = (
+            self._examples(resident, site, split) for split in ("train", "validation", "test")
+        )
+        task = SiteTask(site, train, resident.model.initial)
+        done = train_alone(
+            resident.model, resident.stack, resident.run, task, validation, test, self._on_step
+        )
+        return Update.reply(
+            request,
+            outcomes=done.outcomes,
+            num_examples=len(test),
+            metrics={BEST_ROUND: float(done.round)},
+            seconds=time.monotonic() - started,
         )
 
     def _finish(self, resident: _Resident, request: RoundRequest) -> Update:

@@ -24,6 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.run import RunNotRunningException
 
+from quorate.server.alone import left_out
 from quorate.server.events import EVENTS_FILE, EventsHandler, EventsTracker
 from quorate.server.federation import FederationFolder
 from quorate.server.finish import finish
@@ -146,11 +147,8 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsT
     config = load_run(run_dir / RUN_FILE)
     trackers = [events, *configured_trackers(config)]
     run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
-    if config.evaluation.references:
-        log.warning(
-            "evaluation.references (%s) are left out: only a simulation has all rows to train them on",
-            ", ".join(config.evaluation.references),
-        )
+    if why := left_out(config):
+        log.warning("evaluation.references are left out: %s", why)
     result = run_rounds(grid, run, read_nodes(folder))
     finish(grid, run, result)
 

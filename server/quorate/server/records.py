@@ -125,12 +125,17 @@ class References(Record):
     """The two reference runs, each with the same budget of optimiser steps."""
 
     local_only: dict[str, Measured] = {}
-    """Site -> its own adapter, trained on its rows alone, tested on every site's rows: `test.sites[SITE]` is
-    at home, `test.pooled` everywhere."""
+    """Site -> its own adapter, trained on its rows alone: `test.sites[SITE]` is at home. A simulation tests
+    it on every site's rows (`test.pooled`); in a federation it never leaves the site, and home is all."""
     centralised: Measured | None = None
     """One adapter trained on all rows in one place, with as many steps as all sites took together."""
     failed: dict[str, Exclusion] = {}
     """References left out because they failed: site, or `(all sites)` for the centralised one, and why."""
+
+    @property
+    def tested_everywhere(self) -> bool:
+        """Whether sites' own adapters were tested on other sites' rows too, as in a simulation."""
+        return any(each.test and len(each.test.sites) > 1 for each in self.local_only.values())
 
 
 class Worth(Record):

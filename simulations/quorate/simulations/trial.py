@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quorate.client.site import Site, SiteRows
-from quorate.server.best import metric_of
 from quorate.server.evaluation import scalars
 from quorate.server.records import Exclusion, RoundMetrics, RoundRecord, Summary
 from quorate.server.run import Run
@@ -82,7 +81,7 @@ class Search:
     @property
     def metric(self) -> str:
         """What is searched for: the metric that picks a run's best round."""
-        return metric_of(self.base)
+        return self.base.metric
 
     @property
     def direction(self) -> str:

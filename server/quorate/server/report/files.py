@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from quorate.server.best import metric_of
 from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Sample, Summary
 from quorate.server.report.figures import bounds, number
 from quorate.shared.config.load import load_run
@@ -70,7 +69,7 @@ class RunFiles:
     @property
     def metric(self) -> str:
         """The metric that picks the best round."""
-        return metric_of(self.config)
+        return self.config.metric
 
     @cached_property
     def sites(self) -> list[str]:

@@ -149,7 +149,7 @@ def _against_centralised(files: RunFiles) -> str:
         return ""
     alone, sentences = best_alone(files, metric), []
     unit = metric_in_sentence(metric)
-    if alone and len(references.local_only) > 1:
+    if alone and references.tested_everywhere:
         sentences.append(
             f"On everybody's rows the federated model reaches {show(metric, ours)} {unit}, the best adapter "
             f"of a single site ({alone[0]}) {show(metric, alone[1])}."

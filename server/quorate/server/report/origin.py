@@ -24,7 +24,7 @@ def limits_section(files: RunFiles) -> Section:
         )
     )
     references = files.summary.references if files.summary else None
-    if references and (references.local_only or references.centralised):
+    if references and (references.tested_everywhere or references.centralised):
         section.say(
             "The reference runs (local only, centralised) had all sites' rows on one machine, "
             "as a simulation does."

@@ -252,6 +252,11 @@ class RunConfig(ConfigModel):
         """Whether the server adds noise that hides whole sites."""
         return isinstance(self.privacy, ClientPrivacy)
 
+    @property
+    def metric(self) -> str:
+        """The metric that picks the best round."""
+        return self.evaluation.metric_for_best_model or self.task.default_metric
+
     @model_validator(mode="after")
     def _rule_fits_adapter(self) -> RunConfig:
         self.aggregation.check_compatible(use_dora=self.adapter.use_dora)

@@ -21,10 +21,10 @@ Gradients = dict[str, Tensor]
 """Array name -> [rows, ...]."""
 
 
-def noisy(adapter: Adapter, seed: int) -> Adapter:
+def noisy(adapter: Adapter, seed: int, scale: float = 0.1) -> Adapter:
     """The adapter with lora_B moved off zero, where A would get no gradient."""
     draw = np.random.default_rng(seed)
-    return adapter.map(lambda _, a: (a + 0.1 * draw.standard_normal(a.shape)).astype(np.float32))
+    return adapter.map(lambda _, a: (a + scale * draw.standard_normal(a.shape)).astype(np.float32))
 
 
 def encoded(run: RunConfig, model: LoadedModel, rows: Sequence[Row]) -> list[Example]:

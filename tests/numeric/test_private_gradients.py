@@ -171,7 +171,8 @@ CASES = (
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_a_batch_have_the_gradients_they_have_alone(case: MakeCase, name: str) -> None:
     run, rows = case(name)
-    start = noisy(load_model(run).initial, 1)
+    # Convolutions between ReLUs: far from their start, the last bit decides on which side of a kink some are.
+    start = noisy(load_model(run).initial, 1, 0.01 if "MobileNet" in name else 0.1)
     expected = one_by_one(run, rows, start)
     (found,) = kept(run, [rows], [start])
     assert found.keys() == start.keys()
@@ -226,12 +227,16 @@ def test_bf16_keeps_float32_gradients_near_those_of_full_precision(case: MakeCas
     assert 0 < largest_error(found, one_by_one(run, rows, start)) < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 def test_opacus_has_the_same_gradients(case: MakeCase) -> None:
     opacus = pytest.importorskip("opacus")
     run, rows = case("sequence_classification")
     model = load_model(run)
     start = noisy(model.initial, 1)
     model.write_adapter(start)
+    for module in model.peft.train().modules():  # its hooks look at nothing in eval mode
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     hooked = opacus.GradSampleModule(model.peft, loss_reduction="sum", strict=False)
     batch = run.task.collate(run.task.encode(rows, model.processor), model.processor)
     run.task.loss(hooked(**batch.inputs).logits, batch).sum().backward()

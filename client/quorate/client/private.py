@@ -44,8 +44,9 @@ def check_groups_apart(
         return
     if shared := set(groups) & {row.group for row in rows}:
         raise DataError(
-            f"site {site}: {len(shared)} groups have rows in train and in {split}; privacy.unit group protects "
-            "all rows of a group, and figures on measured rows are exact: put all rows of a group into one split."
+            f"site {site}: {len(shared)} groups have rows in train and in {split}; privacy.unit group "
+            "protects all rows of a group, and figures on measured rows are exact: put all rows of a group "
+            "into one split."
         )
 
 
@@ -64,7 +65,7 @@ def check_split(run: RunConfig, split: Split) -> None:
     """Raise RequestRefused where exact figures on training rows are asked for under privacy."""
     if isinstance(run.privacy, SitePrivacy) and split == "train":
         raise RequestRefused(
-            "privacy: figures on training rows would be exact, and the run promises to protect these rows; have "
-            "the coordinator measure on validation or test rows.",
+            "privacy: figures on training rows would be exact, and the run promises to protect these rows; "
+            "have the coordinator measure on validation or test rows.",
             code="policy-privacy",
         )

@@ -225,6 +225,8 @@ class Site:
         if lacking:
             notes = (f"has no training row of: {', '.join(lacking)}", *notes)
         claim = self._privately(resident, site)
+        if claim is not None:
+            log.info("%s: %s", site, claim.sentence)
         description = SiteDescription(
             rows=rows,
             # Exact counts of labels or tokens would tell what the noise is there to hide.
@@ -247,9 +249,7 @@ class Site:
             return None
         examples = self._examples(resident, site, "train")
         check_rows_apart(resident.model, resident.stack, resident.run, examples)
-        claim = plan.claim()
-        log.info("%s: %s", site, claim.sentence)
-        return claim
+        return plan.claim()
 
     def _evaluate(self, resident: _Resident, request: RoundRequest) -> Update:
         started = time.monotonic()

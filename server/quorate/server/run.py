@@ -93,8 +93,8 @@ class Run:
         write_file(output_dir / RUN_FILE, dump_yaml(config))
         if resumed and config.privacy is not None:
             log.warning(
-                "differential privacy: the rounds to come draw new noise, so the run goes on as well as it would "
-                "have, but does not end bit for bit where it would have ended"
+                "differential privacy: the rounds to come draw new noise, so the run does not end bit for "
+                "bit where it would have ended"
             )
         run_id = resumed[1].run_id if resumed else run_id or uuid.uuid4().hex[:16]
         run = cls(config, output_dir, run_id, resumed, trackers)

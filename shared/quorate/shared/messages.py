@@ -136,7 +136,7 @@ class UpdateHeader(ConfigModel):
     num_steps: Count = 0
     """Optimiser steps taken."""
     metrics: dict[MetricName, float] = {}
-    """Figures of the training, such as `train_loss` and `grad_norm`; under privacy none that depends on rows."""
+    """Figures of the training, such as `train_loss` and `grad_norm`; under privacy none that rows decide."""
     seconds: float = Field(0.0, ge=0)
     """Time the site worked on the request; a stacked pass is shared out equally."""
     outcomes: Outcomes | None = None

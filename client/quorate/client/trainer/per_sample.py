@@ -1,9 +1,9 @@
 """Gradients of each row for DP-SGD, kept where a stacked layer is differentiated.
 
-In place of a layer's weight gradient, which is a sum over rows, the backward pass of these Functions keeps one
-gradient per row and returns the gradient of the input as usual: one backward pass, no hooks. The forward pass
-leaves nothing behind, so both kinds of gradient checkpointing may repeat it. A layer that is used several
-times has its gradients added up.
+In place of a layer's weight gradient, which is a sum over rows, the backward pass of these Functions keeps
+one gradient per row and returns the gradient of the input as usual: one backward pass, no hooks. The forward
+pass leaves nothing behind, so both kinds of gradient checkpointing may repeat it. A layer that is used
+several times has its gradients added up.
 
 Rows are the slowest axis of every activation ([k * b, ...], also where windows or heads are folded into it);
 `quorate.client.trainer.row_check` proves that on the model at hand before anything is trained.
@@ -94,8 +94,8 @@ def scaled(kept: PerSample, x: Tensor, scale: Tensor, of: nn.Parameter) -> Tenso
 def _check_rows(found: int, rows: int) -> None:
     if found % rows:
         raise ModelError(
-            "differential privacy: a layer of this model mixes the rows of a batch (their number is no longer "
-            "its slowest axis), so no row's own gradient can be had; leave the layer out of "
+            "differential privacy: a layer of this model mixes the rows of a batch (they are no longer its "
+            "slowest axis), so no row's own gradient can be had; leave the layer out of "
             "adapter.target_modules, or choose another base model."
         )
 

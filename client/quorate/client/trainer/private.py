@@ -1,9 +1,10 @@
 """DP-SGD at the sites of a stack (Abadi et al. 2016, arXiv:1607.00133).
 
-A step draws each of a site's units (rows, or groups of rows) by a coin of its own, clips every unit's gradient
-over all trained arrays, adds noise to the sum and divides by the *expected* number of units. An empty batch is
-a step like any other: noise alone. Coins, noise, dropout and augmentation come from secret randomness, so two
-runs of one seed differ. Nothing that a step measures on rows leaves it: metrics are the mechanism's own.
+A step draws each of a site's units (rows, or groups of rows) by a coin of its own, clips every unit's
+gradient over all trained arrays, adds noise to the sum and divides by the *expected* number of units. An
+empty batch is a step like any other: noise alone. Coins, noise, dropout and augmentation come from secret
+randomness, so two runs of one seed differ. Nothing that a step measures on rows leaves it: metrics are the
+mechanism's own.
 """
 
 from __future__ import annotations

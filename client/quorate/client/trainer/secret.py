@@ -56,9 +56,9 @@ class SeededSource(SecretSource):
 class CipherSource(SecretSource):
     """The key stream of AES-256-CTR under a key of the operating system's.
 
-    A normal number is the sum of four by Box and Muller's method over 2, as in Opacus' secure mode: what is left in the last bits of one
-    float64 draw tells which input it came from, and with it the sum it was added to (Mironov 2012; Holohan
-    and Braghin 2021, arXiv:2107.10138, section 5.1).
+    A normal number is the sum of four by Box and Muller's method over 2, as in Opacus' secure mode: the last
+    bits of one float64 draw tell which input it came from, and with it the sum that it was added to (Mironov
+    2012; Holohan and Braghin 2021, arXiv:2107.10138, section 5.1).
     """
 
     def __init__(self) -> None:

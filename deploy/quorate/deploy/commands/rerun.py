@@ -66,7 +66,8 @@ def rerun(
         )
     if private:
         typer.echo(
-            "differential privacy: noise is drawn afresh in every run, so the adapters differ and are not compared",
+            "differential privacy: noise is drawn afresh in every run, so the adapters differ and are not "
+            "compared",
             err=True,
         )
     elif not as_json:

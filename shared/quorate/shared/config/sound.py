@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_sound(run: RunConfig) -> None:
-    """Raise ValueError, with reason and remedy, for a setting under which the run's privacy would not hold."""
+    """Raise ValueError, with reason and remedy, for a setting under which the privacy would not hold."""
     privacy = run.privacy
     if privacy is None:
         return
@@ -39,7 +39,7 @@ def _unsound(run: RunConfig) -> str | None:
             "claim needs every unit drawn by a coin of its own; use shuffle"
         )
     if training.examples_per_class is not None:
-        return "training.examples_per_class lets a row decide which other rows of its label are used; leave it out"
+        return "training.examples_per_class lets a row decide which other rows are used; leave it out"
     if training.base_dropout:
         return (
             "training.base_dropout puts the whole base in training mode, where it cannot be shown that rows "

@@ -39,7 +39,7 @@ class PrivacyClaim(ConfigModel):
     def sentence(self) -> str:
         """The claim in words, for logs and reports."""
         return (
-            f"({self.epsilon:.3g}, {self.delta:.1g})-differential privacy for each of {self.units} {self.unit}s: "
-            f"{self.steps} steps at sampling probability {self.sampling_probability:.3g}, noise multiplier "
-            f"{self.noise_multiplier:.3g}, clipping norm {self.clipping_norm:g}"
+            f"({self.epsilon:.3g}, {self.delta:.1g})-differential privacy for each of {self.units} "
+            f"{self.unit}s: {self.steps} steps at sampling probability {self.sampling_probability:.3g}, noise "
+            f"multiplier {self.noise_multiplier:.3g}, clipping norm {self.clipping_norm:g}"
         )

@@ -1,4 +1,4 @@
-"""The private step: Poisson batches, units that count once, noise as much as was asked for, plain when it is none."""
+"""The private step: Poisson batches, units that count once, as much noise as was asked for."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
 def test_without_noise_and_clipping_a_private_step_is_a_plain_one(
     make_run: Any, make_sites: Any, sections: Any
 ) -> None:
-    """Every row is drawn (probability 1), in several passes; three stacked sites, two of them with fewer rows."""
+    """Every row is drawn (probability 1), in several passes; of three stacked sites two have fewer rows."""
     training = {
         "max_steps": None,
         "num_train_epochs": 3,
@@ -324,7 +324,7 @@ def test_draws_are_standard_normal_and_uniform(source: Any, count: int) -> None:
     assert abs((normal[1:] * normal[:-1]).mean()) < 5 / math.sqrt(n), "neighbours are independent"
     assert abs((normal[1:] ** 2 * normal[:-1] ** 2).mean() - 1) < 5 * math.sqrt(8 / n)
     uniform = drawn.uniform(20_000)
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 5 / math.sqrt(12 * 20_000)
     assert len(set(drawn.subset(5, 9))) == 5 and sorted(drawn.subset(9, 4)) == [0, 1, 2, 3]
 

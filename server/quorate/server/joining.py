@@ -132,10 +132,10 @@ def _check(update: Update, labels: Set[str], private: bool) -> None:
         raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
     if description.label_counts.keys() != labels:
         raise ProtocolError("counted other labels than the run lists.")
-    if (description.privacy is None) == private:
-        raise ProtocolError(
-            "does not say what it does for the privacy that the run asks for, or says so unasked."
-        )
+    if private and description.privacy is None:
+        raise ProtocolError("does not say what it does for the privacy that the run asks for.")
+    if description.privacy is not None and not private:
+        raise ProtocolError("claims a privacy that the run does not ask for.")
     check_versions(description.versions)
     update.arrays.check_finite()
 

@@ -246,7 +246,7 @@ def test_a_site_that_claims_nothing_takes_no_part_in_a_private_run(play: Any) ->
 
 
 def test_a_delta_above_one_units_share_names_the_site(make_run: Any, make_sites: Any) -> None:
-    with pytest.raises(ConfigError, match=r"privacy\.delta"):
+    with pytest.raises(ConfigError, match=r"site north: privacy\.delta"):
         Site(make_sites(north=40)).prepare(make_run(privacy={**RECORD, "delta": 0.1}))
 
 

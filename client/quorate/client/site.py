@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from quorate.client.description import describe
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.private import check_groups_apart, check_split, groups_of, plan_of
@@ -28,15 +29,16 @@ from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
-from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
+from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
-from quorate.shared.versions import check_versions, versions
+from quorate.shared.versions import check_versions
 
 log = logging.getLogger(__name__)
 
@@ -206,36 +208,20 @@ class Site:
         return [one(resident, request) for request in requests]
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
-        task, site = resident.run.task, request.header.site
+        run, site = resident.run, request.header.site
         check_versions(request.header.versions)
-        check_patterns(resident.run, resident.model.initial)
-        check_optimizer(resident.run.training, resident.model.peft.device)
-        rows = {
-            split: task.num_rows(self._examples(resident, site, split))
-            for split in ("train", "validation", "test")
-        }
-        counts = task.label_counts(self._examples(resident, site, "train"))
-        lacking = [label for label, count in counts.items() if count == 0]
-        used = self._used_rows(resident.run, site, "train")
-        there = len(self._holdings.rows(resident.run, site).get("train", ()))
-        notes = task.notes(used, self._examples(resident, site, "train"))
-        if resident.run.training.examples_per_class is not None:
-            per = f"examples_per_class {resident.run.training.examples_per_class}"
-            notes = (f"trains on {len(used)} of its {there} training rows ({per})", *notes)
-        if lacking:
-            notes = (f"has no training row of: {', '.join(lacking)}", *notes)
+        check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
         claim = self._privately(resident, site)
         if claim is not None:
             log.info("%s: %s", site, claim.sentence)
-        description = SiteDescription(
-            rows=rows,
-            # Exact counts of labels or tokens would tell what the noise is there to hide.
-            label_counts=counts if claim is None else {},
-            model_files=resident.model.files,
-            model_sha256=resident.model.sha256,
-            versions=versions(),
-            notes=notes if claim is None else (),
-            privacy=claim,
+        description = describe(
+            run,
+            resident.model,
+            {split: self._examples(resident, site, split) for split in ("train", "validation", "test")},
+            self._used_rows(run, site, "train"),
+            len(self._holdings.rows(run, site).get("train", ())),
+            claim,
         )
         return Update.reply(request, resident.model.initial, description=description)
 
@@ -303,11 +289,13 @@ class Site:
             # Only this site's answer: those it was stacked with never saw its numbers.
             return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
         arrays = uploaded(run, done.adapter, state, request.header.round)
+        private = isinstance(run.privacy, SitePrivacy)  # then nobody is told how many tokens the rows have
+        num_tokens = 0 if private else run.task.num_tokens(task.examples)
         return Update.reply(
             request,
             arrays,
             num_examples=run.task.num_rows(task.examples),
-            num_tokens=0 if run.privacy is not None else run.task.num_tokens(task.examples),
+            num_tokens=num_tokens,
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,

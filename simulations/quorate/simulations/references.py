@@ -21,6 +21,7 @@ from quorate.server.records import Exclusion, Measured, References, Worth
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import FedAvg
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
@@ -183,7 +184,12 @@ def _answers(site: Site, requests: list[RoundRequest], failed: dict[str, Exclusi
 
 
 def _single(config: RunConfig) -> RunConfig:
-    """Return the configuration for a site alone: with one site every rule reduces to training all factors."""
+    """Return the configuration for a site alone: with one site every rule reduces to training all factors.
+
+    Not so under privacy, where ffa is a choice of what gets noise: a site alone would make the same one.
+    """
+    if isinstance(config.privacy, SitePrivacy) and config.aggregation.name == "ffa":
+        return config
     return config.model_copy(update={"aggregation": FedAvg()})
 
 

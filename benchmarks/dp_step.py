@@ -3,8 +3,8 @@
     python benchmarks/dp_step.py [--rows 16] [--repeats 20]
 
 MiniLM with the adapter of the recipe `medquad`, texts of 96 tokens. In every repeat each kind of step is
-taken once on the same batch, in turn; figures are medians over the repeats of the ratio to the plain step next
-to it. A step is forward, backward, clipping, noise and the optimiser:
+taken once on the same batch, in turn; figures are medians over the repeats of the ratio to the plain step
+next to it. A step is forward, backward, clipping, noise and the optimiser:
 
 - plain: one summed gradient, clipped as a whole;
 - own layer: the site's private step (`quorate.client.trainer`);

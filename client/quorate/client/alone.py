@@ -14,6 +14,7 @@ from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import FedAvg
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.model import LoadedModel
@@ -40,7 +41,12 @@ class Alone:
 
 
 def single(config: RunConfig) -> RunConfig:
-    """Return the configuration for a site alone: with one site every rule reduces to training all factors."""
+    """Return the configuration for a site alone: with one site every rule reduces to training all factors.
+
+    Not so under privacy, where ffa is a choice of what gets noise: a site alone would make the same one.
+    """
+    if isinstance(config.privacy, SitePrivacy) and config.aggregation.name == "ffa":
+        return config
     return config.model_copy(update={"aggregation": FedAvg()})
 
 

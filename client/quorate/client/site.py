@@ -17,24 +17,29 @@ from pathlib import Path
 import torch
 
 from quorate.client.alone import train_alone
+from quorate.client.description import describe
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
+from quorate.client.private import check_groups_apart, check_split, groups_of, plan_of
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.optimizers import check_optimizer
+from quorate.client.trainer.row_check import check_rows_apart
 from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
-from quorate.shared.messages import BEST_ROUND, RoundRequest, SiteDescription, Split, Update
+from quorate.shared.messages import BEST_ROUND, RoundRequest, Split, Update
 from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
-from quorate.shared.versions import check_versions, versions
+from quorate.shared.versions import check_versions
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +119,7 @@ class Site:
         for site in self.names:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
+            self._privately(resident, site)
         log.debug("prepared %d sites on %s", len(self.names), resident.model.peft.device)
         return resident.run
 
@@ -184,6 +190,7 @@ class Site:
                 raise DataError(
                     f"site {site} has no training rows; give it data or take it out of the sites."
                 )
+            check_groups_apart(resident.run, site, self._used_rows(resident.run, site, "train"), split, rows)
             examples = task.encode(rows, resident.model.processor)
             resident.model.check_tokens(examples)
             resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
@@ -207,38 +214,40 @@ class Site:
         return [one(resident, request) for request in requests]
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
-        task, site = resident.run.task, request.header.site
+        run, site = resident.run, request.header.site
         check_versions(request.header.versions)
-        check_patterns(resident.run, resident.model.initial)
-        check_optimizer(resident.run.training, resident.model.peft.device)
-        rows = {
-            split: task.num_rows(self._examples(resident, site, split))
-            for split in ("train", "validation", "test")
-        }
-        counts = task.label_counts(self._examples(resident, site, "train"))
-        lacking = [label for label, count in counts.items() if count == 0]
-        used = self._used_rows(resident.run, site, "train")
-        there = len(self._holdings.rows(resident.run, site).get("train", ()))
-        notes = task.notes(used, self._examples(resident, site, "train"))
-        if resident.run.training.examples_per_class is not None:
-            per = f"examples_per_class {resident.run.training.examples_per_class}"
-            notes = (f"trains on {len(used)} of its {there} training rows ({per})", *notes)
-        if lacking:
-            notes = (f"has no training row of: {', '.join(lacking)}", *notes)
-        description = SiteDescription(
-            rows=rows,
-            label_counts=counts,
-            model_files=resident.model.files,
-            model_sha256=resident.model.sha256,
-            versions=versions(),
-            notes=notes,
+        check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
+        claim = self._privately(resident, site)
+        if claim is not None:
+            log.info("%s: %s", site, claim.sentence)
+        description = describe(
+            run,
+            resident.model,
+            {split: self._examples(resident, site, split) for split in ("train", "validation", "test")},
+            self._used_rows(run, site, "train"),
+            len(self._holdings.rows(run, site).get("train", ())),
+            claim,
         )
         return Update.reply(request, resident.model.initial, description=description)
+
+    def _privately(self, resident: _Resident, site: str) -> PrivacyClaim | None:
+        """Return what the site claims for its rows, once it is sure to keep it; None without privacy.
+
+        Raises: as `plan_of`; ModelError: rows of the model cannot be told apart.
+        """
+        plan = plan_of(resident.run, site, self._used_rows(resident.run, site, "train"))
+        if plan is None:
+            return None
+        examples = self._examples(resident, site, "train")
+        check_rows_apart(resident.model, resident.stack, resident.run, examples)
+        return plan.claim()
 
     def _evaluate(self, resident: _Resident, request: RoundRequest) -> Update:
         started = time.monotonic()
         if request.header.split is None:
             raise ProtocolError("a request to evaluate must name a split.")
+        check_split(resident.run, request.header.split)
         state = self._received(resident, request)
         examples = self._examples(resident, request.header.site, request.header.split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
@@ -282,9 +291,7 @@ class Site:
         run, round = resident.run, requests[0].header.round
         states = [self._received(resident, request) for request in requests]
         tasks = [
-            SiteTask(
-                request.header.site, self._examples(resident, request.header.site, "train"), state.adapter
-            )
+            self._task(resident, request.header.site, state.adapter)
             for request, state in zip(requests, states, strict=True)
         ]
         trainable = moving(run, resident.model.initial, round)
@@ -294,6 +301,10 @@ class Site:
             self._uploaded(run, *answer, seconds)
             for answer in zip(requests, tasks, states, fitted, strict=True)
         ]
+
+    def _task(self, resident: _Resident, site: str, start: Adapter) -> SiteTask:
+        groups = groups_of(resident.run, site, self._used_rows(resident.run, site, "train"))
+        return SiteTask(site, self._examples(resident, site, "train"), start, groups)
 
     def _uploaded(
         self,
@@ -308,11 +319,13 @@ class Site:
             # Only this site's answer: those it was stacked with never saw its numbers.
             return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
         arrays = uploaded(run, done.adapter, state, request.header.round)
+        private = isinstance(run.privacy, SitePrivacy)  # then nobody is told how many tokens the rows have
+        num_tokens = 0 if private else run.task.num_tokens(task.examples)
         return Update.reply(
             request,
             arrays,
             num_examples=run.task.num_rows(task.examples),
-            num_tokens=run.task.num_tokens(task.examples),
+            num_tokens=num_tokens,
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,

@@ -46,7 +46,8 @@ class SitePrivacy(_Noise):
     max_records_per_group: int = Field(1, ge=1)
     """Rows of a sampled group that enter a batch, drawn afresh each time; for unit group alone."""
     secure_rng: bool = False
-    """Draw noise and batches from a cryptographic generator rather than from a seeded one of torch."""
+    """Draw noise and batches from AES-256 in counter mode, and each number of noise as a sum of four, rather
+    than from NumPy's PCG64. Either starts from the operating system's secret numbers, never from `seed`."""
 
 
 class ClientPrivacy(_Noise):

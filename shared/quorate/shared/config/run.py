@@ -15,6 +15,7 @@ from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.names import Name, Sha256
 from quorate.shared.config.privacy import ClientPrivacy, PrivacyConfig
+from quorate.shared.config.sound import check_sound
 from quorate.shared.tasks import TaskConfig
 
 
@@ -138,7 +139,8 @@ class TrainingConfig(ConfigModel):
     examples_per_class: int | None = Field(None, ge=1)
     """Train on so many rows of each label of a site, drawn by the seed (without labels: so many rows)."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped."""
+    """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped. Under record- or group-level
+    privacy `privacy.max_grad_norm` takes its place."""
     freeze: tuple[Pattern, ...] = ()
     """Adapter arrays, or modules with adapters, that stay at their start and never travel: endings of names
     (`query`, `classifier`, `lora_A`), or regular expressions that match a whole name."""
@@ -300,6 +302,11 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _privacy_is_sound(self) -> RunConfig:
+        check_sound(self)
+        return self
+
+    @model_validator(mode="after")
     def _quorum_within_cohort(self) -> RunConfig:
         asked = self.federation.sites_per_round
         if asked is not None and self.federation.quorum > asked:
@@ -307,10 +314,4 @@ class RunConfig(ConfigModel):
                 f"federation.quorum {self.federation.quorum} is above federation.sites_per_round {asked}; "
                 "lower the quorum or ask more sites"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _client_privacy_fits(self) -> RunConfig:
-        if isinstance(self.privacy, ClientPrivacy):
-            self.privacy.check_fits(self.aggregation, self.evaluation)
         return self

@@ -1,9 +1,9 @@
 """Client-level epsilon from one run, by canary sites that send random directions.
 
 After Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar 2023, arXiv:2302.03098. A canary's update is a
-random unit vector times the clipping norm. Its cosine with what the run released is N(0, 1/d) had it not taken
-part; the cosines of those that did are fitted by a Gaussian, and the two are as far apart as some epsilon
-allows. It is an estimate, not a bound.
+random unit vector times the clipping norm. Its cosine with what the run released is N(0, 1/d) had it not
+taken part; the cosines of those that did are fitted by a Gaussian, and the two are as far apart as some
+epsilon allows. It is an estimate, not a bound.
 """
 
 from __future__ import annotations

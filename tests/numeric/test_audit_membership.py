@@ -15,7 +15,8 @@ from quorate.shared.errors import DataError
 from quorate.shared.tasks.base import Row
 from quorate.simulations.runner import simulate
 
-WORDS = ["fever", "cough", "pain", "rash", "dose", "scan", "blood", "heart", "liver", "lung", "bone", "nerve"]
+WORDS = ["fever", "cough", "pain", "rash", "dose", "scan", "blood", "heart"]
+WORDS += ["liver", "lung", "bone", "nerve", "drug", "trial", "cell", "gene"]
 
 
 def noise_rows(count: int, seed: int) -> list[Row]:

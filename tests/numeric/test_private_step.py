@@ -324,7 +324,7 @@ def test_draws_are_standard_normal_and_uniform(source: Any, count: int) -> None:
     assert abs((normal[1:] * normal[:-1]).mean()) < 5 / math.sqrt(n), "neighbours are independent"
     assert abs((normal[1:] ** 2 * normal[:-1] ** 2).mean() - 1) < 5 * math.sqrt(8 / n)
     uniform = drawn.uniform(20_000)
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 5 / math.sqrt(12 * 20_000)
     assert len(set(drawn.subset(5, 9))) == 5 and sorted(drawn.subset(9, 4)) == [0, 1, 2, 3]
 

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from quorate.client.predict import check_adapter_dir, with_adapter
+from quorate.client.private import groups_of
+from quorate.client.trainer.canaries import Canaries
 from quorate.client.trainer.evaluate import forward
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
@@ -56,19 +58,29 @@ class Shadow:
         """
         return self.run.task.encode(rows, self.model.processor)
 
-    def train(self, rows: Mapping[str, Sequence[Row]], on_step: OnStep = ignore_step) -> dict[str, Adapter]:
+    def train(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        on_step: OnStep = ignore_step,
+        canaries: Mapping[str, Canaries] | None = None,
+    ) -> dict[str, Adapter]:
         """Train an adapter on each set of rows, alone, as long as the run trains a site; in shared passes.
 
         Args:
             rows: name -> training rows; the name decides, with the run's seed, the order of rows.
             on_step: told of every optimiser step.
+            canaries: name -> what an audit puts beside these rows.
         """
         run, task = self.run, self.run.task
         examples = {name: task.weigh(task.pack(self.encode(each))) for name, each in rows.items()}
+        groups = {name: groups_of(run, name, each) for name, each in rows.items()}
         trained = dict.fromkeys(rows, self.model.initial)
         for round in range(1, run.federation.rounds + 1):
             trainable = moving(run, self.model.initial, round)
-            tasks = [SiteTask(name, examples[name], trained[name]) for name in rows]
+            tasks = [
+                SiteTask(name, examples[name], trained[name], groups[name], (canaries or {}).get(name))
+                for name in rows
+            ]
             for start in range(0, len(tasks), run.training.max_stack):
                 share = tasks[start : start + run.training.max_stack]
                 fitted = fit(self.model, self.stack, run, round, share, trainable, on_step)

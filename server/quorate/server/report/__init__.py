@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from quorate.server.report.audited import audit_section
 from quorate.server.report.comparison import worth_section
 from quorate.server.report.cost import cost_section
 from quorate.server.report.files import RunFiles
@@ -34,6 +35,7 @@ _SECTIONS = (
     data_section,
     participation_section,
     cost_section,
+    audit_section,
     limits_section,
     origin_section,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from quorate.server.report.audited import audit_section
 from quorate.server.report.comparison import worth_section
 from quorate.server.report.cost import cost_section
 from quorate.server.report.files import RunFiles
@@ -36,6 +37,7 @@ _SECTIONS = (
     participation_section,
     cost_section,
     privacy_section,
+    audit_section,
     limits_section,
     origin_section,
 )

@@ -7,15 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Sample, Summary
+from quorate.server.records import Evaluation, Measured, RoundMetrics, RoundRecord, Sample, Summary
 from quorate.server.report.figures import bounds, number
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import OutputError
+from quorate.shared.privacy.audit.record import AUDIT_FILE, AuditRecord
 
-_R = TypeVar("_R", bound=Record)
+_R = TypeVar("_R", bound=BaseModel)
 SAMPLES_DIR, SAMPLES_FILE = "samples", "samples.jsonl"
 
 
@@ -31,6 +32,7 @@ class RunFiles:
         summary: summary.json; None while the run goes on, or where it was killed.
         samples: lines of samples/samples.jsonl, of a simulation that was asked for them.
         images: their files, name -> PNG.
+        audit: audit.json, where the run was audited.
     """
 
     config: RunConfig
@@ -40,6 +42,7 @@ class RunFiles:
     summary: Summary | None
     samples: list[Sample] = field(default_factory=list)
     images: dict[str, bytes] = field(default_factory=dict)
+    audit: AuditRecord | None = None
 
     @classmethod
     def read(cls, output_dir: Path) -> RunFiles:
@@ -55,6 +58,7 @@ class RunFiles:
                 f"{output_dir} holds no run (there is no run.yaml in it); name the output folder of a run."
             )
         summary = output_dir / "summary.json"
+        audit = output_dir / AUDIT_FILE
         samples = _lines(output_dir / SAMPLES_DIR / SAMPLES_FILE, Sample)
         return cls(
             config=load_run(path),
@@ -64,6 +68,7 @@ class RunFiles:
             summary=_parse(Summary, _text(summary), str(summary)) if summary.is_file() else None,
             samples=samples,
             images={each.file: _bytes(output_dir / SAMPLES_DIR / each.file) for each in samples},
+            audit=_parse(AuditRecord, _text(audit), str(audit)) if audit.is_file() else None,
         )
 
     @property

@@ -25,8 +25,8 @@ from flwr.supercore.run import RunNotRunningException
 
 from quorate.server.events import EVENTS_FILE, EventsHandler, EventsTracker
 from quorate.server.federation import FederationFolder
-from quorate.server.nodes import Nodes
 from quorate.server.finish import finish
+from quorate.server.nodes import Nodes
 from quorate.server.rounds import run_rounds
 from quorate.server.run import RUN_FILE, Run, alone_in
 from quorate.server.status import RunStatus

@@ -171,7 +171,7 @@ def register(paths: ServerPaths, sites: list[Admitted]) -> Nodes:
 
 
 def _id_of(client: ControlHttpClient, each: Admitted, known: Node | None) -> int:
-    """Return a node's id, registering it where it is not. Raises: ConfigError: Flower does not take the key."""
+    """Return a node's id, registering it where need be. Raises: ConfigError: Flower does not take the key."""
     import httpx
     from flwr.proto.control_pb2 import RegisterNodeRequest
 
@@ -179,7 +179,7 @@ def _id_of(client: ControlHttpClient, each: Admitted, known: Node | None) -> int
     if known is not None:
         if known.state == UNREGISTERED:
             raise ConfigError(
-                f"{each.path}: this key was withdrawn once, and Flower does not take such a key again; {remedy}"
+                f"{each.path}: this key was withdrawn once, and Flower takes no such key again; {remedy}"
             )
         return known.id
     try:

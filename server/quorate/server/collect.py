@@ -46,7 +46,7 @@ REASONS = {
     "adapter": "sent arrays with other names or shapes than were asked for",
     "norm": "moved further than federation.max_update_norm",
     "version": "runs another release of Quorate or of a library; install the one that the server runs",
-    "config": "worked under another run configuration",
+    "config": "worked under another run configuration, or cannot use this one; its log says why",
 }
 
 

@@ -30,6 +30,15 @@ class ProgramStatus(ConfigModel):
     """How often it was started again."""
     last_exit: int | None = None
     """How it ended last: exit code, or minus the signal."""
+    problem: str | None = None
+    """Why it could not be started the last time; None while it runs."""
+
+    @property
+    def stopped(self) -> str | None:
+        """Why there is no process of it; None where there is one."""
+        if self.pid is not None:
+            return None
+        return f"cannot be started ({self.problem})" if self.problem else "does not run"
 
 
 class Status(ConfigModel):

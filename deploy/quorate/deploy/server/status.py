@@ -69,7 +69,7 @@ def server_status(folder: FederationFolder) -> ServerStatus:
             pid=program.pid,
             restarts=program.restarts,
             since=datetime.fromtimestamp(program.since, UTC),
-            problem="does not run" if program.pid is None else found.get(name),
+            problem=program.stopped or found.get(name),
         )
         for name, program in (status.programs if status else {}).items()
     }

@@ -81,8 +81,8 @@ class Supervisor:
         A program that cannot be started again is tried again, as one that dies at once: what keeps it from
         starting, such as a lack of memory or of disk, may pass, and the others go on meanwhile.
 
-        Raises: OutputError: another supervisor has this folder. OSError: a program cannot be started the first
-            time.
+        Raises: OutputError: another supervisor has this folder. OSError: a program cannot even be
+            started once.
         """
         with _alone(self._state_dir):
             before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}

@@ -96,13 +96,53 @@ def test_stop_ends_everything(state: Path) -> None:
 
 
 def test_two_supervisors_never_share_a_folder(state: Path) -> None:
-    with pytest.raises(OutputError, match="is running already"):
+    status = read_status(state)
+    assert status is not None
+    with pytest.raises(OutputError, match=rf"is running already \(process {status.pid}\)"):
         start_detached(["true"], state, state / "second.log", lambda: True, 5)
     before = pids(state)
     code = subprocess.run([sys.executable, "-c", _CODE, str(state), "group"], capture_output=True, text=True)
     assert code.returncode != 0
-    assert "is running already" in code.stderr
+    assert f"is running already (process {status.pid})" in code.stderr
     assert pids(state) == before
+
+
+_BEGINS = _CODE.replace("Supervisor(state, [", "supervisor = Supervisor(state, [").replace("]).run()", "])")
+
+
+def test_a_supervisor_that_has_begun_is_known_before_it_has_a_status(tmp_path: Path) -> None:
+    code = _BEGINS + "Supervisor._write = lambda self: None\nsupervisor.run()"
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "group"])
+    try:
+        wait_for(lambda: read_status(tmp_path) is not None)
+        assert read_status(tmp_path) == Status(pid=first.pid, programs={})
+        with pytest.raises(OutputError, match=rf"is running already \(process {first.pid}\)"):
+            start_detached(["true"], tmp_path, tmp_path / "out.log", lambda: True, 5)
+    finally:
+        assert stop(tmp_path)
+        assert first.wait(30) == 0
+    assert read_status(tmp_path) is None
+
+
+def test_of_two_that_begin_at_once_one_is_told_of_the_other(tmp_path: Path) -> None:
+    waits = "import time\nwhile not (state / 'go').exists(): time.sleep(0.1)\nsupervisor.run()"
+    first: list[subprocess.Popen[bytes]] = []
+
+    def other_was_faster() -> bool:
+        if not first:
+            first.append(subprocess.Popen([sys.executable, "-c", _CODE, str(tmp_path), "group"]))
+            wait_for(lambda: read_status(tmp_path) is not None)
+            (tmp_path / "go").touch()
+        return False
+
+    command = [sys.executable, "-c", _BEGINS + waits, str(tmp_path), "group"]
+    try:
+        with pytest.raises(OutputError, match=r"is running already \(process \d+\)") as caught:
+            start_detached(command, tmp_path, tmp_path / "out.log", other_was_faster, 60)
+        assert f"process {first[0].pid}" in str(caught.value)
+    finally:
+        stop(tmp_path)
+        assert first[0].wait(30) == 0
 
 
 def test_a_killed_supervisor_leaves_nothing_behind(state: Path) -> None:

@@ -172,6 +172,24 @@ def held(path: Path) -> bool | None:
     return False
 
 
+def take_lock(descriptor: int) -> None:
+    """Take the lock of an open file for as long as the file stays open, and write this process's id into it.
+
+    Raises: BlockingIOError: another process has it; `holder` tells which.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def holder(path: Path) -> int | None:
+    """Return the id of the process that holds the lock file `path`; 0 where it is not known, None: nobody."""
+    if not path.exists() or held(path) is not True:
+        return None
+    content = path.read_bytes()
+    return int(content) if content.isdigit() else 0
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an OSError while `path` is written into an OutputError that says what to do."""

@@ -7,7 +7,6 @@ only: the kernel ends the programs when their supervisor dies, so that none is l
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 import signal
@@ -20,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from quorate.shared.errors import OutputError
-from quorate.shared.supervised import LOCK_FILE, STATUS_FILE, ProgramStatus, Status
+from quorate.shared.files import take_lock
+from quorate.shared.supervised import LOCK_FILE, STATUS_FILE, ProgramStatus, Status, refuse_second
 
 log = logging.getLogger(__name__)
 
@@ -224,9 +224,10 @@ def _alone(state_dir: Path) -> Iterator[None]:
     # Not inherited by the programs (O_CLOEXEC is Python's default), so the lock ends with this process.
     with (state_dir / LOCK_FILE).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{state_dir}: is running already; stop it first.") from error
+            take_lock(file.fileno())
+        except BlockingIOError:
+            refuse_second(state_dir)
+            raise OutputError(f"{state_dir}: was running until now; give the command again.") from None
         yield
 
 

@@ -63,8 +63,8 @@ class SiteStatus(ConfigModel):
     @property
     def ok(self) -> bool:
         """Whether every program works and the server is reached."""
-        working = self.running and not any(each.problem for each in self.programs.values())
-        return working and self.server.state == "connected"
+        working = bool(self.programs) and not any(each.problem for each in self.programs.values())
+        return self.running and working and self.server.state == "connected"
 
 
 def site_status(site: SiteFolder) -> SiteStatus:

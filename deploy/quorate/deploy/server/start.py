@@ -20,9 +20,9 @@ from quorate.deploy.server.paths import NGINX, ServerPaths
 from quorate.deploy.server.watch import watch
 from quorate.server.federation import FederationFolder
 from quorate.server.nodes import Nodes
-from quorate.shared.errors import ConfigError, OutputError, QuorateError
+from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.loopback import write_loopback_pair
-from quorate.shared.supervised import read_status, start_detached
+from quorate.shared.supervised import read_status, refuse_second, start_detached
 from quorate.shared.supervised import stop as stop_supervisor
 from quorate.shared.supervisor import Program, Supervisor
 
@@ -38,11 +38,11 @@ def prepare(paths: ServerPaths) -> list[Program]:
 
     Raises: ConfigError, OutputError.
     """
-    if read_status(paths.supervisor) is not None:
-        raise OutputError(
-            f"the server of {paths.folder.config.name} is running already; see `quorate server status`, or "
-            "stop it with `quorate server stop`."
-        )
+    refuse_second(
+        paths.supervisor,
+        f"the server of {paths.folder.config.name}",
+        "see `quorate server status`, or stop it with `quorate server stop`",
+    )
     paths.make()
     check_before_start(paths)
     # Flower checks node keys on a SuperLink with TLS alone, so loopback has TLS as well. The public

@@ -57,7 +57,8 @@ class ServerStatus(ConfigModel):
     @property
     def ok(self) -> bool:
         """Whether the server runs and every program of it works."""
-        return self.running and not any(program.problem for program in self.programs.values())
+        started = self.running and bool(self.programs)
+        return started and not any(program.problem for program in self.programs.values())
 
 
 def server_status(folder: FederationFolder) -> ServerStatus:

@@ -5,15 +5,18 @@ import pwd
 import signal
 import stat
 import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from other_users import interpreter
 
 from quorate.client.enrol import enrol
 from quorate.client.node.apart import NodeFolder, supernode_programs
+from quorate.client.node.folder import Account
 from quorate.client.node.names import SOCKET
 from quorate.shared.errors import ConfigError
 from quorate.shared.supervised import read_status
@@ -70,23 +73,27 @@ def users() -> tuple[str, str]:
     return names[0], names[1]
 
 
+@pytest.fixture
+def python() -> Iterator[list[str]]:
+    """The start of a command line that runs a Python which these users may run."""
+    own, other = users()
+    with tempfile.TemporaryDirectory(prefix="quorate-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        found = interpreter(Path(name) / "venv", (Account.named(own), Account.named(other)))
+        if found is None:
+            pytest.skip("there is no Python here that other users may run, or the checkout is not for them")
+        yield [found, "-P"]
+
+
 def as_user(name: str, *command: str) -> list[str]:
     return ["setpriv", "--reuid", name, "--regid", name, "--clear-groups", *command]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_users_share_the_socket_alone() -> None:
+def test_two_users_share_the_socket_alone(python: list[str]) -> None:
     own, other = users()
-    python = [sys.executable, "-P"]
     cli = "from quorate.deploy.site_cli import main; main()"
-    # Asked by the user itself: setpriv starts a Python that this user could not start again.
-    can = "import os, sys, quorate.client; sys.exit(not os.access(sys.executable, os.X_OK))"
-    if any(
-        subprocess.run(as_user(user, *python, "-c", can), capture_output=True).returncode
-        for user in (own, other)
-    ):
-        pytest.skip("this Python, or this checkout, is not for other users")
     folder = Path("/srv") / f"quorate-apart-{os.getpid()}"  # pytest's own folders are root's alone
     folder.mkdir()
     (folder / "connection.yaml").write_text(yaml.safe_dump(CONNECTION))

@@ -87,6 +87,8 @@ def _site_file(site: SiteFolder) -> str:
 
 
 def _users(site: SiteFolder) -> str:
+    from quorate.client.base_models import find
+
     both = accounts(site.users)
     assert both is not None  # asked for where there are some
     own, supernode = both
@@ -110,6 +112,13 @@ def _users(site: SiteFolder) -> str:
             raise ConfigError(
                 f"data.{alias}: user {supernode.name}, which talks to the coordinator, can read {path}; "
                 f"forbid it with `chmod -R go-rwx {path}`."
+            )
+    for model in site.config.models:
+        folder = find(model.path, site.path)
+        if not all(Access(own).reads_tree(folder)):
+            raise ModelError(
+                f"models: user {own.name} cannot read {folder}; allow it with `chmod -R a+rX {folder}`, and "
+                "the folders above it with `chmod a+x`."
             )
     return f"{own.name} for the data, {supernode.name} for Flower"
 

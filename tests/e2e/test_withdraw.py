@@ -1,4 +1,4 @@
-"""A person takes a site out of a run that is going on, and back in: what the coordinator sees."""
+"""A person takes a site out of a run that is going on: what the coordinator and the site see."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
         assert "was withdrawn from this run by its people" in told
         done = records(tmp_path / "out")
         left = [sorted(each["excluded"]) for each in done]
-        assert left[0] == [] and left[-1] == ["north"]
+        assert len(left) == 4 and left[0] == [] and left[-1] == ["north"]
         assert done[-1]["excluded"]["north"]["code"] == "withdrawn"
         status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
         assert status["withdrawn"] == [run_dir.name]
@@ -66,7 +66,5 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
         federation.quorate("site", "withdraw", run_dir.name, "--folder", "north", "--undo")
         status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
         assert status["withdrawn"] == []
-        federation.quorate("run", "tiny.yaml", "--federation", NAME, "-o", "again")
-        assert [each["excluded"] for each in records(tmp_path / "again")] == [{}] * 4
     finally:
         federation.stop()

@@ -23,6 +23,7 @@ from quorate.deploy.server.health import superlink_problem
 from quorate.deploy.server.paths import ServerPaths
 from quorate.deploy.server.registering import register_sites
 from quorate.deploy.server.start import admit_site
+from quorate.deploy.server.status import _sites
 from quorate.server.federation import FederationFolder
 from quorate.server.nodes import Node, Nodes
 from quorate.shared.errors import ConfigError
@@ -105,6 +106,8 @@ def test_a_key_that_flower_refuses_keeps_no_other_site_out(paths: ServerPaths, t
     with pytest.raises(ConfigError, match="quorate site enrol --renew"):
         admit_site(folder, "east", first)
     assert register_sites(paths) == written
+    states = {site: found.state for site, found in _sites(paths, answers=True).items()}
+    assert states == {"east": "refused", "north": "registered", "west": "registered"}
 
 
 def test_a_site_is_told_to_connect_once_its_own_key_is_registered(paths: ServerPaths, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 from other_users import interpreter
+from site_folder import write_folder
 
 from quorate.client.enrol import enrol
 from quorate.client.node.apart import NodeFolder, supernode_programs
+from quorate.client.node.check import _models_are_readable
 from quorate.client.node.folder import Account
 from quorate.client.node.names import SOCKET
-from quorate.shared.errors import ConfigError
+from quorate.shared.errors import ConfigError, ModelError
 from quorate.shared.supervised import read_status
 
 CONNECTION = {"federation": "lungs", "site": "north", "server": "127.0.0.1:9", "mutual_tls": False}
@@ -87,6 +90,24 @@ def python() -> Iterator[list[str]]:
 
 def as_user(name: str, *command: str) -> list[str]:
     return ["setpriv", "--reuid", name, "--regid", name, "--clear-groups", *command]
+
+
+def test_a_base_model_that_the_sites_user_cannot_read_is_said(tiny_bert: Path) -> None:
+    own = Account.named(users()[0])
+    with tempfile.TemporaryDirectory(prefix="quorate-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        model = Path(name) / "model"
+        shutil.copytree(tiny_bert, model)
+        site = write_folder(Path(name) / "north", model)
+        for mode in (0o700, 0o755):
+            model.chmod(mode)
+            for each in model.iterdir():
+                each.chmod(mode & 0o666)
+            if mode == 0o755:
+                _models_are_readable(site, own)
+            else:
+                with pytest.raises(ModelError, match=f"user {own.name} cannot read {model}; allow it"):
+                    _models_are_readable(site, own)
 
 
 @pytest.mark.slow

@@ -36,8 +36,8 @@ class SiteState(ConfigModel):
     node_id: str | None = None
     """Flower's id of its node, once registered."""
     state: str
-    """`no key`, `not registered`, or in Flower's words: registered (never seen), online, offline; `unknown`
-    while the SuperLink does not answer."""
+    """`no key`, `not registered`, `refused` (the key was withdrawn once: the site needs another), or in Flower's
+    words: registered (never seen), online, offline; `unknown` while the SuperLink does not answer."""
 
 
 class ServerStatus(ConfigModel):
@@ -106,7 +106,8 @@ def _sites(paths: ServerPaths, answers: bool) -> dict[str, SiteState]:
         key = keys.get(site)
         node = nodes.get(key) if key else None
         if node is not None:
-            sites[site] = SiteState(admitted=True, node_id=str(node.id), state=node.state)
+            state = "refused" if node.state == flower.UNREGISTERED else node.state
+            sites[site] = SiteState(admitted=True, node_id=str(node.id), state=state)
         elif key is None:
             sites[site] = SiteState(admitted=False, state="no key")
         else:

@@ -36,8 +36,8 @@ class SiteState(ConfigModel):
     node_id: str | None = None
     """Flower's id of its node, once registered."""
     state: str
-    """`no key`, `not registered`, `refused` (the key was withdrawn once: the site needs another), or in Flower's
-    words: registered (never seen), online, offline; `unknown` while the SuperLink does not answer."""
+    """`no key`, `not registered`, `refused` (the key was withdrawn once: the site needs another), or in
+    Flower's words: registered (never seen), online, offline; `unknown`: the SuperLink does not answer."""
 
 
 class ServerStatus(ConfigModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from quorate.client.resident import connect, failed
 from quorate.client.site import Site
 from quorate.server.app import FEDERATION, LOG_FILE, app
 from quorate.server.federation import FederationFolder
+from quorate.server.nodes import Node, Nodes
 from quorate.server.records import Summary
 from quorate.server.report import write_report
 from quorate.server.rounds import request
@@ -57,8 +57,10 @@ def federated(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytes
         run_dir.mkdir(parents=True)
         config = site.prepare(make_run(**changes))
         (run_dir / "run.yaml").write_text(dump_yaml(config))
-        names = {str(FIRST_SITE_NODE + index): each for index, each in enumerate(site.names)}
-        folder.nodes_file.write_text(json.dumps(names))
+        nodes = {
+            FIRST_SITE_NODE + index: Node(site=each, key="0" * 64) for index, each in enumerate(site.names)
+        }
+        Nodes(nodes=nodes).write(folder)
         monkeypatch.setenv(FEDERATION, str(folder.path))
         connect(site)
         try:

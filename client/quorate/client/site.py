@@ -176,6 +176,8 @@ class Site:
             log.info("base model %s loaded in %.1f s onto %s", model.sha256[:12], seconds, model.peft.device)
             resident = _Resident(run, model, AdapterStack.install(model), {})
             self._on_model(True)
+        elif _rows_key(resident.run) != _rows_key(run):
+            resident.examples.clear()  # those of the run in hand alone stay in memory
         resident.run = run
         self._resident = resident
         return resident
@@ -346,6 +348,10 @@ class Site:
 
 def _model_key(run: RunConfig) -> tuple[object, ...]:
     return run.model, run.adapter, run.task, run.seed
+
+
+def _rows_key(run: RunConfig) -> tuple[object, ...]:
+    return run.data, run.training.examples_per_class
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

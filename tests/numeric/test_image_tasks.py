@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from quorate.client.predict import predict
-from quorate.client.trainer.fit import Fitted, SiteTask, _training, fit
+from quorate.client.trainer.fit import Fitted, SiteTask, fit
+from quorate.client.trainer.passes import training_mode
 from quorate.client.trainer.stack import AdapterStack
 from quorate.deploy.cli import run as run_command
 from quorate.shared.adapter import Adapter, lora_layers, saved_modules
@@ -147,7 +148,7 @@ def test_statistics_of_batchnorm_stay_and_rows_do_not_mix(resnet: Path, rows: An
     fit(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
     after = dict(model.peft.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
-    with _training(model, stack, run, 1, [task]):
+    with training_mode(model, stack, run, seed=0):
         together = logits(model, run, task.examples[:5])
         alone = torch.cat([logits(model, run, [example]) for example in task.examples[:5]])
     torch.testing.assert_close(together, alone, rtol=0, atol=TOLERANCE)

@@ -64,12 +64,18 @@ def fill_missing_splits(
 ) -> dict[Split, list[LoadedRow]]:
     """Take the splits that have no file of their own from the training rows."""
     train = splits["train"]
+    # The rows of a group stay in one split: a patient is not trained on and tested on.
+    keys = [index if row.group is None else row.group for index, row in enumerate(train)]
+    heads: dict[int | str, LoadedRow] = {}
+    for key, row in zip(keys, train, strict=True):
+        heads.setdefault(key, row)
     wanted: dict[Split, float] = {"validation": split.validation, "test": split.test}
     shares = {name: share for name, share in wanted.items() if name not in splits and share > 0}
     filled: dict[Split, list[LoadedRow]] = {"train": [], "validation": [], "test": []}
     filled |= {name: rows for name, rows in splits.items() if name != "train"}
-    for row, place in zip(train, _draw_splits(train, shares, split.seed), strict=True):
-        filled[place].append(row)
+    places = dict(zip(heads, _draw_splits(list(heads.values()), shares, split.seed), strict=True))
+    for key, row in zip(keys, train, strict=True):
+        filled[places[key]].append(row)
     if shares:
         counts = ", ".join(f"{name} {len(rows)}" for name, rows in filled.items())
         log.info("split by share, seed %d: %s", split.seed, counts)

@@ -18,7 +18,7 @@ from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.tasks.base import Kind, Row
 from quorate.shared.template import TextTemplate, is_missing, is_text
 
-LABEL, TEXT = "label", "text"
+LABEL, TEXT, GROUP = "label", "text", "group"
 ROLES = ("system", "user", "assistant", "tool")
 """Who may speak in a conversation."""
 
@@ -36,10 +36,11 @@ class RowMapper:
 
     def __init__(self, source: SourceConfig, kinds: Mapping[str, Kind], labels: Sequence[str]) -> None:
         self.columns = {name: source.columns.get(name, name) for name in kinds}
-        if unknown := sorted(set(source.columns) - set(kinds)):
+        if unknown := sorted(set(source.columns) - {*kinds, GROUP}):
             raise ConfigError(
                 f"columns.{unknown[0]}: the task has no such column; it has {', '.join(kinds)}."
             )
+        self.group = source.columns.get(GROUP)
         self.template = TextTemplate.parse(source.template) if source.template is not None else None
         if self.template is not None and self.columns.pop(TEXT, None) is None:
             raise ConfigError("template builds a text, but the task has no column `text`; leave it out.")
@@ -56,6 +57,7 @@ class RowMapper:
         """
         known = dict.fromkeys(name for row in rows for name in row.values)
         needed = [*self.columns.values(), *(self.template.columns if self.template else ())]
+        needed += [] if self.group is None else [self.group]
         for column in needed:
             if column not in known:
                 raise DataError(
@@ -84,7 +86,19 @@ class RowMapper:
         for name, value in values.items():
             where = f"{row.source}: column {self.columns.get(name, name)!r}"
             values[name] = self._value(self.kinds[name], value, where)
-        return LoadedRow(values, row.source, row.values)
+        return LoadedRow(values, row.source, row.values, group=self._group(row))
+
+    def _group(self, row: Row) -> str | None:
+        """Return whose row it is, as text: 7, 7.0 and "7" are one group."""
+        if self.group is None:
+            return None
+        value = row.values.get(self.group)
+        if is_missing(value):
+            raise DataError(
+                f"{row.source}: column {self.group!r} is empty, so nothing says which group the row belongs "
+                "to; fill it in or remove the row."
+            )
+        return _as_key(value)
 
     def _value(self, kind: Kind, value: Any, where: str) -> Any:
         """Return a cell as its kind has it.

@@ -68,7 +68,8 @@ class AtSite:
             except BadInput as error:
                 raise type(error)(f"{where}: {error}") from error
             self._rows[key] = {
-                split: [Row(row.values, row.source) for row in rows] for split, rows in splits.items()
+                split: [Row(row.values, row.source, group=row.group) for row in rows]
+                for split, rows in splits.items()
             }
             log.info("%s: %s", where, ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
         rows = self._rows[key]
@@ -110,7 +111,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
 
     def on_step(event: StepEvent) -> None:
         services[0].check_stopping()
-        log.debug("round %d, step %d of %d, loss %.4f", event.round, event.step, event.steps, event.loss)
+        loss = "" if event.loss is None else f", loss {event.loss:.4f}"
+        log.debug("round %d, step %d of %d%s", event.round, event.step, event.steps, loss)
 
     def on_model(loaded: bool) -> None:
         services[0].model_loaded(loaded)

@@ -18,17 +18,21 @@ import torch
 
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
+from quorate.client.private import check_groups_apart, check_split, groups_of, plan_of
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.optimizers import check_optimizer
+from quorate.client.trainer.row_check import check_rows_apart
 from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
 from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
 from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
@@ -112,6 +116,7 @@ class Site:
         for site in self.names:
             for split in ("train", "validation", "test"):
                 self._examples(resident, site, split)
+            self._privately(resident, site)
         log.debug("prepared %d sites on %s", len(self.names), resident.model.peft.device)
         return resident.run
 
@@ -182,6 +187,7 @@ class Site:
                 raise DataError(
                     f"site {site} has no training rows; give it data or take it out of the sites."
                 )
+            check_groups_apart(resident.run, site, self._used_rows(resident.run, site, "train"), split, rows)
             examples = task.encode(rows, resident.model.processor)
             resident.model.check_tokens(examples)
             resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
@@ -218,20 +224,38 @@ class Site:
             notes = (f"trains on {len(used)} of its {there} training rows ({per})", *notes)
         if lacking:
             notes = (f"has no training row of: {', '.join(lacking)}", *notes)
+        claim = self._privately(resident, site)
+        if claim is not None:
+            log.info("%s: %s", site, claim.sentence)
         description = SiteDescription(
             rows=rows,
-            label_counts=counts,
+            # Exact counts of labels or tokens would tell what the noise is there to hide.
+            label_counts=counts if claim is None else {},
             model_files=resident.model.files,
             model_sha256=resident.model.sha256,
             versions=versions(),
-            notes=notes,
+            notes=notes if claim is None else (),
+            privacy=claim,
         )
         return Update.reply(request, resident.model.initial, description=description)
+
+    def _privately(self, resident: _Resident, site: str) -> PrivacyClaim | None:
+        """Return what the site claims for its rows, once it is sure to keep it; None without privacy.
+
+        Raises: as `plan_of`; ModelError: rows of the model cannot be told apart.
+        """
+        plan = plan_of(resident.run, site, self._used_rows(resident.run, site, "train"))
+        if plan is None:
+            return None
+        examples = self._examples(resident, site, "train")
+        check_rows_apart(resident.model, resident.stack, resident.run, examples)
+        return plan.claim()
 
     def _evaluate(self, resident: _Resident, request: RoundRequest) -> Update:
         started = time.monotonic()
         if request.header.split is None:
             raise ProtocolError("a request to evaluate must name a split.")
+        check_split(resident.run, request.header.split)
         state = self._received(resident, request)
         examples = self._examples(resident, request.header.site, request.header.split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
@@ -251,9 +275,7 @@ class Site:
         run, round = resident.run, requests[0].header.round
         states = [self._received(resident, request) for request in requests]
         tasks = [
-            SiteTask(
-                request.header.site, self._examples(resident, request.header.site, "train"), state.adapter
-            )
+            self._task(resident, request.header.site, state.adapter)
             for request, state in zip(requests, states, strict=True)
         ]
         trainable = moving(run, resident.model.initial, round)
@@ -263,6 +285,10 @@ class Site:
             self._uploaded(run, *answer, seconds)
             for answer in zip(requests, tasks, states, fitted, strict=True)
         ]
+
+    def _task(self, resident: _Resident, site: str, start: Adapter) -> SiteTask:
+        groups = groups_of(resident.run, site, self._used_rows(resident.run, site, "train"))
+        return SiteTask(site, self._examples(resident, site, "train"), start, groups)
 
     def _uploaded(
         self,
@@ -281,7 +307,7 @@ class Site:
             request,
             arrays,
             num_examples=run.task.num_rows(task.examples),
-            num_tokens=run.task.num_tokens(task.examples),
+            num_tokens=0 if run.privacy is not None else run.task.num_tokens(task.examples),
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,

@@ -92,7 +92,8 @@ class ConsoleTracker:
         if self._bar is None:
             return
         names = ", ".join(event.sites[:3]) + (f" +{len(event.sites) - 3}" if len(event.sites) > 3 else "")
-        self._show(f"{names} · step {event.step}/{event.steps} · loss {event.loss:.3f}{self._left()}")
+        loss = "" if event.loss is None else f" · loss {event.loss:.3f}"
+        self._show(f"{names} · step {event.step}/{event.steps}{loss}{self._left()}")
 
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's line: pooled metrics, training loss, who counted, seconds."""

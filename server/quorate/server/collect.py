@@ -32,6 +32,7 @@ REASONS = {
     "policy-rank": "its policy allows no adapter of this rank",
     "policy-rows": "has fewer training rows than its policy asks for",
     "policy-approval": "a person at the site must approve this run first (quorate site approve)",
+    "policy-privacy": "gives no exact figures on training rows that the run promises to protect",
     "withdrawn": "was withdrawn from this run by its people",
     "bundle": "did not admit the bundle of code; both sides need the same release of quorate",
     "other-config": "knows this run id under another run configuration",

@@ -18,6 +18,7 @@ from quorate.server.records import Exclusion
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.names import NAME
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.errors import ProtocolError, QuorumNotMet
 from quorate.shared.messages import Phase, RequestHeader, RoundRequest, SiteDescription, Split, Update
 from quorate.shared.versions import check_versions, versions
@@ -87,10 +88,11 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     online = set(known) if names is None else _wait_for(grid, run, names)
     asked = {node: request(run, 0, "join", names[node] if names else "") for node in sorted(online)}
     answers = answers_of(run, known, len(asked))
-    labels = run.config.task.label_counts(())
+    private = isinstance(run.config.privacy, SitePrivacy)
+    labels = {} if private else run.config.task.label_counts(())
 
     def check(_request: RoundRequest, update: Update) -> None:
-        _check(update, labels.keys())
+        _check(update, labels.keys(), private)
 
     back = {name: node for node, name in known.items()}
     replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
@@ -122,7 +124,7 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
         time.sleep(POLL_SECONDS)
 
 
-def _check(update: Update, labels: Set[str]) -> None:
+def _check(update: Update, labels: Set[str], private: bool) -> None:
     description = update.header.description
     if description is None:
         raise ProtocolError("joined without a description of itself.")
@@ -130,6 +132,10 @@ def _check(update: Update, labels: Set[str]) -> None:
         raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
     if description.label_counts.keys() != labels:
         raise ProtocolError("counted other labels than the run lists.")
+    if private and description.privacy is None:
+        raise ProtocolError("does not say what it does for the privacy that the run asks for.")
+    if description.privacy is not None and not private:
+        raise ProtocolError("claims a privacy that the run does not ask for.")
     check_versions(description.versions)
     update.arrays.check_finite()
 

@@ -91,6 +91,11 @@ class Run:
                 f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml."
             )
         write_file(output_dir / RUN_FILE, dump_yaml(config))
+        if resumed and config.privacy is not None:
+            log.warning(
+                "differential privacy: the rounds to come draw new noise, so the run does not end bit for "
+                "bit where it would have ended"
+            )
         run_id = resumed[1].run_id if resumed else run_id or uuid.uuid4().hex[:16]
         run = cls(config, output_dir, run_id, resumed, trackers)
         run._align_logs()

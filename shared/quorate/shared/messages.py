@@ -16,6 +16,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import AdapterError, ProtocolError
 from quorate.shared.outcomes import Outcomes
+from quorate.shared.privacy.claim import PrivacyClaim
 
 PROTOCOL: Literal[1] = 1
 Phase = Literal["join", "fit", "evaluate", "finish"]
@@ -96,7 +97,7 @@ class SiteDescription(ConfigModel):
     rows: dict[Split, Count]
     """Usable rows per split."""
     label_counts: dict[str, Count]
-    """Training rows per label name, zeros included."""
+    """Training rows per label name, zeros included; empty under record- or group-level privacy."""
     model_files: dict[str, str]
     """SHA-256 of each file of the base model that the site uses."""
     model_sha256: str
@@ -104,7 +105,9 @@ class SiteDescription(ConfigModel):
     versions: dict[str, Release]
     """Versions of quorate, torch, transformers, peft."""
     notes: tuple[str, ...] = ()
-    """What a reader of the report should know: classes the site lacks, texts cut off."""
+    """What a reader of the report should know: classes the site lacks, texts cut off; none under privacy."""
+    privacy: PrivacyClaim | None = None
+    """What the site will do under record- or group-level privacy, and what it claims for that."""
 
 
 class UpdateHeader(ConfigModel):
@@ -127,13 +130,13 @@ class UpdateHeader(ConfigModel):
     error: ErrorCode | None = None
     """Error code when the site could not do what was asked; all other fields are then empty."""
     num_examples: Count = 0
-    """Training rows of the site (fit) or rows evaluated (evaluate)."""
+    """Training rows of the site (fit) or rows evaluated (evaluate). Taken as public under privacy."""
     num_tokens: Count = 0
     """Tokens whose loss is trained in the site's training rows (fit), for tasks that count them."""
     num_steps: Count = 0
     """Optimiser steps taken."""
     metrics: dict[MetricName, float] = {}
-    """Figures of the training, such as `train_loss` and `grad_norm`."""
+    """Figures of the training, such as `train_loss` and `grad_norm`; under privacy none that rows decide."""
     seconds: float = Field(0.0, ge=0)
     """Time the site worked on the request; a stacked pass is shared out equally."""
     outcomes: Outcomes | None = None

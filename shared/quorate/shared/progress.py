@@ -14,7 +14,8 @@ class StepEvent:
     round: int
     step: int
     steps: int
-    loss: float
+    loss: float | None
+    """Mean over the sites' batches; None under differential privacy, where it is nobody's to see."""
 
 
 OnStep = Callable[[StepEvent], None]

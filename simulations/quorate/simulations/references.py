@@ -10,7 +10,7 @@ A reference that fails (its training diverges, say) is left out and named; the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quorate.client.site import Site, SiteRows
 from quorate.client.trainer.sampling import few_shot
@@ -97,7 +97,15 @@ def pool(rows: Mapping[str, SiteRows], config: RunConfig) -> dict[Split, Sequenc
         for name, splits in rows.items()
     }
     splits: tuple[Split, ...] = ("train", "validation", "test")
-    return {split: [row for site in rows.values() for row in site.get(split, ())] for split in splits}
+    # Sites number their patients by themselves: the same group at two of them is two groups.
+    return {
+        split: [
+            row if row.group is None else replace(row, group=f"{name}/{row.group}")
+            for name, site in rows.items()
+            for row in site.get(split, ())
+        ]
+        for split in splits
+    }
 
 
 def train_alone(

@@ -45,7 +45,10 @@ def load_sites(sites: SitesConfig, base_dir: Path, run: RunConfig) -> dict[str, 
             raise DataError(f"{where}: {error}") from error
     # The task gets its own columns and no others: what a run does not name stays out of it.
     return {
-        name: {split: [Row(row.values, row.source) for row in rows] for split, rows in splits.items()}
+        name: {
+            split: [Row(row.values, row.source, group=row.group) for row in rows]
+            for split, rows in splits.items()
+        }
         for name, splits in loaded.items()
     }
 

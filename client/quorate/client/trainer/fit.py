@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from quorate.client.trainer.checkpointing import checkpointed
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
+from quorate.client.trainer.passes import Fitted, Share, SiteTask, row_losses, training_mode
+from quorate.client.trainer.private import fit_privately
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig, TrainingConfig
 from quorate.shared.model import LoadedModel
 from quorate.shared.progress import OnStep, StepEvent
 from quorate.shared.seeds import derive_seed, rng
-from quorate.shared.tasks.base import Batch, Example
 
-
-@dataclass(frozen=True)
-class SiteTask:
-    """One site's part of a stacked pass.
-
-    Args:
-        site: its name, which with the seed decides data order and dropout.
-        examples: its training examples, weighed.
-        start: the adapter it starts from.
-    """
-
-    site: str
-    examples: Sequence[Example]
-    start: Adapter
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What one site's training gave."""
-
-    adapter: Adapter
-    steps: int
-    metrics: dict[str, float]
+__all__ = ["Fitted", "SiteTask", "fit"]
 
 
 @dataclass
@@ -78,11 +53,14 @@ def fit(
         model: the base the stack was installed on.
         round: from 1; decides data order, dropout and the place in the learning-rate schedule.
         trainable: arrays that move.
-    Returns: one result per site, in order.
+    Returns: one result per site, in order; under record- or group-level privacy that of `fit_privately`.
     """
+    if isinstance(run.privacy, SitePrivacy):
+        return fit_privately(model, stack, run, round, sites, trainable, on_step)
     stack.load([site.start for site in sites], trainable)
     members = [_member(stack, run, round, position, site) for position, site in enumerate(sites)]
-    with _training(model, stack, run, round, sites):
+    seed = derive_seed(run.seed, "base-dropout", round, *(site.site for site in sites))
+    with training_mode(model, stack, run, seed):
         for step in range(max(len(member.steps) for member in members)):
             live = [i for i, member in enumerate(members) if step < len(member.steps)]
             losses = _step(model, stack, run, members, live, round, step)
@@ -155,51 +133,16 @@ def _forward(
     step: int,
     micro: int,
 ) -> Tensor:
-    """Return each present site's share of its step's mean loss, [k].
-
-    Sites with fewer rows are filled up with copies of a row of theirs that carry no loss.
-    """
-    examples: list[list[Example]] = []
+    """Return each present site's share of its step's mean loss, [k]."""
+    shares = []
     for i in present:
         task = members[i].task
         drawn = rng(run.seed, "augment", task.site, round, step, micro)
         rows = [task.examples[row] for row in members[i].steps[step][micro]]
-        examples.append(run.task.augment(rows, drawn, model.processor))
-    share = max(map(len, examples))
-    filled = [e for site in examples for e in (*site, *[site[0]] * (share - len(site)))]
-    batch = run.task.collate(filled, model.processor).to(model.peft.device)
-    real = torch.tensor(
-        [[r < len(site) for r in range(share)] for site in examples], device=batch.weights.device
-    )
+        shares.append(Share(i, run.task.augment(rows, drawn, model.processor), members[i].generator))
+    each, real = row_losses(model, stack, run, shares)
     rows_of_step = [sum(map(len, members[i].steps[step])) for i in present]
-    _lay_out(stack, run, members, present, examples, batch)
-    logits = _logits(model, run, batch)
-    each = run.task.loss(logits, batch).view(len(present), share)
     return (each * real).sum(dim=1) / torch.tensor(rows_of_step, device=each.device)
-
-
-def _lay_out(
-    stack: AdapterStack,
-    run: RunConfig,
-    members: list[_Member],
-    present: list[int],
-    examples: list[list[Example]],
-    batch: Batch,
-) -> None:
-    layout = stack.layout
-    layout.sites = tuple(present)
-    layout.rows = tuple(map(len, examples))
-    layout.lengths = tuple(max(map(run.task.length, site)) for site in examples)
-    layout.length = max(layout.lengths)
-    head = run.adapter.head
-    with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
-    layout.generators = tuple(members[i].generator for i in present) if with_dropout else None
-
-
-def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
-    device = model.peft.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
-        return run.task.forward(model.peft, batch)
 
 
 def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, position: int, step: int) -> None:
@@ -213,30 +156,3 @@ def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, posi
     member.learning_rate = training.learning_rate * factor
     set_learning_rate(member.optimizer, member.learning_rate)
     member.optimizer.step()
-
-
-@contextmanager
-def _training(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, round: int, sites: Sequence[SiteTask]
-) -> Any:
-    """Put the model in training mode and back.
-
-    The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the
-    rows of a batch would leak into one another. The global generator, from which only the base's own dropout
-    draws, is seeded by round and sites and put back.
-    """
-    devices = [model.peft.device] if model.peft.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(run.seed, "base-dropout", round, *(site.site for site in sites)))
-        model.peft.train(run.training.base_dropout)
-        for module in model.peft.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        stack.set_lora_training(True)
-        saving = run.training.gradient_checkpointing
-        try:
-            with checkpointed(model, stack.layout) if saving else nullcontext():
-                yield
-        finally:
-            model.peft.eval()
-            stack.layout.generators = None

@@ -17,6 +17,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from quorate.client.trainer.per_sample import PerSample, convolution, grouped, linear, scaled, spread
 from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
 from quorate.shared.errors import AdapterError
 from quorate.shared.heads import HeadDropout
@@ -33,6 +34,7 @@ class Layout:
         lengths: each site's own padded length, before padding to the longest site.
         length: the batch's padded length.
         generators: each site's dropout generator; None turns LoRA dropout off.
+        per_sample: where rows' own gradients are kept; None sums them up as usual.
     """
 
     sites: tuple[int, ...] = (0,)
@@ -40,6 +42,7 @@ class Layout:
     lengths: tuple[int, ...] = ()
     length: int = 0
     generators: tuple[torch.Generator, ...] | None = None
+    per_sample: PerSample | None = None
 
 
 class Stacked(nn.Module):
@@ -71,9 +74,13 @@ class StackedLinear(Stacked):
         """Map [k * b, ..., d_in] to [k * b, ..., d_out], each site's rows by its own weight."""
         weight = self.of_batch(self.weight)
         flat = x.reshape(weight.shape[0], -1, self.in_features)
-        y = torch.bmm(flat, weight.transpose(1, 2).to(flat.dtype))
-        if self.bias is not None:
-            y = y + self.of_batch(self.bias)[:, None].to(y.dtype)
+        bias = None if self.bias is None else self.of_batch(self.bias)
+        if (kept := self.layout.per_sample) is not None:
+            y = linear(kept, flat, weight, bias, tuple(self.parameters()))
+        else:
+            y = torch.bmm(flat, weight.transpose(1, 2).to(flat.dtype))
+            if bias is not None:
+                y = y + bias[:, None].to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
@@ -94,20 +101,20 @@ class StackedConv2d(Stacked):
             raise AdapterError(f"convolutions with padding_mode {conv.padding_mode!r} cannot be trained.")
         self.weight = nn.Parameter(conv.weight.detach()[None].clone())
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach()[None].clone())
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.groups = conv.groups
+        self.geometry = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [k * b, c_in, h, w] to [k * b, c_out, h', w'], each site's images by its own weight."""
-        weight = self.of_batch(self.weight).to(x.dtype)
-        bias = None if self.bias is None else self.of_batch(self.bias).to(x.dtype).flatten()
-        sites = weight.shape[0]
-        side = x.reshape(sites, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-        y = nn.functional.conv2d(
-            side, weight.flatten(0, 1), bias, self.stride, self.padding, self.dilation, sites * self.groups
-        )
-        apart = y.reshape(y.shape[0], sites, -1, *y.shape[2:])
-        return apart.transpose(0, 1).flatten(0, 1)
+        weight = self.of_batch(self.weight)
+        bias = None if self.bias is None else self.of_batch(self.bias)
+        if (kept := self.layout.per_sample) is not None:
+            return convolution(kept, x, weight, bias, tuple(self.parameters()), self.geometry)
+        return grouped(x, weight, bias, self.geometry)
 
 
 class StackedDropout(Stacked):
@@ -162,15 +169,16 @@ class StackedDora(Stacked):
         weight = weight.T if self.fan_in_fan_out else weight
         a, b = self.of_batch(lora_A.weight).detach(), self.of_batch(lora_B.weight).detach()
         norm = torch.linalg.norm(weight + scaling * torch.bmm(b, a), dim=2)
-        scale = (self.of_batch(self.weight) / norm).to(x.dtype)
-        scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], dim=0)
-        scale = scale.reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
         bias = getattr(base_layer, "bias", None)
         if base_result is None:
             base_result = nn.functional.linear(x, weight)
         elif bias is not None:
             base_result = base_result - bias
         learnt: Tensor = lora_B(lora_A(x))
+        if (kept := self.layout.per_sample) is not None:
+            unit = (base_result + learnt * scaling) / spread(norm, x)
+            return scaled(kept, unit, self.of_batch(self.weight), self.weight) - base_result
+        scale = spread(self.of_batch(self.weight) / norm, x)
         added: Tensor = (scale - 1) * base_result + scale * learnt * scaling
         return added
 
@@ -182,6 +190,8 @@ class AdapterStack:
     layout: Layout
     arrays: dict[str, nn.Parameter]
     lora_layers: list[LoraLayer] = field(default_factory=list)
+    rows_apart: bool = False
+    """Whether the rows of a batch were seen not to mix, see `quorate.client.trainer.row_check`."""
 
     @classmethod
     def install(cls, model: LoadedModel) -> AdapterStack:

@@ -30,7 +30,8 @@ def rerun(
     """Make a run again from what its folder holds, from any working directory.
 
     On a CPU, with the same versions and number of threads, the adapter is the same byte for byte; exit code 1
-    where it is not. Data that changed since are refused, changed versions are warned of.
+    where it is not. Data that changed since are refused, changed versions are warned of. Under differential
+    privacy noise is drawn afresh, so the adapter is another one, and is not compared.
 
     Example: quorate rerun runs/demo -o runs/demo-again
     """
@@ -50,7 +51,8 @@ def rerun(
         summary = simulate(config, rows, output_dir, trackers=trackers, on_step=tracker.step, origin=origin)
     finally:
         tracker.close()
-    before, now = _sha256(directory / _WEIGHTS), _sha256(output_dir / _WEIGHTS)
+    private = config.privacy is not None
+    before, now = None if private else _sha256(directory / _WEIGHTS), _sha256(output_dir / _WEIGHTS)
     if as_json:
         same = None if before is None else before == now
         print_json({"same_adapter": same, "adapter_sha256": now, "summary": summary.model_dump(mode="json")})
@@ -62,7 +64,13 @@ def rerun(
             "versions and threads it would be, so look at the warnings above (a GPU, or a run that was cut "
             "short, explains it too)."
         )
-    if not as_json:
+    if private:
+        typer.echo(
+            "differential privacy: noise is drawn afresh in every run, so the adapters differ and are not "
+            "compared",
+            err=True,
+        )
+    elif not as_json:
         typer.echo("no adapter to compare with" if before is None else "same adapter, byte for byte")
 
 

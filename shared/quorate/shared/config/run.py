@@ -14,6 +14,8 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.names import Name, Sha256
+from quorate.shared.config.privacy import PrivacyConfig
+from quorate.shared.config.sound import check_sound
 from quorate.shared.tasks import TaskConfig
 
 
@@ -137,7 +139,8 @@ class TrainingConfig(ConfigModel):
     examples_per_class: int | None = Field(None, ge=1)
     """Train on so many rows of each label of a site, drawn by the seed (without labels: so many rows)."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped."""
+    """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped. Under record- or group-level
+    privacy `privacy.max_grad_norm` takes its place."""
     freeze: tuple[Pattern, ...] = ()
     """Adapter arrays, or modules with adapters, that stay at their start and never travel: endings of names
     (`query`, `classifier`, `lora_A`), or regular expressions that match a whole name."""
@@ -239,6 +242,8 @@ class RunConfig(ConfigModel):
     """How updates become the next global adapter."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Metrics, the best round and reference runs."""
+    privacy: PrivacyConfig | None = None
+    """Differential privacy; none when left out."""
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints kept in output_dir; the best round's is kept besides."""
     report_to: tuple[Literal["tensorboard"], ...] = ()
@@ -284,6 +289,11 @@ class RunConfig(ConfigModel):
                 f"training.sampling balanced needs rows with labels, which {self.task.name} has not; "
                 "use sampling: shuffle"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_sound(self) -> RunConfig:
+        check_sound(self)
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,8 @@ class SourceConfig(ConfigModel):
     revision: str | None = None
     """Commit of a hub data set."""
     columns: dict[str, str] = {}
-    """Task column -> column in the data, where they differ."""
+    """Task column -> column in the data, where they differ. `group: COLUMN` says whose row it is, such as a
+    patient's: what `privacy.unit: group` protects; rows of a group are not split over several splits."""
     template: str | None = None
     """Builds the `text` column from other columns: `age {age:.0f}, pressure {trestbps:.0f}`. A part in double
     square brackets is left out when a column in it is missing."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,6 +35,8 @@ class Row:
     values: Mapping[str, Any]
     source: str
     """`file:line`, for messages that stay at the site."""
+    group: str | None = field(default=None, kw_only=True)
+    """Whose row it is, such as a patient's, where the site maps the column `group`; it stays at the site."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class Task(ConfigModel, ABC):
 
     labels_each_row: ClassVar[bool] = False
     """Whether a row has a label, or several, of its own, which `labels_of` returns."""
+
+    @property
+    def mixes_rows(self) -> str | None:
+        """What of this configuration lets a training row's loss depend on other rows, and its remedy.
+
+        Differential privacy at the sites refuses it: there a row may change its own gradient alone.
+        """
+        return None
 
     @property
     @abstractmethod

@@ -84,6 +84,18 @@ class CausalLM(Task):
         """Return all there are."""
         return ("loss", "perplexity", "token_accuracy")
 
+    @property
+    def mixes_rows(self) -> str | None:
+        """Name packing, and weights against the site's mean."""
+        if self.packing:
+            return "task.packing trains several rows as one sequence; set it to false"
+        if self.loss_weighting == "tokens":
+            return (
+                "task.loss_weighting tokens weighs a row against the mean length of the site's other rows; "
+                "use examples"
+            )
+        return None
+
     def model_kwargs(self) -> dict[str, Any]:
         """Return nothing: the model comes with its head."""
         return {}

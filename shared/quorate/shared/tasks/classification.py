@@ -66,6 +66,16 @@ class Classification(TargetTask):
         """Return the rates; loss is better when smaller."""
         return ("exact_match", "micro_f1", "macro_f1") if self.multi_label else ("accuracy", "macro_f1")
 
+    @property
+    def mixes_rows(self) -> str | None:
+        """Name weights from the site's counts."""
+        if self.class_weights == "balanced":
+            return (
+                "task.class_weights balanced weighs a row by the counts of the site's other rows; "
+                "list weights known beforehand, or use none"
+            )
+        return None
+
     def model_kwargs(self) -> dict[str, Any]:
         """Return the head's size and label names for `from_pretrained`."""
         return {

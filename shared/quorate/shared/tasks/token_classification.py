@@ -86,6 +86,13 @@ class TokenClassification(TextTask):
         """Return the rates over entities."""
         return ("f1", "macro_f1", "precision", "recall")
 
+    @property
+    def mixes_rows(self) -> str | None:
+        """Name weights from the site's counts."""
+        if self.class_weights == "balanced":
+            return "task.class_weights balanced weighs a row by the counts of the site's other rows; use none"
+        return None
+
     def model_kwargs(self) -> dict[str, Any]:
         """Return the head's size and label names for `from_pretrained`."""
         return {

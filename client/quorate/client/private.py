@@ -1,0 +1,71 @@
+"""What a site does for a run with record- or group-level privacy beside its training.
+
+The number of training rows (and of groups) is sent and taken as public. Everything else that follows from
+training rows without noise stays here: label counts, notes, numbers of tokens, figures on training rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quorate.client.trainer.private_plan import PrivatePlan, private_plan
+from quorate.shared.config.privacy import SitePrivacy
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import DataError, RequestRefused
+from quorate.shared.messages import Split
+from quorate.shared.tasks.base import Row
+
+
+def groups_of(run: RunConfig, site: str, rows: Sequence[Row]) -> list[str] | None:
+    """Return each training row's group where the unit of privacy is a group.
+
+    Raises: DataError: naming the site, whose data have no group column.
+    """
+    if not isinstance(run.privacy, SitePrivacy) or run.privacy.unit != "group":
+        return None
+    groups = [row.group for row in rows if row.group is not None]
+    if len(groups) < len(rows):
+        raise DataError(
+            f"site {site}: privacy.unit group protects all rows of a group, but data.{run.data} does not say "
+            "whose row each is; map the column, such as `columns: {group: patient_id}`."
+        )
+    return groups
+
+
+def check_groups_apart(
+    run: RunConfig, site: str, training: Sequence[Row], split: Split, rows: Sequence[Row]
+) -> None:
+    """Raise DataError for a group of the training rows that is also measured on.
+
+    Figures on those rows are exact, and so would say something of a group that the run promises to protect.
+    """
+    groups = groups_of(run, site, training)
+    if groups is None or split == "train":
+        return
+    if shared := set(groups) & {row.group for row in rows}:
+        raise DataError(
+            f"site {site}: {len(shared)} groups have rows in train and in {split}; privacy.unit group "
+            "protects all rows of a group, and figures on measured rows are exact: put all rows of a group "
+            "into one split."
+        )
+
+
+def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | None:
+    """Return the mechanism at a site with these training rows; None without such privacy.
+
+    Raises: DataError: no group column where one is needed. ConfigError: delta, or an epsilon out of reach.
+    """
+    if not isinstance(run.privacy, SitePrivacy):
+        return None
+    groups = groups_of(run, site, rows)
+    return private_plan(run, len(rows) if groups is None else len(set(groups)))
+
+
+def check_split(run: RunConfig, split: Split) -> None:
+    """Raise RequestRefused where exact figures on training rows are asked for under privacy."""
+    if isinstance(run.privacy, SitePrivacy) and split == "train":
+        raise RequestRefused(
+            "privacy: figures on training rows would be exact, and the run promises to protect these rows; "
+            "have the coordinator measure on validation or test rows.",
+            code="policy-privacy",
+        )

@@ -1,0 +1,121 @@
+"""What every kind of training has in common: the sites' part in a stacked pass, and the pass itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from quorate.client.trainer.checkpointing import checkpointed
+from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.adapter import Adapter
+from quorate.shared.config.run import RunConfig
+from quorate.shared.model import LoadedModel
+from quorate.shared.tasks.base import Batch, Example
+
+
+@dataclass(frozen=True)
+class SiteTask:
+    """One site's part of a stacked pass.
+
+    Args:
+        site: its name, which with the seed decides data order and dropout.
+        examples: its training examples, weighed.
+        start: the adapter it starts from.
+        groups: each example's group, where the unit of privacy is a group; they stay at the site.
+    """
+
+    site: str
+    examples: Sequence[Example]
+    start: Adapter
+    groups: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What one site's training gave."""
+
+    adapter: Adapter
+    steps: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One site's rows of a forward pass.
+
+    Args:
+        position: the site's place in the stack.
+        rows: at least one.
+        dropout: its generator.
+    """
+
+    position: int
+    rows: Sequence[Example]
+    dropout: torch.Generator
+
+
+def row_losses(
+    model: LoadedModel, stack: AdapterStack, run: RunConfig, shares: Sequence[Share]
+) -> tuple[Tensor, Tensor]:
+    """Run the rows of several sites through the model.
+
+    Sites with fewer rows are filled up with copies of a row of theirs.
+
+    Returns: each row's own loss [k, b], and which rows are real [k, b].
+    """
+    most = max(len(share.rows) for share in shares)
+    filled = [e for share in shares for e in (*share.rows, *[share.rows[0]] * (most - len(share.rows)))]
+    batch = run.task.collate(filled, model.processor).to(model.peft.device)
+    real = torch.tensor(
+        [[r < len(share.rows) for r in range(most)] for share in shares], device=batch.weights.device
+    )
+    _lay_out(stack, run, shares)
+    return run.task.loss(_logits(model, run, batch), batch).view(len(shares), most), real
+
+
+def _lay_out(stack: AdapterStack, run: RunConfig, shares: Sequence[Share]) -> None:
+    layout = stack.layout
+    layout.sites = tuple(share.position for share in shares)
+    layout.rows = tuple(len(share.rows) for share in shares)
+    layout.lengths = tuple(max(map(run.task.length, share.rows)) for share in shares)
+    layout.length = max(layout.lengths)
+    head = run.adapter.head
+    with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
+    layout.generators = tuple(share.dropout for share in shares) if with_dropout else None
+
+
+def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
+    device = model.peft.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
+        return run.task.forward(model.peft, batch)
+
+
+@contextmanager
+def training_mode(model: LoadedModel, stack: AdapterStack, run: RunConfig, seed: int) -> Iterator[None]:
+    """Put the model in training mode and back.
+
+    The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the
+    rows of a batch would leak into one another. The global generator, from which only the base's own dropout
+    draws, is set to `seed` and put back.
+    """
+    devices = [model.peft.device] if model.peft.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        model.peft.train(run.training.base_dropout)
+        for module in model.peft.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        stack.set_lora_training(True)
+        saving = run.training.gradient_checkpointing
+        try:
+            with checkpointed(model, stack.layout) if saving else nullcontext():
+                yield
+        finally:
+            model.peft.eval()
+            stack.layout.generators = None

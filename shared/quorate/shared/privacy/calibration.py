@@ -1,0 +1,128 @@
+"""The least noise that keeps a budget, and how many rounds a budget has left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from quorate.shared.errors import ConfigError
+from quorate.shared.privacy.accounting import Accountant, epsilon
+from quorate.shared.privacy.events import PrivacyEvent
+
+LEAST_NOISE = 0.01
+"""Noise multipliers below this are not considered: a step's epsilon is in the thousands there."""
+MOST_NOISE = 1e6
+"""Nor are those above this: no gradient would be left."""
+_PRECISION = 4e-4
+"""Relative precision of a calibrated noise multiplier."""
+
+
+def calibrate(
+    target_epsilon: float,
+    delta: float,
+    sampling_probability: float,
+    steps: int,
+    spent: Sequence[PrivacyEvent] = (),
+) -> float:
+    """Return the smallest noise multiplier with which `steps` more steps stay within `target_epsilon`.
+
+    `spent` is what was done to the same units before, in this run or another. The result's own epsilon, by
+    privacy loss distributions, is at most the target, and the multiplier exceeds the smallest such by less
+    than 0.1 %. Calibrate once, for all steps of a run: noise for each round's share of epsilon would be far
+    too much.
+
+    Raises: ConfigError: where no noise is enough, because `spent` has used the budget up; or for no steps.
+    """
+    if steps < 1:
+        raise ConfigError(f"privacy: {steps} steps were asked for; noise is calibrated to at least 1.")
+    used = epsilon(spent, delta)
+    if used >= target_epsilon:
+        raise _used_up(target_epsilon, delta, used)
+
+    def cost(noise: float, accountant: Accountant) -> float:
+        these = PrivacyEvent(sampling_probability=sampling_probability, noise_multiplier=noise, steps=steps)
+        return epsilon([*spent, these], delta, accountant)
+
+    # The Renyi bound is cheap and a little too large, so it says where to start.
+    start = _smallest(lambda noise: cost(noise, "rdp"), target_epsilon, start=1.0, stride=2.0)
+    found = _smallest(lambda noise: cost(noise, "pld"), target_epsilon, start=start or 1.0, stride=1.1)
+    if found is None:
+        raise _used_up(target_epsilon, delta, used)
+    return found
+
+
+def rounds_left(
+    target_epsilon: float,
+    delta: float,
+    a_round: Sequence[PrivacyEvent],
+    spent: Sequence[PrivacyEvent] = (),
+    *,
+    at_most: int = 100_000,
+) -> int:
+    """Return how many more rounds, each doing `a_round`, keep `spent` and them within `target_epsilon`.
+
+    At most `at_most`, which is also the answer where rounds cost nothing. Raises: ConfigError: as `epsilon`.
+    """
+
+    def fits(rounds: int, accountant: Accountant) -> bool:
+        repeated = [event.model_copy(update={"steps": event.steps * rounds}) for event in a_round]
+        return epsilon([*spent, *repeated], delta, accountant) <= target_epsilon
+
+    surely = _most(lambda rounds: fits(rounds, "rdp"), at_most, start=0)
+    return _most(lambda rounds: fits(rounds, "pld"), at_most, start=surely)
+
+
+def _used_up(target: float, delta: float, used: float) -> ConfigError:
+    return ConfigError(
+        f"privacy: these data have already spent epsilon {used:.4g} (delta {delta:g}), so no amount of noise "
+        f"keeps another step within privacy.target_epsilon {target:g}; raise that, or train on units that no "
+        "earlier run has used."
+    )
+
+
+def _smallest(cost: Callable[[float], float], target: float, *, start: float, stride: float) -> float | None:
+    """Return the smallest noise multiplier whose `cost` is at most `target`, to `_PRECISION` and never less.
+
+    `cost` falls with noise. A bracket grows from `start` by factors `stride`, `stride`^2, ...; then Brent's
+    method finds the root in logarithms, where the curve is almost straight. `LEAST_NOISE` if that is enough,
+    None if not even `MOST_NOISE` is.
+    """
+    from scipy.optimize import brentq
+
+    def excess(log_noise: float) -> float:
+        """Logarithm of cost over target, bounded since either may be 0 or infinite."""
+        ratio = cost(math.exp(log_noise)) / target
+        return math.log(min(max(ratio, 1e-9), 1e9))
+
+    low = high = start
+    factor = stride
+    while cost(high) > target:
+        if high >= MOST_NOISE:
+            return None
+        low, high, factor = high, min(high * factor, MOST_NOISE), factor**2
+    factor = stride
+    while low == high or cost(low) <= target:
+        high = low
+        if high <= LEAST_NOISE:
+            return high
+        low, factor = max(low / factor, LEAST_NOISE), factor**2
+    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=_PRECISION / 2))
+    while cost(found) > target:  # Brent's method ends on either side of the root
+        found *= 1 + _PRECISION / 2
+    return found
+
+
+def _most(fits: Callable[[int], bool], at_most: int, *, start: int) -> int:
+    """Return the largest number up to `at_most` that fits, or 0; `fits` is true up to it.
+
+    `start` is a guess, best from below.
+    """
+    within, beyond = (start, at_most + 1) if fits(start) else (0, start)
+    stride = 1
+    while within + stride < beyond and fits(within + stride):
+        within, stride = within + stride, 2 * stride
+    beyond = min(beyond, within + stride)
+    while beyond - within > 1:
+        middle = (within + beyond) // 2
+        within, beyond = (middle, beyond) if fits(middle) else (within, middle)
+    return within

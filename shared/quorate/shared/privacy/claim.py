@@ -1,0 +1,45 @@
+"""What a site says, before a run, that it will do for the privacy of its units."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quorate.shared.config.base import ConfigModel
+
+
+class PrivacyClaim(ConfigModel):
+    """(epsilon, delta) of the whole run for one unit added or removed, and the mechanism it follows from.
+
+    It covers what training on the site's training rows gives away. The numbers of rows are taken as public;
+    figures on validation and test rows are exact and outside of the claim.
+    """
+
+    unit: Literal["record", "group"]
+    """What one difference between neighbouring data sets is."""
+    units: int = Field(ge=1, le=2**53)
+    """Units among the training rows; taken as public."""
+    epsilon: float = Field(gt=0)
+    """Bound on the privacy loss, over all rounds."""
+    delta: float = Field(gt=0, lt=1)
+    """Probability with which the bound may fail."""
+    accountant: Literal["PLD"] = "PLD"
+    """How epsilon was computed: privacy loss distributions (arXiv:1906.00868)."""
+    noise_multiplier: float = Field(gt=0)
+    """Standard deviation of the noise over the clipping norm."""
+    sampling_probability: float = Field(gt=0, le=1)
+    """Chance of a unit to be in a step's batch, by Poisson sampling."""
+    steps: int = Field(ge=1, le=2**53)
+    """Steps over all rounds."""
+    clipping_norm: float = Field(gt=0)
+    """L2 norm to which a unit's gradient is clipped."""
+
+    @property
+    def sentence(self) -> str:
+        """The claim in words, for logs and reports."""
+        return (
+            f"({self.epsilon:.3g}, {self.delta:.1g})-differential privacy for each of {self.units} "
+            f"{self.unit}s: {self.steps} steps at sampling probability {self.sampling_probability:.3g}, noise "
+            f"multiplier {self.noise_multiplier:.3g}, clipping norm {self.clipping_norm:g}"
+        )

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_waiting
 from quorate.client.config import SiteConfig
 from quorate.client.resident import Handler, failed
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
 from quorate.shared.messages import RoundRequest, Update
@@ -101,6 +102,12 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
             f"policy.max_rank is {policy.max_rank}, the run asks for rank {run.adapter.r}; raise "
             "policy.max_rank in site.yaml, or have the coordinator lower adapter.r.",
             code="policy-rank",
+        )
+    if policy.require_privacy and not isinstance(run.privacy, SitePrivacy):
+        raise RequestRefused(
+            "policy.require_privacy is on, and for this run no noise would be added at this site; have the "
+            "coordinator set privacy.unit to record or group in the run file.",
+            code="policy-privacy",
         )
     if policy.approve_each_run and not is_approved(state, run_id, request.header.config_hash):
         note_waiting(state, run_id, request.header.run_config)

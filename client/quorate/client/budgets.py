@@ -9,19 +9,20 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quorate.client.config import PrivacyBudget, SiteConfig
 from quorate.client.ledger_rows import ProtectedData, Reservation
 from quorate.shared.config.privacy import SitePrivacy
-from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import RequestRefused
 from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.sources import expand
 
+if TYPE_CHECKING:
+    from quorate.shared.config.run import RunConfig  # torch, which `site ledger show` need not wait for
+
 Accountant = Callable[[Sequence[PrivacyEvent], float], float]
 """(events, delta) -> epsilon of all of them together."""
-UNCAPPED_DELTA = 1e-5
-"""Delta at which the epsilon of data without a budget is shown."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,6 @@ class Budgets:
 
 
 def to_come(spending: Spending, entries: Iterable[Reservation], run_id: str) -> PrivacyEvent:
-    """Return what the rounds of a run do that the ledger has nothing of yet; a resumed run is in it in part."""
+    """Return what those rounds of a run do that are not in the ledger yet; of a resumed run some are."""
     begun = {entry.request.round for entry in entries if entry.request.run_id == run_id}
     return spending.over(sum(round not in begun for round in range(1, spending.rounds + 1)))

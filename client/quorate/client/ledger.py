@@ -76,9 +76,8 @@ class Ledger:
                 self._anchor.begin()
             with self._touching():
                 made = not self.path.exists()
-                os.close(
-                    os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-                )  # SQLite's own files take its mode
+                # SQLite's own files take over its mode.
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
                 if made:
                     sync_folder(folder)
                 # Made in one thread and used in another, but never in two at a time.

@@ -31,7 +31,8 @@ from quorate.client.ledger_rows import (
 from quorate.shared.errors import LedgerError
 from quorate.shared.files import write_atomically, writing
 
-_LINE = re.compile(r"(0|[1-9][0-9]*) ([0-9a-f]{64}) ([0-9T:+-]+)")
+# Of one length from the hash on, so that no part of a line is a line.
+_LINE = re.compile(r"(0|[1-9][0-9]*) ([0-9a-f]{64}) [0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+00:00")
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Verdict:
     """What a check found.
 
     Args:
-        rows: the rows that are proven, in order.
+        stored: the rows as the database has them.
+        rows: those that are proven, from the first.
         findings: what is wrong, one sentence each; empty where all is well.
     """
 
+    stored: tuple[StoredRow, ...]
     rows: tuple[Reservation | Commit, ...]
     findings: tuple[str, ...]
 
@@ -100,6 +103,8 @@ class Anchor:
         parts: list[str] = []
         for number, line in enumerate(lines, start=1):
             whole = _LINE.fullmatch(line)
+            if number > 1 and line == lines[number - 2]:
+                continue  # all of it was there but its end
             if whole is None or int(whole[1]) != len(hashes):
                 parts.append(line)
             elif all(map(line.startswith, map(_written, parts))):
@@ -156,7 +161,7 @@ def verify(database: Path, anchor: Anchor, noted: str | None = None) -> Verdict:
         findings += against_heads(len(stored), rows, before, after, anchor.path)
     if noted is not None and not any(row.hash.startswith(noted.lower()) for row in rows):
         findings.append(f"{database}: no row has the hash {noted}, which was noted as a head of this ledger.")
-    return Verdict(tuple(rows), tuple(findings))
+    return Verdict(tuple(stored), tuple(rows), tuple(findings))
 
 
 def against_heads(

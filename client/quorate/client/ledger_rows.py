@@ -2,7 +2,7 @@
 
 A row is one JSON object in canonical form (keys sorted, no spaces, UTF-8, floats as Python's `repr` has
 them). Its hash is SHA-256 over exactly these bytes, and it holds the hash of the row before it, so one hash
-speaks for everything before it. Nothing here needs this program to be checked: docs/ledger.md has ten lines that do.
+speaks for everything before it. Nobody needs this program to check that: docs/ledger.md has ten lines.
 """
 
 from __future__ import annotations

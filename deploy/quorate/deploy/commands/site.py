@@ -15,6 +15,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.deploy.commands.site_ledger import ledger
 from quorate.deploy.commands.site_report import print_checks, print_status
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ models = typer.Typer(
     help="Base models that this site holds.\n\nExample: quorate site models import minilm.tar",
 )
 site.add_typer(models)
+site.add_typer(ledger)
 FolderArgument = Annotated[
     Path,
     # Readable: no. With two users, either may walk through the folder, and not list it.

@@ -1,4 +1,4 @@
-"""What somebody with all rights to the database cannot do unnoticed, as long as the anchor is out of reach."""
+"""What somebody with all rights to the database cannot do unnoticed while the anchor is out of reach."""
 
 from __future__ import annotations
 

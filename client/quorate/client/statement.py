@@ -34,7 +34,7 @@ class Account(ConfigModel):
 
     @property
     def remaining(self) -> float | None:
-        """The cap less what is spent. A run may take less of it than its own epsilon, which does not add up."""
+        """The cap less what is spent. A run may take less of it than its own epsilon: they do not add up."""
         if self.max_epsilon is None:
             return None
         return 0.0 if self.epsilon is None else max(self.max_epsilon - self.epsilon, 0.0)

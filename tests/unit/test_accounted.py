@@ -1,4 +1,4 @@
-"""The privacy ledger before a real site: what it pays for, what it refuses, and what an interruption costs."""
+"""The privacy ledger before a real site: what it pays for, what it refuses, what an interruption costs."""
 
 from __future__ import annotations
 
@@ -123,9 +123,7 @@ def start(value: float) -> Adapter:
     return Adapter({name: np.full((32, 4), value, np.float32)})
 
 
-def test_it_is_reserved_before_the_first_step_and_committed_before_it_leaves(
-    world: Any, private: Any
-) -> None:
+def test_it_is_reserved_before_the_first_step_and_committed_before_it_goes(world: Any, private: Any) -> None:
     site, seen = world(), []
     site.on_step = lambda: seen.append(site.counts())
     update = site.ask(request(private()))
@@ -259,7 +257,7 @@ def test_without_its_ledger_a_stored_answer_is_paid_for(world: Any, private: Any
 
 def cost(site: World, run: Any, rounds: int) -> float:
     """Epsilon of some rounds of a run at the site."""
-    event = site.accounted._spending_of(run).over(rounds)
+    event = AtSite(site.folder).spending(run).over(rounds)
     return epsilon([event], DELTA)
 
 

@@ -85,9 +85,9 @@ def test_two_jobs_and_a_crash_cost_what_one_long_job_costs(place: Place) -> None
 )
 def test_the_database_refuses_everything_but_the_next_row(place: Place, statement: str) -> None:
     place.fill(ROUNDS)
-    with sqlite3.connect(place.database) as db:
-        with pytest.raises(sqlite3.IntegrityError, match="rows of the ledger are"):
-            db.execute(statement)
+    refused = pytest.raises(sqlite3.IntegrityError, match="rows of the ledger are")
+    with sqlite3.connect(place.database) as db, refused:
+        db.execute(statement)
     assert not place.findings()
 
 

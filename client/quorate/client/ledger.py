@@ -203,21 +203,26 @@ class Ledger:
 def open_ledger(site: SiteFolder) -> Ledger:
     """Open a site's ledger, where its folder and site.yaml say.
 
-    Raises: ConfigError: the folder of the anchor is missing, or is part of STATE. As `Ledger`.
+    Raises: as `check_anchor` and `Ledger`.
     """
+    check_anchor(site)
+    if site.default_anchor:
+        make_folder(site.anchor)
+    return Ledger(site.ledger, site.anchor / HEADS)
+
+
+def check_anchor(site: SiteFolder) -> None:
+    """Raise ConfigError where the folder for heads is part of STATE, or was chosen and is not there."""
     anchor = site.anchor
     if anchor.resolve().is_relative_to(site.state.resolve()):
         raise ConfigError(
             f"site.yaml, anchor: {anchor} is inside {site.state}, so whatever puts back an older ledger puts "
             "back its heads too; name a folder elsewhere."
         )
-    if site.default_anchor:
-        make_folder(anchor)
-    elif not anchor.is_dir():
+    if not site.default_anchor and not anchor.is_dir():
         raise ConfigError(
             f"site.yaml, anchor: there is no folder {anchor}; mount it, or make it for the site's user."
         )
-    return Ledger(site.ledger, anchor / HEADS)
 
 
 def reservations(rows: Iterable[Reservation | Commit]) -> list[Reservation]:

@@ -23,7 +23,7 @@ import torch
 from quorate.client.accounted import Accounted
 from quorate.client.answered import Answered
 from quorate.client.base_models import at_site as model_at_site
-from quorate.client.budgets import Budgets, spending
+from quorate.client.budgets import Budgets, Spending, spending
 from quorate.client.data import load_splits
 from quorate.client.holdings import SiteRows
 from quorate.client.ledger import DATABASE, HEADS, open_ledger
@@ -82,6 +82,20 @@ class AtSite:
         check_rows(self.folder.config, run.data, len(rows["train"]))
         return rows
 
+    def spending(self, run: RunConfig) -> Spending:
+        """Return what a run with record- or group-level privacy costs here.
+
+        Raises: as `rows`; ConfigError, DataError: of `plan_of`.
+        """
+
+        def event_of(run: RunConfig) -> PrivacyEvent:
+            (name,) = self.names
+            plan = plan_of(run, name, self.rows(run, name)["train"])
+            assert plan is not None, "only asked for private runs"
+            return plan.event()
+
+        return spending(run, self.folder.config, self.folder.path, event_of)
+
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run with the folder of its base model here."""
         return model_at_site(run, self.folder.config, self.folder.path)
@@ -111,19 +125,8 @@ def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Acco
     A ledger that is needed or there is looked at now; where it is not what was written, that is logged, and
     private runs are refused until it is.
     """
-    name = folder.connection.site
-
-    def event_of(run: RunConfig) -> PrivacyEvent:
-        plan = plan_of(run, name, at_site.rows(run, name)["train"])
-        assert plan is not None, "only asked for private runs"
-        return plan.event()
-
-    accounted = Accounted(
-        lambda: open_ledger(folder),
-        Budgets(folder.config, folder.path, epsilon),
-        lambda run: spending(run, folder.config, folder.path, event_of),
-        answered,
-    )
+    budgets = Budgets(folder.config, folder.path, epsilon)
+    accounted = Accounted(lambda: open_ledger(folder), budgets, at_site.spending, answered)
     policy = folder.config.policy
     files = (folder.ledger / DATABASE, folder.anchor / HEADS)
     if policy.require_privacy or policy.privacy_budgets or any(path.exists() for path in files):

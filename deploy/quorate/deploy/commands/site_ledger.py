@@ -110,7 +110,6 @@ def export(
     """
     configure_logging(log_level)
     from quorate.client.statement import json_line
-    from quorate.shared.files import writing
 
     _, verdict = _verified(folder)
     text = "".join(f"{json_line(row)}\n" for row in verdict.stored)
@@ -118,14 +117,24 @@ def export(
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
-        with writing(output):
-            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+        _write_new(output, text)
         typer.echo(f"{len(verdict.stored)} rows in {output}, head {verdict.head}")
     _end(verdict)
+
+
+def _write_new(path: Path, text: str) -> None:
+    from quorate.shared.errors import OutputError
+    from quorate.shared.files import writing
+
+    with writing(path):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise OutputError(f"{path} is there already; name another file.") from None
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _verified(folder: Path, head: str | None = None) -> tuple[SiteFolder, Verdict]:

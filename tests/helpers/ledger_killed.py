@@ -183,11 +183,8 @@ def arm(way: str, draw: random.Random, place: Place, reach: int) -> None:
         ledger_check.os = Torn()  # type: ignore[assignment]
     elif way == "between-steps":
         owner, name = draw.choice(STEPS)
-        before, calls, step = (
-            draw.random() < 0.5,
-            draw.randrange(1, ROUNDS_IN_REACH + 1),
-            getattr(owner, name),
-        )
+        before, calls = draw.random() < 0.5, draw.randrange(1, ROUNDS_IN_REACH + 1)
+        step = getattr(owner, name)
 
         def stepping(*args: Any) -> Any:
             nonlocal calls

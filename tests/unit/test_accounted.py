@@ -18,12 +18,14 @@ from quorate.client.answered import Answered
 from quorate.client.ledger import Ledger
 from quorate.client.ledger_check import Anchor, verify
 from quorate.client.ledger_rows import Commit, Reservation
+from quorate.client.node.check import Line, check
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import Gate
 from quorate.client.serve import ANSWERS_FILE, AtSite, account_for
 from quorate.client.site import Site
 from quorate.server.collect import REASONS
 from quorate.shared.adapter import Adapter
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.messages import RoundRequest, Update
 from quorate.shared.privacy.accounting import epsilon
@@ -375,3 +377,22 @@ def test_the_anchor_must_be_elsewhere_and_there(world: Any, private: Any, caplog
     (site.folder.path / "chosen").mkdir()
     assert site.ask(request(private())).header.error is None
     assert (site.folder.path / "chosen" / "ledger.head").is_file()
+
+
+def test_site_check_holds_a_run_against_ledger_and_budgets(world: Any, private: Any, tmp_path: Path) -> None:
+    site = world(**budget())
+    site.configure(policy=budget(max_epsilon=cost(site, private(2), 2)))
+
+    def found(run: Any) -> dict[str, Line]:
+        (tmp_path / "run.yaml").write_text(dump_yaml(run))
+        return {line.what: line for line in check(site.folder.path, tmp_path / "run.yaml")}
+
+    fits, too_long, bare = found(private(2)), found(private(3)), found(private(privacy=None))
+    assert fits["ledger"].ok and fits["run run.yaml"].ok, fits
+    assert "1 privacy budgets; 0 rows in the ledger" in fits["ledger"].found
+    assert not too_long["run run.yaml"].ok and "9 steps asked for" in too_long["run run.yaml"].found
+    assert not bare["run run.yaml"].ok and "no budget covers" in bare["run run.yaml"].found
+    site.ask(request(private(2)))
+    site.stop()
+    (site.folder.ledger / "ledger.db").unlink()
+    assert "rows 1 to 2 are missing" in found(private(2))["ledger"].found

@@ -101,6 +101,13 @@ def test_the_files_are_the_sites_alone(place: Place) -> None:
     ledger.close()
 
 
+def test_every_row_is_synced(place: Place) -> None:
+    ledger = place.open()
+    asked = ("PRAGMA journal_mode", "PRAGMA synchronous")
+    assert [ledger._db.execute(each).fetchone()[0] for each in asked] == ["wal", 2], "2 is FULL"
+    ledger.close()
+
+
 def test_one_process_at_a_time(place: Place) -> None:
     ledger = place.open()
     with pytest.raises(OutputError, match="another process has the privacy ledger"):

@@ -87,8 +87,7 @@ def spending(
     """
     assert isinstance(run.privacy, SitePrivacy), "only asked for where it is"
     event = event_of(run)  # which finds out whether there are groups
-    group = site.data[run.data].columns.get("group") if run.privacy.unit == "group" else None
-    protects = protected_data(site, base_dir, run.data, group)
+    protects = protected_data(site, base_dir, run.data, _group(run, site))
     return Spending(run.data, protects, event, run.federation.rounds)
 
 
@@ -138,8 +137,8 @@ class Budgets:
                 "which no budget covers; have the coordinator set privacy.unit to record or group.",
                 code="policy-privacy",
             )
-        group = self.site.data[run.data].columns.get("group") if run.privacy.unit == "group" else None
-        if group not in known or (run.privacy.unit == "group") != (group is not None):
+        group = _group(run, self.site)
+        if group not in known or (run.privacy.unit == "group" and group is None):
             raise RequestRefused(
                 f"policy.privacy_budgets has budgets for data.{run.data} by {named}, the run protects by "
                 f"{run.privacy.unit}; add a budget for that, or have the coordinator change privacy.unit.",
@@ -173,6 +172,12 @@ class Budgets:
             for budget in self.site.policy.privacy_budgets
             if self.counted(budget).shares_units_with(protects)
         ]
+
+
+def _group(run: RunConfig, site: SiteConfig) -> str | None:
+    """Return the column that says whose row it is, where a run protects groups and the site has mapped one."""
+    by_group = isinstance(run.privacy, SitePrivacy) and run.privacy.unit == "group"
+    return site.data[run.data].columns.get("group") if by_group else None
 
 
 def to_come(spending: Spending, entries: Iterable[Reservation], run_id: str) -> PrivacyEvent:

@@ -175,7 +175,7 @@ class Budgets:
 
 
 def _group(run: RunConfig, site: SiteConfig) -> str | None:
-    """Return the column that says whose row it is, where a run protects groups and the site has mapped one."""
+    """Return the column that says whose row it is, where a run protects groups and one is mapped."""
     by_group = isinstance(run.privacy, SitePrivacy) and run.privacy.unit == "group"
     return site.data[run.data].columns.get("group") if by_group else None
 

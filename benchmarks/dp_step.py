@@ -2,9 +2,9 @@
 
     python benchmarks/dp_step.py [--rows 16] [--repeats 20]
 
-MiniLM with the adapter of the recipe `medquad`, texts padded to 96 tokens. In every repeat each kind of step is
-taken once on the same batch, in turn; figures are medians over the repeats of the ratio to the plain step next
-to it. A step is forward, backward, clipping, noise and the optimiser:
+MiniLM with the adapter of the recipe `medquad`, texts of 96 tokens. In every repeat each kind of step is
+taken once on the same batch, in turn; figures are medians over the repeats of the ratio to the plain step
+next to it. A step is forward, backward, clipping, noise and the optimiser:
 
 - plain: one summed gradient, clipped as a whole;
 - own layer: the site's private step (`quorate.client.trainer`);
@@ -64,8 +64,8 @@ def main() -> None:
         ratios = sorted(a / b for a, b in zip(found, seconds["plain"], strict=True))
         quarter = len(ratios) // 4
         print(
-            f"{name:18} {statistics.median(ratios):.3f} of the plain step (quartiles {ratios[quarter]:.3f} to "
-            f"{ratios[-1 - quarter]:.3f}); median {1000 * statistics.median(found):.0f} ms"
+            f"{name:18} {statistics.median(ratios):.3f} of the plain step (quartiles {ratios[quarter]:.3f} "
+            f"to {ratios[-1 - quarter]:.3f}); median {1000 * statistics.median(found):.0f} ms"
         )
 
 

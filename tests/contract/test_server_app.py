@@ -17,6 +17,7 @@ from quorate.client.site import Site
 from quorate.server.app import FEDERATION, LOG_FILE, app
 from quorate.server.events import EVENTS_FILE
 from quorate.server.federation import FederationFolder
+from quorate.server.nodes import Node, Nodes
 from quorate.server.run import alone_in
 from quorate.server.status import RunStatus
 from quorate.shared.config.read import dump_yaml
@@ -54,8 +55,10 @@ def submit(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.M
         submitted.run_dir.mkdir(parents=True)
         config = site.prepare(make_run(**changes))
         (submitted.run_dir / "run.yaml").write_text(dump_yaml(config))
-        names = {str(FIRST_SITE_NODE + index): each for index, each in enumerate(site.names)}
-        submitted.folder.nodes_file.write_text(json.dumps(names))
+        nodes = {
+            FIRST_SITE_NODE + index: Node(site=each, key="0" * 64) for index, each in enumerate(site.names)
+        }
+        Nodes(nodes=nodes).write(submitted.folder)
         monkeypatch.setenv(FEDERATION, str(submitted.folder.path))
         return submitted
 

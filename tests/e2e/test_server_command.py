@@ -28,6 +28,7 @@ from quorate.deploy.provision.certificates import revoke_site
 from quorate.deploy.provision.kit import unpack
 from quorate.deploy.provision.provision import provision
 from quorate.server.federation import FederationFolder
+from quorate.server.nodes import Nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), NEEDS_NGINX]
 SITES = ("east", "north", "south")
@@ -104,7 +105,7 @@ class Server:
                 return "403"
 
     def nodes(self) -> dict[str, str]:
-        return dict(json.loads(self.folder.nodes_file.read_text()))
+        return {str(number): site for number, site in Nodes.read(self.folder).sites.items()}
 
     def program(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.folder.state / "status.json").read_text())["programs"][name])

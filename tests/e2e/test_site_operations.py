@@ -19,6 +19,7 @@ from typing import Any
 
 import connect_proxy
 import pytest
+from other_users import interpreter
 from plain_flower import PlainServer, free_port, wait_until
 
 from quorate.client.node.access import Access
@@ -67,21 +68,6 @@ class Site:
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in (self.folder / "state" / "logs").glob("*.log"))
-
-
-def interpreter(folder: Path, users: tuple[Account, Account]) -> str | None:
-    """A Python that other users may run, with the libraries of this one."""
-    libraries = [path for path in sys.path if path and Path(path).is_dir() and "lib-dynload" not in path]
-    libraries = [path for path in libraries if not Path(path, "os.py").exists()]
-    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        needed = [Path(python).resolve(), *map(Path, libraries)]
-        if Path(python).exists() and all(all(Access(user).reads(needed)) for user in users):
-            made = subprocess.run([python, "-m", "venv", "--without-pip", folder], capture_output=True)
-            if made.returncode == 0:
-                (packages,) = folder.glob("lib/python*/site-packages")
-                (packages / "these.pth").write_text("\n".join(libraries) + "\n")
-                return str(folder / "bin" / "python")
-    return None
 
 
 @contextlib.contextmanager

@@ -86,6 +86,12 @@ def test_a_run_at_a_site_that_dies(process: SiteProcess, run: Any, make_run: Any
             process.restart()
             assert asking.result(300)[1].header.error is None
         assert ask(second)[0] == again
+
+        # One line of a run file that backtracks for ever where nothing bounds it.
+        hostile = make_run(model=run.model.model_dump(), adapter={"target_modules": "(.+)+X"})
+        assert ask(request(hostile, "join", 0, run_id="e" * 16))[1].header.error == "config"
+        assert "'(.+)+X' takes more than 0.5 s to match" in process.log
+        assert ask(request(run, "evaluate", 3, after.arrays, split="test"))[1].header.error is None
     assert "Traceback" not in process.log
 
 

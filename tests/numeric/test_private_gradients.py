@@ -216,8 +216,9 @@ def test_frozen_arrays_have_no_gradient_and_change_no_other(case: MakeCase, fact
     assert largest_error(found, {name: expected[name] for name in moving}) < TOLERANCE
 
 
-def test_bf16_keeps_float32_gradients_near_those_of_full_precision(case: MakeCase) -> None:
-    run, rows = case("sequence_classification")
+@pytest.mark.parametrize("name", ["sequence_classification", "dora", "image_classification:ResNet"])
+def test_bf16_keeps_float32_gradients_near_those_of_full_precision(case: MakeCase, name: str) -> None:
+    run, rows = case(name)
     coarse = RunConfig.model_validate(
         {**run.model_dump(), "training": {**run.training.model_dump(), "bf16": True}}
     )

@@ -392,6 +392,9 @@ def test_a_site_smaller_than_the_batch_uses_all_its_rows_in_each_step(make_run: 
     assert (plan.sampling_probability, plan.expected_batch, plan.steps_per_round) == (1.0, 3.0, 3)
     assert plan.noise_multiplier == 2.0 and plan.delta == 1e-5
     assert private_plan(run, 200_000).delta == pytest.approx(5e-7), "well below one unit's share"
+    hardly = make_run(privacy={"unit": "record", "noise_multiplier": 1e-4})
+    with pytest.raises(ConfigError, match=r"noise_multiplier 0\.0001 is too little noise .*; raise it"):
+        private_plan(hardly, 30).claim()
     large = make_run(privacy={"unit": "record", "noise_multiplier": 2.0, "delta": 0.01})
     with pytest.raises(ConfigError, match=r"privacy\.delta"):
         private_plan(large, 101)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from site_folder import RUN_ID, SITE, request
 
+from quorate.client import answered
 from quorate.client.answered import KEEP_ROUNDS, Answered
 from quorate.client.site import Site
 from quorate.shared.adapter import Adapter
@@ -70,6 +71,15 @@ def test_the_same_request_gives_the_same_bytes_and_trains_nothing(site: Any, run
     assert site.ask(request(run, "evaluate", split="validation")).header.num_examples == 9, "another split"
 
 
+def test_training_alone_is_done_once(site: Any, make_run: Any) -> None:
+    run = make_run(evaluation={"references": ["local_only"]})
+    first = site.ask(request(run, "alone", 0))
+    assert first.header.error is None and site.steps == 6, "three steps in each of two rounds"
+    site.reopen()
+    assert site.ask(request(run, "alone", 0)).encoded == first.encoded and site.steps == 6
+    assert site.ask(request(run, "fit", 1)).header.error is None, "it is no round of the run"
+
+
 def test_a_round_is_trained_from_one_start_alone(site: Any, run: Any) -> None:
     first = site.ask(request(run))
     other = site.ask(request(run, arrays=start(0.1)))
@@ -121,6 +131,26 @@ def test_old_rounds_let_go_of_their_arrays(site: Any, run: Any) -> None:
     with sqlite3.connect(site.path) as db:
         assert db.execute(kept).fetchone() == (1,), "a run that is not heard of any more"
     assert site.ask(request(run, round=newest, arrays=start(1))).header.error == "conflict"
+
+
+def test_what_lies_here_is_limited(site: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answered, "KEEP_RUNS", 3)
+    monkeypatch.setattr(answered, "KEEP_EVALUATIONS", 2)
+    ids = [f"{number:016x}" for number in range(5)]
+    for run_id in ids:
+        site.ask(request(run, run_id=run_id))
+        for value in (0.1, 0.2, 0.3):
+            asked = request(run, "evaluate", split="validation", arrays=start(value), run_id=run_id)
+            assert site.ask(asked).header.error is None
+    with sqlite3.connect(site.path) as db:
+        fits = "SELECT run_id FROM answers WHERE phase = 'fit' AND message IS NOT NULL ORDER BY run_id"
+        assert [run_id for (run_id,) in db.execute(fits)] == ids[2:]
+        evaluations = "SELECT run_id, count(*) FROM answers WHERE phase = 'evaluate' GROUP BY run_id"
+        assert dict(db.execute(evaluations)) == dict.fromkeys(ids[2:], 2)
+    steps = site.steps
+    assert site.ask(request(run, run_id=ids[-1])).header.error is None, "kept"
+    assert site.ask(request(run, run_id=ids[0])).header.error == "conflict", "known to be trained"
+    assert site.steps == steps
 
 
 def test_two_answers_for_one_round_cannot_be_stored(site: Any, run: Any) -> None:

@@ -2,20 +2,26 @@
 
 import os
 import pwd
+import shutil
 import signal
 import stat
 import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from other_users import interpreter
+from site_folder import write_folder
 
 from quorate.client.enrol import enrol
 from quorate.client.node.apart import NodeFolder, supernode_programs
+from quorate.client.node.check import _models_are_readable
+from quorate.client.node.folder import Account
 from quorate.client.node.names import SOCKET
-from quorate.shared.errors import ConfigError
+from quorate.shared.errors import ConfigError, ModelError
 from quorate.shared.supervised import read_status
 
 CONNECTION = {"federation": "lungs", "site": "north", "server": "127.0.0.1:9", "mutual_tls": False}
@@ -70,23 +76,45 @@ def users() -> tuple[str, str]:
     return names[0], names[1]
 
 
+@pytest.fixture
+def python() -> Iterator[list[str]]:
+    """The start of a command line that runs a Python which these users may run."""
+    own, other = users()
+    with tempfile.TemporaryDirectory(prefix="quorate-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        found = interpreter(Path(name) / "venv", (Account.named(own), Account.named(other)))
+        if found is None:
+            pytest.skip("there is no Python here that other users may run, or the checkout is not for them")
+        yield [found, "-P"]
+
+
 def as_user(name: str, *command: str) -> list[str]:
     return ["setpriv", "--reuid", name, "--regid", name, "--clear-groups", *command]
 
 
+def test_a_base_model_that_the_sites_user_cannot_read_is_said(tiny_bert: Path) -> None:
+    own = Account.named(users()[0])
+    with tempfile.TemporaryDirectory(prefix="quorate-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        model = Path(name) / "model"
+        shutil.copytree(tiny_bert, model)
+        site = write_folder(Path(name) / "north", model)
+        for mode in (0o700, 0o755):
+            model.chmod(mode)
+            for each in model.iterdir():
+                each.chmod(mode & 0o666)
+            if mode == 0o755:
+                _models_are_readable(site, own)
+            else:
+                with pytest.raises(ModelError, match=f"user {own.name} cannot read {model}; allow it"):
+                    _models_are_readable(site, own)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_users_share_the_socket_alone() -> None:
+def test_two_users_share_the_socket_alone(python: list[str]) -> None:
     own, other = users()
-    python = [sys.executable, "-P"]
     cli = "from quorate.deploy.site_cli import main; main()"
-    # Asked by the user itself: setpriv starts a Python that this user could not start again.
-    can = "import os, sys, quorate.client; sys.exit(not os.access(sys.executable, os.X_OK))"
-    if any(
-        subprocess.run(as_user(user, *python, "-c", can), capture_output=True).returncode
-        for user in (own, other)
-    ):
-        pytest.skip("this Python, or this checkout, is not for other users")
     folder = Path("/srv") / f"quorate-apart-{os.getpid()}"  # pytest's own folders are root's alone
     folder.mkdir()
     (folder / "connection.yaml").write_text(yaml.safe_dump(CONNECTION))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from site_folder import sha256_of
+import yaml
+from site_folder import sha256_of, write_folder
 
 from quorate.client.base_models import at_site, find, import_archive
 from quorate.client.config import SiteConfig
+from quorate.client.node.check import Line, check
+from quorate.deploy.cli import run
+from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError, ModelError
 from quorate.shared.model import load_model
 
@@ -78,6 +84,42 @@ def test_an_archive_becomes_a_folder(folder: str, tiny_bert: Path, tmp_path: Pat
         import_archive(archive, tmp_path / "models")
 
 
+def test_what_the_command_says_goes_into_site_yaml_and_is_checked(
+    tiny_bert: Path, make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, archive = write_folder(tmp_path / "north", tiny_bert), pack(tmp_path / "bert.tar.gz", tiny_bert)
+    before = os.umask(0o077)  # as root's may be
+    try:
+        assert run(["site", "models", "import", str(archive), "--folder", str(site.path)]) == 0
+    finally:
+        os.umask(before)
+    path, said = site.path / "site.yaml", capsys.readouterr().out
+    (model,) = yaml.safe_load(said.partition("Add to site.yaml:")[2])["models"]
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "models": [model]}))
+    folder = Path(model["path"])
+    assert folder.parent == site.path / "models"
+    modes = {stat.S_IMODE(each.stat().st_mode) for each in (folder, folder.parent, *folder.iterdir())}
+    assert modes == {0o755, 0o644}
+
+    def looked_at(**sections: Any) -> dict[str, Line]:
+        asked = {"model_name_or_path": "/nowhere", "sha256": model["sha256"]}
+        (tmp_path / "run.yaml").write_text(dump_yaml(make_run(model=asked, **sections)))
+        return {line.what: line for line in check(site.path, tmp_path / "run.yaml")}
+
+    lines = looked_at()
+    assert lines["models[0]"].ok and lines["run run.yaml"].ok, lines
+    assert "train 58, validation 14, test 18 rows" in lines["run run.yaml"].found
+    for sections, why in (
+        ({"adapter": {"r": 65}}, "policy.max_rank is 64"),
+        ({"adapter": {"modules_to_save": ["pooler"]}}, "policy.modules_to_save allows nothing"),
+        ({"data": "letters"}, "data allows notes, the run asks for data letters"),
+        ({"task": {"labels": ["cardiac", "renal"]}}, "is not among the run's labels"),
+    ):
+        line = looked_at(**sections)["run run.yaml"]
+        assert not line.ok and why in line.found
+    assert run(["site", "check", str(site.path), "--run", str(tmp_path / "run.yaml")]) == 2
+
+
 @pytest.mark.parametrize(
     ("info", "said"),
     [
@@ -107,8 +149,9 @@ def test_archives_that_are_not_the_model(tiny_bert: Path, tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="get it again"):
         import_archive(tmp_path / "cut.tar.gz", models)
     (tmp_path / "text.tar").write_text("no archive")
-    with pytest.raises(ModelError, match="not a whole tar archive"):
+    with pytest.raises(ModelError, match="not a whole tar archive") as caught:
         import_archive(tmp_path / "text.tar", models)
+    assert "\n" not in str(caught.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"holds no config.json"):
         import_archive(pack(tmp_path / "none.tar.gz", tmp_path / "empty"), models)

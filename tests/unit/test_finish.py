@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Error, Message
 
 from quorate.client.app import app as client_app
 from quorate.client.finish import report
 from quorate.client.resident import connect
 from quorate.client.site import Site
+from quorate.server import collect
 from quorate.server.deliver import deliver, delivery
 from quorate.server.outputs import measure, write_outputs
 from quorate.server.records import Evaluation, Measured, Summary, Worth
@@ -64,6 +66,33 @@ def test_a_site_that_cannot_take_the_result_answers_with_a_code_and_the_run_stan
 
     site._received_dir = None
     assert {why.code for why in deliver(grid, run, result, summary).values()} == {"refused"}
+
+
+def test_a_site_that_is_away_at_the_end_is_asked_again(
+    make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "_FIRST_REASK", 0.05)
+    site = Site(make_sites(north=9, south=7), received=tmp_path / "received")
+    federation = {"rounds": 1, "reask_seconds": 60}
+    run = Run.open(site.prepare(make_run(federation=federation)), tmp_path / "out")
+    _, result, summary = finished(run, site)
+
+    class Away(InProcessGrid):
+        """Its first messages reach nobody, as while a SuperNode starts again."""
+
+        refused = 2
+
+        def push_messages(self, messages: Any) -> Any:
+            pushed = list(messages)
+            ids = super().push_messages(pushed)
+            for message, each in zip(pushed, ids, strict=True):
+                if self.refused > 0:
+                    self.refused -= 1
+                    self._replies[each] = Message(Error(3, "node is not available"), reply_to=message)
+            return ids
+
+    assert deliver(Away(site, site.names), run, result, summary) == {}
+    assert (tmp_path / "received" / run.run_id / "report.md").is_file()
 
 
 @pytest.mark.parametrize("run_id", ["../../../../tmp/evil", "0123456789abcdeF", "", "/etc"])

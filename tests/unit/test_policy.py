@@ -66,6 +66,30 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"model": {"sha256": None}}, "policy-model", "set model.sha256 in the run file"),
     ({}, {"model": {"sha256": "0" * 64}}, "policy-model", "add its folder and sha256 to models"),
     ({"max_rank": 3}, {}, "policy-rank", "policy.max_rank is 3, the run asks for rank 4; raise"),
+    (
+        {"modules_to_save": ["bert.pooler.dense"]},
+        {"adapter": {"modules_to_save": ["bert.pooler.dense", "dense"]}},
+        "policy-modules-to-save",
+        "policy.modules_to_save allows bert.pooler.dense, the run asks for module dense; add it",
+    ),
+    (
+        {},
+        {"adapter": {"modules_to_save": ["encoder"]}},
+        "policy-modules-to-save",
+        "policy.modules_to_save allows nothing, the run asks for module encoder; add it",
+    ),
+    (
+        {"max_head_units": 15},
+        {"adapter": {"head": {"hidden_sizes": [8, 8]}}},
+        "policy-head",
+        "policy.max_head_units is 15, the run asks for a head of 16 hidden units; raise",
+    ),
+    (
+        {"max_head_units": 0},
+        {"adapter": {"head": {"hidden_sizes": [1]}}},
+        "policy-head",
+        "lower adapter.head",
+    ),
     ({"approve_each_run": True}, {}, "policy-approval", f"quorate site approve {RUN_ID}"),
 ]
 
@@ -89,6 +113,14 @@ def test_what_is_allowed_gets_through(site: Any, pinned: Any, tmp_path: Path) ->
     inner = Inner()
     policy = site(tasks=["sequence_classification"], data=["notes"], max_rank=4)
     (update,) = Gate(policy, tmp_path, inner).handle([request(pinned())])
+    assert (update.header.error, inner.seen) == (None, 1)
+
+
+def test_what_may_be_trained_whole_gets_through(site: Any, pinned: Any, tmp_path: Path) -> None:
+    inner = Inner()
+    policy = site(modules_to_save=["pooler.dense"], max_head_units=16)
+    whole = {"modules_to_save": ["pooler.dense"], "head": {"hidden_sizes": [8, 8]}}
+    (update,) = Gate(policy, tmp_path, inner).handle([request(pinned(adapter=whole))])
     assert (update.header.error, inner.seen) == (None, 1)
 
 

@@ -21,12 +21,13 @@ from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SourceConfig
+from quorate.shared.config.sites import SitesConfig, SourceConfig
 from quorate.shared.errors import ConfigError, DataError, QuorumNotMet
 from quorate.shared.messages import RoundRequest
 from quorate.shared.tasks.base import Row
 from quorate.simulations.references import pool
 from quorate.simulations.runner import simulate
+from quorate.simulations.sites import load_sites
 
 RECORD = {"unit": "record", "noise_multiplier": 1.0}
 GROUP = {"unit": "group", "noise_multiplier": 1.0, "max_records_per_group": 2}
@@ -92,7 +93,7 @@ def test_weights_of_tags_are_refused(make_run: Any) -> None:
         ({"unit": "record"}, "either target_epsilon or noise_multiplier"),
         (
             {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3},
-            "privacy.unit client is not available in this release; use record or group",
+            "privacy.unit client: aggregation.weighting examples would let a site count for more",
         ),
     ],
 )
@@ -164,6 +165,17 @@ def test_the_rows_of_a_group_go_to_one_split(tmp_path: Path) -> None:
 
 def grouped(rows: list[Row], groups: list[str | None]) -> list[Row]:
     return [Row(row.values, row.source, group=group) for row, group in zip(rows, groups, strict=True)]
+
+
+def test_groups_reach_the_simulated_sites(make_run: Any, tmp_path: Path) -> None:
+    source = {"source": str(write_visits(tmp_path, list(range(12)))), "columns": {"group": "patient"}}
+    sites = SitesConfig.model_validate(
+        {"data": {"notes": {**source, "partition": {"by": "iid", "sites": 2}}}}
+    )
+    found = load_sites(sites, tmp_path, make_run())
+    rows = [row for site in found.values() for split in site.values() for row in split]
+    assert sorted(int(row.group or -1) for row in rows) == list(range(12))
+    assert all(set(row.values) == {"text", "label"} for row in rows)
 
 
 def test_the_same_group_at_two_sites_is_two_groups_in_the_pool(make_run: Any, make_sites: Any) -> None:
@@ -246,7 +258,7 @@ def test_a_site_that_claims_nothing_takes_no_part_in_a_private_run(play: Any) ->
 
 
 def test_a_delta_above_one_units_share_names_the_site(make_run: Any, make_sites: Any) -> None:
-    with pytest.raises(ConfigError, match=r"privacy\.delta"):
+    with pytest.raises(ConfigError, match=r"site north: privacy\.delta"):
         Site(make_sites(north=40)).prepare(make_run(privacy={**RECORD, "delta": 0.1}))
 
 

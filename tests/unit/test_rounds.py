@@ -12,9 +12,9 @@ import pytest
 from tampered import SIZES, edited, only, spoiled
 
 from quorate.server.checkpoint import list_checkpoints, load_checkpoint
+from quorate.server.cohort import choose_cohort
 from quorate.server.joining import Members
 from quorate.server.records import RoundMetrics
-from quorate.server.rounds import choose_cohort
 from quorate.server.run import METRICS_FILE, Run, read_jsonl
 from quorate.shared.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from quorate.shared.errors import OutputError, QuorateError
-from quorate.shared.supervised import Status, read_status, start_detached, stop
+from quorate.shared.supervised import ProgramStatus, Status, read_status, start_detached, stop
+from quorate.shared.supervisor import Program, Supervisor
 
 # One program that sleeps, and one that starts a child and tells its pid.
 _CODE = """
@@ -95,13 +96,53 @@ def test_stop_ends_everything(state: Path) -> None:
 
 
 def test_two_supervisors_never_share_a_folder(state: Path) -> None:
-    with pytest.raises(OutputError, match="is running already"):
+    status = read_status(state)
+    assert status is not None
+    with pytest.raises(OutputError, match=rf"is running already \(process {status.pid}\)"):
         start_detached(["true"], state, state / "second.log", lambda: True, 5)
     before = pids(state)
     code = subprocess.run([sys.executable, "-c", _CODE, str(state), "group"], capture_output=True, text=True)
     assert code.returncode != 0
-    assert "is running already" in code.stderr
+    assert f"is running already (process {status.pid})" in code.stderr
     assert pids(state) == before
+
+
+_BEGINS = _CODE.replace("Supervisor(state, [", "supervisor = Supervisor(state, [").replace("]).run()", "])")
+
+
+def test_a_supervisor_that_has_begun_is_known_before_it_has_a_status(tmp_path: Path) -> None:
+    code = _BEGINS + "Supervisor._write = lambda self: None\nsupervisor.run()"
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "group"])
+    try:
+        wait_for(lambda: read_status(tmp_path) is not None)
+        assert read_status(tmp_path) == Status(pid=first.pid, programs={})
+        with pytest.raises(OutputError, match=rf"is running already \(process {first.pid}\)"):
+            start_detached(["true"], tmp_path, tmp_path / "out.log", lambda: True, 5)
+    finally:
+        assert stop(tmp_path)
+        assert first.wait(30) == 0
+    assert read_status(tmp_path) is None
+
+
+def test_of_two_that_begin_at_once_one_is_told_of_the_other(tmp_path: Path) -> None:
+    waits = "import time\nwhile not (state / 'go').exists(): time.sleep(0.1)\nsupervisor.run()"
+    first: list[subprocess.Popen[bytes]] = []
+
+    def other_was_faster() -> bool:
+        if not first:
+            first.append(subprocess.Popen([sys.executable, "-c", _CODE, str(tmp_path), "group"]))
+            wait_for(lambda: read_status(tmp_path) is not None)
+            (tmp_path / "go").touch()
+        return False
+
+    command = [sys.executable, "-c", _BEGINS + waits, str(tmp_path), "group"]
+    try:
+        with pytest.raises(OutputError, match=r"is running already \(process \d+\)") as caught:
+            start_detached(command, tmp_path, tmp_path / "out.log", other_was_faster, 60)
+        assert f"process {first[0].pid}" in str(caught.value)
+    finally:
+        stop(tmp_path)
+        assert first[0].wait(30) == 0
 
 
 def test_a_killed_supervisor_leaves_nothing_behind(state: Path) -> None:
@@ -114,6 +155,50 @@ def test_a_killed_supervisor_leaves_nothing_behind(state: Path) -> None:
     assert Status.model_validate_json((state / "status.json").read_bytes()) == status
     for pid in children(state):  # the shell that started it was ended, it was not
         os.kill(pid, signal.SIGKILL)
+
+
+def test_what_cannot_be_started_again_is_named_and_tried_again(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    code = """
+import sys
+from pathlib import Path
+from quorate.shared.supervisor import Program, Supervisor
+state = Path(sys.argv[1])
+Supervisor(state, [
+    Program("steady", ["sleep", "600"], state / "steady.log"),
+    Program("placed", ["sleep", "600"], state / "placed.log", cwd=state / "place"),
+]).run()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = start_detached(command, tmp_path, tmp_path / "out.log", lambda: len(pids(tmp_path)) == 2, 60)
+    before = pids(tmp_path)
+
+    def placed() -> ProgramStatus:
+        status = read_status(tmp_path)
+        assert status is not None, (tmp_path / "out.log").read_text()
+        return status.programs["placed"]
+
+    try:
+        place.rmdir()
+        os.kill(before["placed"], signal.SIGKILL)
+        wait_for(lambda: placed().problem is not None)
+        assert str(placed().stopped).startswith("cannot be started (FileNotFoundError: ")
+        assert pids(tmp_path) == {"steady": before["steady"]} and placed().last_exit == -9
+        place.mkdir()
+        wait_for(lambda: placed().pid is not None)
+        assert (placed().problem, placed().restarts, placed().stopped) == (None, 1, None)
+        assert pids(tmp_path)["steady"] == before["steady"]
+    finally:
+        stop(tmp_path)
+        assert process.wait(30) == 0
+
+
+def test_what_cannot_be_started_at_all_ends_the_supervisor(tmp_path: Path) -> None:
+    program = Program("none", [str(tmp_path / "nothing")], tmp_path / "none.log")
+    with pytest.raises(FileNotFoundError):
+        Supervisor(tmp_path, [program]).run()
+    assert read_status(tmp_path) is None
 
 
 def test_what_cannot_start_is_said(tmp_path: Path) -> None:

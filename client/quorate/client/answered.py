@@ -13,9 +13,10 @@ seen it.
 An answer that is an error is not stored: the site may be mended and asked again.
 
 What is kept: of each run the answers of its newest KEEP_ROUNDS trained rounds (a coordinator that goes on
-from a checkpoint asks for no older one) and its evaluations, until the run was not heard of for KEEP_DAYS.
-The run's configuration hash and the hashes of what was trained are kept for good, so that nothing old is
-taken for new.
+from a checkpoint asks for no older one) and its newest KEEP_EVALUATIONS evaluations, until the run was not
+heard of for KEEP_DAYS, or KEEP_RUNS others were since: the arrays of KEEP_RUNS * KEEP_ROUNDS rounds are the
+most that lies here. The run's configuration hash and the hashes of what was trained are kept for good, so
+that nothing old is taken for new.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from quorate.shared.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
-STORED = ("fit", "evaluate")
+STORED = ("fit", "evaluate", "alone")
 KEEP_ROUNDS = 2
-KEEP_DAYS = 30
+KEEP_EVALUATIONS = 1000
+KEEP_DAYS, KEEP_RUNS = 30, 20
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, config_hash TEXT NOT NULL, heard_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (
@@ -167,9 +169,18 @@ class Answered:
                 "ORDER BY round DESC LIMIT ?)",
                 (key[0], key[0], KEEP_ROUNDS),
             )
-            stale = "run_id IN (SELECT run_id FROM runs WHERE heard_at < ?)"
-            self._db.execute(f"DELETE FROM answers WHERE phase = 'evaluate' AND {stale}", (old,))
-            self._db.execute(f"UPDATE answers SET message = NULL WHERE phase = 'fit' AND {stale}", (old,))
+            self._db.execute(
+                "DELETE FROM answers WHERE run_id = ? AND phase = 'evaluate' AND rowid NOT IN (SELECT rowid "
+                "FROM answers WHERE run_id = ? AND phase = 'evaluate' ORDER BY rowid DESC LIMIT ?)",
+                (key[0], key[0], KEEP_EVALUATIONS),
+            )
+            lately = "SELECT run_id FROM runs WHERE heard_at >= ? ORDER BY heard_at DESC LIMIT ?"
+            stale = f"run_id NOT IN ({lately})"
+            self._db.execute(f"DELETE FROM answers WHERE phase <> 'fit' AND {stale}", (old, KEEP_RUNS))
+            self._db.execute(
+                f"UPDATE answers SET message = NULL WHERE phase = 'fit' AND message IS NOT NULL AND {stale}",
+                (old, KEEP_RUNS),
+            )
 
 
 def _key(request: RoundRequest) -> tuple[str, str, int, str, str]:

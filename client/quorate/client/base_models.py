@@ -16,7 +16,10 @@ from pathlib import Path, PurePosixPath
 from quorate.client.config import SiteConfig
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError, ModelError
+from quorate.shared.files import PUBLIC
 from quorate.shared.sources import MODEL_FILES, resolve_local
+
+_FOLDER = 0o755
 
 
 def at_site(run: RunConfig, site: SiteConfig, base_dir: Path) -> RunConfig:
@@ -94,7 +97,9 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
     from quorate.shared.weights import check_files, weights_sha256
 
     try:
-        models_dir.mkdir(parents=True, exist_ok=True)
+        if not models_dir.is_dir():
+            models_dir.mkdir(parents=True)
+            models_dir.chmod(_FOLDER)
         work = Path(tempfile.mkdtemp(prefix=".import-", dir=models_dir))
     except OSError as error:
         raise ConfigError(f"{models_dir}: {error.strerror}; choose a folder that can be written.") from error
@@ -110,7 +115,10 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
         folder = models_dir / f"{archive.name.split('.')[0]}-{found[:12]}"
         if folder.exists():
             raise ModelError(f"{folder} is there already; remove it first, or use it as it is.")
-        work.chmod(0o755)
+        # Whatever root's umask is, the site process's user must be able to read it.
+        for each in work.iterdir():
+            each.chmod(PUBLIC)
+        work.chmod(_FOLDER)
         work.replace(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -137,7 +145,9 @@ def _unpack(archive: Path, into: Path) -> tuple[str, ...]:
                 with content, (into / path.name).open("xb") as stream:
                     shutil.copyfileobj(content, stream, 2**20)
     except (tarfile.TarError, EOFError) as error:
-        raise ModelError(f"{archive} is not a whole tar archive ({error}); get it again.") from error
+        raise ModelError(
+            f"{archive} is not a whole tar archive ({str(error).splitlines()[0]}); get it again."
+        ) from error
     except OSError as error:
         raise ModelError(
             f"{archive}: {error.strerror or error}; get it again, or free some space."

@@ -60,6 +60,12 @@ class PolicyConfig(ConfigModel):
     """Data aliases that runs may use; all of `data` when left out."""
     max_rank: int = Field(64, ge=1)
     """Highest rank of an adapter."""
+    modules_to_save: tuple[str, ...] = ()
+    """Parts of the base model that a run may train whole, by the names that run files use
+    (`adapter.modules_to_save`). The task's own head needs no entry. What is trained whole can hold far more
+    of the rows than factors of a low rank."""
+    max_head_units: int = Field(1024, ge=0)
+    """Most units in the hidden layers of a head (`adapter.head`), all layers together; 0 allows none."""
     min_rows: int = Field(1, ge=1)
     """Fewest training rows of a data set that may be trained on."""
     approve_each_run: bool = False

@@ -47,11 +47,14 @@ def keep_result(received: Path | None, run: RunConfig, header: RequestHeader, st
 
 def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
     """Return the site's report as Markdown."""
+    picked = f"picked by `{told.metric}` on validation rows where there are any"
+    if run.private_clients:
+        picked = "the last: no noise hides which one validation rows would choose"
     lines = [
         f"# {run.name} at {site}",
         "",
         f"Run {run_id}: {told.rounds} rounds. `adapter/` holds the model after round {told.best_round}, "
-        f"picked by `{told.metric}` on validation rows where there are any.",
+        f"{picked}.",
         "",
         f"Base model: `{run.model.model_name_or_path}`, sha256 {run.model.sha256 or 'not pinned'}. "
         f"Labels and settings: `adapter/run.yaml`.",
@@ -60,7 +63,7 @@ def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
     if told.split is None:
         lines += ["The model was not measured.", ""]
     else:
-        lines += _table(told)
+        lines += _table(told, run.private_clients)
     if told.local_only is not None:
         lines += [f"An adapter trained on the rows of {site} alone: {told.metric} {told.local_only:.4f}."]
         if told.gain is not None:
@@ -71,7 +74,7 @@ def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
     return "\n".join(lines)
 
 
-def _table(told: Delivery) -> list[str]:
+def _table(told: Delivery, private_clients: bool) -> list[str]:
     """Return the figures, this site's beside those of all sites together."""
     lines = [f"| {told.split} rows | this site ({told.own_rows}) |", "| --- | ---: |"]
     if told.pooled:
@@ -81,7 +84,9 @@ def _table(told: Delivery) -> list[str]:
         row = [f"| {name} | {_figure(told.own, name)} |"]
         row += [f" {_figure(told.pooled, name)} |"] if told.pooled else []
         lines.append("".join(row))
-    if not told.pooled:
+    if not told.pooled and private_clients:
+        lines += ["", "Figures of all sites together hold no noise, so a run that hides sites tells none."]
+    elif not told.pooled:
         lines += ["", "Figures of all sites together are told from three measured sites on: from those of "]
         lines[-1] += "two, each could work out the other's."
     return [*lines, ""]

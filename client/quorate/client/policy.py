@@ -13,10 +13,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_waiting
-from quorate.client.config import SiteConfig
+from quorate.client.config import PolicyConfig, SiteConfig
 from quorate.client.resident import Handler, failed
 from quorate.shared.config.privacy import SitePrivacy
-from quorate.shared.config.run import RunConfig
+from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
 from quorate.shared.messages import RoundRequest, Update
 
@@ -103,6 +103,7 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
             "policy.max_rank in site.yaml, or have the coordinator lower adapter.r.",
             code="policy-rank",
         )
+    _trained_whole(run.adapter, policy)
     if policy.require_privacy and not isinstance(run.privacy, SitePrivacy):
         raise RequestRefused(
             "policy.require_privacy is on, and for this run no noise would be added at this site; have the "
@@ -154,6 +155,20 @@ def _model(run: RunConfig, site: SiteConfig) -> None:
             f"model with sha256 {sha256}; if that one may be used here, get it and add its folder and sha256 "
             "to models in site.yaml.",
             code="policy-model",
+        )
+
+
+def _trained_whole(adapter: AdapterConfig, policy: PolicyConfig) -> None:
+    """Limit what max_rank does not: parts of the model, and layers of a head, that are trained whole."""
+    for module in adapter.modules_to_save or ():
+        _allowed("policy.modules_to_save", "module", module, policy.modules_to_save, "policy-modules-to-save")
+    units = sum(adapter.head.hidden_sizes) if adapter.head is not None else 0
+    if units > policy.max_head_units:
+        raise RequestRefused(
+            f"policy.max_head_units is {policy.max_head_units}, the run asks for a head of {units} hidden "
+            "units; raise policy.max_head_units in site.yaml, or have the coordinator lower "
+            "adapter.head.hidden_sizes.",
+            code="policy-head",
         )
 
 

@@ -1,7 +1,8 @@
 """What a site does for a run with record- or group-level privacy beside its training.
 
 The number of training rows (and of groups) is sent and taken as public. Everything else that follows from
-training rows without noise stays here: label counts, notes, numbers of tokens, figures on training rows.
+training rows without noise stays here: label counts, notes, numbers of tokens, figures on training rows. The
+time that a request took does depend on the rows that were drawn; whoever waits for an answer can measure it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from quorate.client.trainer.private_plan import PrivatePlan, private_plan
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import DataError, RequestRefused
+from quorate.shared.errors import ConfigError, DataError, RequestRefused
 from quorate.shared.messages import Split
 from quorate.shared.tasks.base import Row
 
@@ -58,7 +59,10 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
     if not isinstance(run.privacy, SitePrivacy):
         return None
     groups = groups_of(run, site, rows)
-    return private_plan(run, len(rows) if groups is None else len(set(groups)))
+    try:
+        return private_plan(run, len(rows) if groups is None else len(set(groups)))
+    except ConfigError as error:
+        raise ConfigError(f"site {site}: {error}") from error
 
 
 def check_split(run: RunConfig, split: Split) -> None:

@@ -50,7 +50,7 @@ ANSWERS_FILE, RECEIVED = "answers.db", "received"
 class AtSite:
     """What one site holds, as its site.yaml says (quorate.client.holdings.Holdings).
 
-    Rows are read when a run that was let through first asks for them, and kept.
+    Rows are read when a run that was let through first asks for them, and kept until a run asks for others.
     """
 
     folder: SiteFolder
@@ -67,6 +67,7 @@ class AtSite:
         labels: tuple[str, ...] = getattr(run.task, "labels", ())
         key = (run.data, tuple(run.task.columns.items()), labels)
         if key not in self._rows:
+            self._rows.clear()  # before the next ones take their memory
             where = f"site.yaml, data.{run.data}"
             try:
                 source = self.folder.config.data[run.data]

@@ -8,7 +8,6 @@ message leaves as a gRPC status and an error code, never as text.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import stat
@@ -24,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from quorate.client.remote import MAX_BYTES, METHOD, chunks
 from quorate.client.resident import Handler
 from quorate.shared.errors import ConfigError, ProtocolError, QuorateError
+from quorate.shared.files import holder, take_lock
 from quorate.shared.messages import RoundRequest
 
 log = logging.getLogger(__name__)
@@ -199,14 +199,16 @@ def _claim(socket: Path) -> int:
     except OSError as error:
         raise ConfigError(f"{socket.parent}: {error.strerror}; make it writable for this process.") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(lock)
         if socket.exists() and not stat.S_ISSOCK(socket.stat().st_mode):
             raise ConfigError(f"{socket} is no socket; move it away.")
         socket.unlink(missing_ok=True)
     except BlockingIOError as error:
         os.close(lock)
+        pid = holder(socket.with_suffix(".lock"))
+        process = f" (process {pid})" if pid else ""
         raise ConfigError(
-            f"{socket}: a site process is running there already; stop that one first."
+            f"{socket}: a site process is running there already{process}; stop that one first."
         ) from error
     except BaseException:
         os.close(lock)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from quorate.client.alone import train_alone
+from quorate.client.description import describe
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.private import check_groups_apart, check_split, groups_of, plan_of
@@ -28,15 +30,16 @@ from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
-from quorate.shared.messages import RoundRequest, SiteDescription, Split, Update
+from quorate.shared.messages import BEST_ROUND, RoundRequest, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
 from quorate.shared.tasks.base import Example, Row
-from quorate.shared.versions import check_versions, versions
+from quorate.shared.versions import check_versions
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +176,8 @@ class Site:
             log.info("base model %s loaded in %.1f s onto %s", model.sha256[:12], seconds, model.peft.device)
             resident = _Resident(run, model, AdapterStack.install(model), {})
             self._on_model(True)
+        elif _rows_key(resident.run) != _rows_key(run):
+            resident.examples.clear()  # those of the run in hand alone stay in memory
         resident.run = run
         self._resident = resident
         return resident
@@ -202,40 +207,29 @@ class Site:
         phase = requests[0].header.phase
         if phase == "fit":
             return self._fit(resident, requests)
-        one = {"join": self._join, "evaluate": self._evaluate, "finish": self._finish}[phase]
+        one = {
+            "join": self._join,
+            "evaluate": self._evaluate,
+            "alone": self._alone,
+            "finish": self._finish,
+        }[phase]
         return [one(resident, request) for request in requests]
 
     def _join(self, resident: _Resident, request: RoundRequest) -> Update:
-        task, site = resident.run.task, request.header.site
+        run, site = resident.run, request.header.site
         check_versions(request.header.versions)
-        check_patterns(resident.run, resident.model.initial)
-        check_optimizer(resident.run.training, resident.model.peft.device)
-        rows = {
-            split: task.num_rows(self._examples(resident, site, split))
-            for split in ("train", "validation", "test")
-        }
-        counts = task.label_counts(self._examples(resident, site, "train"))
-        lacking = [label for label, count in counts.items() if count == 0]
-        used = self._used_rows(resident.run, site, "train")
-        there = len(self._holdings.rows(resident.run, site).get("train", ()))
-        notes = task.notes(used, self._examples(resident, site, "train"))
-        if resident.run.training.examples_per_class is not None:
-            per = f"examples_per_class {resident.run.training.examples_per_class}"
-            notes = (f"trains on {len(used)} of its {there} training rows ({per})", *notes)
-        if lacking:
-            notes = (f"has no training row of: {', '.join(lacking)}", *notes)
+        check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
         claim = self._privately(resident, site)
         if claim is not None:
             log.info("%s: %s", site, claim.sentence)
-        description = SiteDescription(
-            rows=rows,
-            # Exact counts of labels or tokens would tell what the noise is there to hide.
-            label_counts=counts if claim is None else {},
-            model_files=resident.model.files,
-            model_sha256=resident.model.sha256,
-            versions=versions(),
-            notes=notes if claim is None else (),
-            privacy=claim,
+        description = describe(
+            run,
+            resident.model,
+            {split: self._examples(resident, site, split) for split in ("train", "validation", "test")},
+            self._used_rows(run, site, "train"),
+            len(self._holdings.rows(run, site).get("train", ())),
+            claim,
         )
         return Update.reply(request, resident.model.initial, description=description)
 
@@ -261,6 +255,30 @@ class Site:
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
+        )
+
+    def _alone(self, resident: _Resident, request: RoundRequest) -> Update:
+        started, site = time.monotonic(), request.header.site
+        if resident.run.privacy is not None:
+            raise RequestRefused(
+                "training alone under differential privacy would spend what nothing accounts for; have the "
+                "coordinator leave evaluation.references out.",
+                code="policy-privacy",
+            )
+        resident.model.set_residual(Adapter({}))
+        train, validation, test = (
+            self._examples(resident, site, split) for split in ("train", "validation", "test")
+        )
+        task = SiteTask(site, train, resident.model.initial)
+        done = train_alone(
+            resident.model, resident.stack, resident.run, task, validation, test, self._on_step
+        )
+        return Update.reply(
+            request,
+            outcomes=done.outcomes,
+            num_examples=len(test),
+            metrics={BEST_ROUND: float(done.round)},
+            seconds=time.monotonic() - started,
         )
 
     def _finish(self, resident: _Resident, request: RoundRequest) -> Update:
@@ -303,11 +321,13 @@ class Site:
             # Only this site's answer: those it was stacked with never saw its numbers.
             return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
         arrays = uploaded(run, done.adapter, state, request.header.round)
+        private = isinstance(run.privacy, SitePrivacy)  # then nobody is told how many tokens the rows have
+        num_tokens = 0 if private else run.task.num_tokens(task.examples)
         return Update.reply(
             request,
             arrays,
             num_examples=run.task.num_rows(task.examples),
-            num_tokens=0 if run.privacy is not None else run.task.num_tokens(task.examples),
+            num_tokens=num_tokens,
             num_steps=done.steps,
             metrics=done.metrics,
             seconds=seconds,
@@ -328,6 +348,10 @@ class Site:
 
 def _model_key(run: RunConfig) -> tuple[object, ...]:
     return run.model, run.adapter, run.task, run.seed
+
+
+def _rows_key(run: RunConfig) -> tuple[object, ...]:
+    return run.data, run.training.examples_per_class
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quorate.deploy import program
+from quorate.deploy.commands.audit import audit
 from quorate.deploy.commands.certificates import certificates
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
@@ -37,6 +38,7 @@ for command in (
     compare,
     predict,
     rerun,
+    audit,
     tune,
     export,
     provision,

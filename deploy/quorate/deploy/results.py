@@ -29,7 +29,11 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
     measured, evaluation = _evaluated(summary)
     if measured and evaluation:
         console.print(_table(summary, evaluation))
-        kind = "best model by validation" if measured == summary.best else "last model"
+        kind = (
+            "best model by validation"
+            if measured == summary.best and not summary.client_privacy
+            else "last model"
+        )
         console.print(
             f"{summary.metric} on {evaluation.split} rows, {kind}: after round "
             f"{measured.round} of {summary.rounds}{_interval(summary, evaluation)}",
@@ -49,6 +53,13 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
         f"{decimal(summary.bytes['total'])} sent and received",
         markup=False,
     )
+    if claim := summary.client_privacy:
+        console.print(
+            f"site-level privacy: epsilon {claim.epsilon:.3g} at delta {claim.delta:g}, noise on the mean "
+            f"update {claim.noise_on_mean:.3g} times the clipping norm",
+            markup=False,
+            soft_wrap=True,
+        )
     for what, path in (("adapter", output_dir / "adapter"), ("report", output_dir / "report.html")):
         if path.exists():
             console.print(f"{what:8} {path}", markup=False, soft_wrap=True)

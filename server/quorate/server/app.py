@@ -7,7 +7,6 @@ Touches a private name of Flower's: `RunNotRunningException`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -24,9 +23,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.run import RunNotRunningException
 
+from quorate.server.alone import left_out
 from quorate.server.events import EVENTS_FILE, EventsHandler, EventsTracker
 from quorate.server.federation import FederationFolder
 from quorate.server.finish import finish
+from quorate.server.nodes import Nodes
 from quorate.server.rounds import run_rounds
 from quorate.server.run import RUN_FILE, Run, alone_in
 from quorate.server.status import RunStatus
@@ -146,26 +147,10 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsT
     config = load_run(run_dir / RUN_FILE)
     trackers = [events, *configured_trackers(config)]
     run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
-    if config.evaluation.references:
-        log.warning(
-            "evaluation.references (%s) are left out: only a simulation has all rows to train them on",
-            ", ".join(config.evaluation.references),
-        )
-    result = run_rounds(grid, run, read_nodes(folder))
+    if why := left_out(config):
+        log.warning("evaluation.references are left out: %s", why)
+    result = run_rounds(grid, run, Nodes.read(folder).sites)
     finish(grid, run, result)
-
-
-def read_nodes(folder: FederationFolder) -> dict[int, str]:
-    """Return Flower's node id -> site, of the sites whose keys are registered.
-
-    Raises: ConfigError: there are none yet.
-    """
-    try:
-        return {int(node): site for node, site in json.loads(folder.nodes_file.read_text()).items()}
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(
-            f"{folder.nodes_file}: no sites are registered; start the server with `quorate server start`."
-        ) from error
 
 
 def _asked_for(context: Context) -> tuple[FederationFolder, str]:

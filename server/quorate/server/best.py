@@ -30,7 +30,7 @@ class Standing:
         A round without validation figures changes nothing. An improvement counts as one for early stopping
         where it is larger than `early_stopping_threshold`, as in transformers' EarlyStoppingCallback.
         """
-        metric = metric_of(config)
+        metric = config.metric
         value = scalars(validation.pooled).get(metric) if validation else None
         if value is None:
             return self
@@ -53,10 +53,5 @@ class Standing:
         best = f"round {self.round} ({self.value:.4g})" if self.value is not None else "none, all were NaN"
         return (
             f"stopped early after round {round} of {config.federation.rounds}: for {rounds} "
-            f"{metric_of(config)} has not improved{more}; the best is {best}"
+            f"{config.metric} has not improved{more}; the best is {best}"
         )
-
-
-def metric_of(config: RunConfig) -> str:
-    """Return the metric that picks the best round."""
-    return config.evaluation.metric_for_best_model or config.task.default_metric

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from quorate.server.collect import Answers
-from quorate.server.records import Exclusion, RoundRecord
+from quorate.server.records import Exclusion, RoundNoise, RoundRecord
 from quorate.server.run import Run
 from quorate.shared.messages import Update
 
@@ -26,6 +26,7 @@ class Books:
     norms: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     train: dict[str, dict[str, float]] = field(default_factory=dict)
+    noise: RoundNoise | None = None
 
     @contextmanager
     def timed(self, run: Run, round: int, phase: str) -> Iterator[None]:
@@ -68,6 +69,7 @@ class Books:
             seconds=self.seconds,
             state_hash=state_hash,
             early_stop=early_stop,
+            noise=self.noise,
         )
 
 

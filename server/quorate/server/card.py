@@ -11,6 +11,7 @@ from quorate.server.evaluation import scalars
 from quorate.server.records import Evaluation, Summary
 from quorate.server.report.figures import DASH, count, metric_name, show, show_interval
 from quorate.server.report.files import interval_of, value_of
+from quorate.server.report.privacy import claim_in_words
 from quorate.shared.config.run import RunConfig
 from quorate.shared.sources import is_hub_id
 
@@ -59,6 +60,7 @@ def model_card(run: RunConfig, summary: Summary) -> str:
         metric=metric_name(summary.metric),
         rows=sum(site.rows.get("train", 0) for site in summary.sites.values()),
         load=_loading(run),
+        claim=claim_in_words(summary.client_privacy) if summary.client_privacy else "",
         count=count,
     )
 

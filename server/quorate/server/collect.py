@@ -30,9 +30,11 @@ REASONS = {
     "policy-data": "its policy does not allow this data alias, or it holds no such data",
     "policy-model": "its policy does not list the base model's sha256, or the run does not name it",
     "policy-rank": "its policy allows no adapter of this rank",
+    "policy-modules-to-save": "its policy does not allow a part of the model to be trained whole",
+    "policy-head": "its policy allows no head with so many hidden units",
     "policy-rows": "has fewer training rows than its policy asks for",
     "policy-approval": "a person at the site must approve this run first (quorate site approve)",
-    "policy-privacy": "lets no run use these rows without record- or group-level privacy",
+    "policy-privacy": "asks for differential privacy, or the run's privacy does not cover the request",
     "policy-budget": "has too little privacy budget left for this run, or none for its unit of privacy",
     "ledger": "has a privacy ledger that is not as it was written; its people must look into it",
     "withdrawn": "was withdrawn from this run by its people",
@@ -47,7 +49,7 @@ REASONS = {
     "adapter": "sent arrays with other names or shapes than were asked for",
     "norm": "moved further than federation.max_update_norm",
     "version": "runs another release of Quorate or of a library; install the one that the server runs",
-    "config": "worked under another run configuration",
+    "config": "worked under another run configuration, or cannot use this one; its log says why",
 }
 
 

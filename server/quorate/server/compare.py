@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -59,15 +59,16 @@ def compare(folders: Sequence[Path]) -> Comparison:
     tested = [summary.best.test for summary in summaries if summary.best and summary.best.test]
     metrics = tuple(scalars(tested[0].pooled))
     models = [_models(summary) for summary in summaries]
+    common = [model for model in models[0] if all(model in each for each in models)]
     everywhere = {
         model: {metric: _figure([m[model].pooled[metric] for m in models]) for metric in metrics}
-        for model in models[0]
-        if all(model in each for each in models)
+        for model in common
+        if all(_everywhere(m[model], m["federated"].sites) for m in models)
     }
     sites = {
         site: {
             label: {metric: _figure([m[model].sites[site][metric] for m in models]) for metric in metrics}
-            for model, label in _at_home(list(everywhere), site)
+            for model, label in _at_home(common, site)
         }
         for site in tested[0].sites
         if all(site in each.sites for each in tested)  # one that was set aside in a run has no mean
@@ -127,6 +128,11 @@ def _models(summary: Summary) -> dict[str, Evaluation]:
         models["centralised"] = summary.references.centralised
         models |= {f"local only: {site}": each for site, each in summary.references.local_only.items()}
     return {name: measured.test for name, measured in models.items() if measured and measured.test}
+
+
+def _everywhere(evaluation: Evaluation, sites: Iterable[str]) -> bool:
+    """Whether it is on all of these sites' rows; a federation tests local-only adapters at home alone."""
+    return set(evaluation.sites) >= set(sites)
 
 
 def _at_home(models: Sequence[str], site: str) -> list[tuple[str, str]]:

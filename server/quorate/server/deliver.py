@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from flwr.serverapp import Grid
 
-from quorate.server.collect import Answers, exclusion
+from quorate.server.collect import exclusion
 from quorate.server.evaluation import scalars
-from quorate.server.joining import request
+from quorate.server.joining import answers_of, request
 from quorate.server.outputs import best_state
 from quorate.server.records import Evaluation, Exclusion, Measured, Summary
 from quorate.server.rounds import Result
@@ -44,7 +44,7 @@ def deliver(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str,
 
 def _send(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str, Exclusion]:
     assert result.progress is not None
-    members, federation = result.members, run.config.federation
+    members = result.members
     round = result.progress.round
     arrays = downloaded(run.config, best_state(run, result), round)
     asked = {}
@@ -52,7 +52,7 @@ def _send(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str, E
         plain = request(run, round, "finish", site, arrays)
         header = plain.header.model_copy(update={"delivery": delivery(summary, site)})
         asked[node] = RoundRequest(header, arrays)
-    answers = Answers(members.by_node, len(asked), federation.timeout_seconds, federation.grace_seconds)
+    answers = answers_of(run, members.by_node, len(asked))
 
     def check(_request: RoundRequest, _update: Update) -> None:
         """An answer without an error is all that is expected."""
@@ -77,7 +77,8 @@ def delivery(summary: Summary, site: str) -> Delivery:
         "own": _finite(scalars(evaluation.sites.get(site, {}))),
         "own_rows": evaluation.rows.get(site, 0),
     }
-    if len(evaluation.sites) >= MIN_SITES:
+    # Pooled figures hold no noise: with client-level privacy a site is told of its own rows alone.
+    if len(evaluation.sites) >= MIN_SITES and summary.client_privacy is None:
         figures["pooled"] = _finite(scalars(evaluation.pooled))
         figures["pooled_rows"] = sum(evaluation.rows.values())
     if (worth := summary.worth.get(site)) and math.isfinite(worth.local_only):

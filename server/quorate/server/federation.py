@@ -147,7 +147,7 @@ class FederationFolder:
 
     @property
     def nodes_file(self) -> Path:
-        """JSON: Flower's node id (as text) -> site, written when a site's key is registered."""
+        """JSON `quorate.server.nodes.Nodes`, written when a site's key is registered."""
         return self.state / "nodes.json"
 
     def site(self, name: str) -> Path:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from flwr.serverapp import Grid
 
+from quorate.server.alone import compare
 from quorate.server.deliver import deliver
 from quorate.server.outputs import measure, write_outputs
 from quorate.server.records import Summary
@@ -35,8 +36,12 @@ def finish(grid: Grid, run: Run, result: Result) -> Summary:
 
     Raises: QuorumNotMet, KeyboardInterrupt: what ended the run early, once everything is written.
     """
-    final, best, _ = all_the_same(result, lambda: measure(grid, run, result))
-    summary = all_the_same(result, lambda: write_outputs(run, result, final, best))
+    final, best, outcomes = all_the_same(result, lambda: measure(grid, run, result))
+    compared = all_the_same(result, lambda: compare(grid, run, result, outcomes))
+    references, gains = compared.references, compared.worth
+    summary = all_the_same(
+        result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
+    )
     if result.stopped is not None:
         raise result.stopped
     deliver(grid, run, result, summary)

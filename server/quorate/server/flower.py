@@ -15,6 +15,7 @@ _TYPES: Mapping[Phase, str] = {
     "join": MessageType.QUERY,
     "fit": MessageType.TRAIN,
     "evaluate": MessageType.EVALUATE,
+    "alone": MessageType.TRAIN,
     "finish": MessageType.QUERY,
 }
 POLL_SECONDS = 0.5

@@ -149,6 +149,7 @@ def _summary(
         bytes={"down": down, "up": up, "total": down + up},
         seconds={**seconds, "total": round(sum(seconds.values()), 3)},
         versions={name: version(name) for name in _LIBRARIES},
+        client_privacy=result.claim,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 from quorate.shared.messages import SiteDescription
+from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.tasks.base import Metrics
 
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -33,6 +34,19 @@ class Exclusion(Record):
     """Error class: the site's own (`data`, `model`, ...), `timeout`, or the check that failed."""
     reason: str
     """One sentence in words; never text that came from a site's data."""
+
+
+class RoundNoise(Record):
+    """The noise of a round with client-level privacy."""
+
+    clipping_norm: float
+    """L2 norm that updates were clipped to [parameter units]."""
+    deviation: float
+    """Standard deviation of the noise on every value of the sum of updates [parameter units]."""
+    fraction_within: float | None = None
+    """Part of the updates whose norm was up to that, with noise on it; None for a fixed clipping norm."""
+    next_norm: float
+    """The clipping norm of the round after it."""
 
 
 class RoundRecord(Record):
@@ -63,6 +77,8 @@ class RoundRecord(Record):
     """Content hash of the global state after the round."""
     early_stop: str | None = None
     """Why no round followed though the run asks for more, in words: early stopping."""
+    noise: RoundNoise | None = None
+    """What was added to the sum of updates, with client-level privacy."""
 
 
 class Evaluation(Record):
@@ -109,12 +125,17 @@ class References(Record):
     """The two reference runs, each with the same budget of optimiser steps."""
 
     local_only: dict[str, Measured] = {}
-    """Site -> its own adapter, trained on its rows alone, tested on every site's rows: `test.sites[SITE]` is
-    at home, `test.pooled` everywhere."""
+    """Site -> its own adapter, trained on its rows alone: `test.sites[SITE]` is at home. A simulation tests
+    it on every site's rows (`test.pooled`); in a federation it never leaves the site, and home is all."""
     centralised: Measured | None = None
     """One adapter trained on all rows in one place, with as many steps as all sites took together."""
     failed: dict[str, Exclusion] = {}
     """References left out because they failed: site, or `(all sites)` for the centralised one, and why."""
+
+    @property
+    def tested_everywhere(self) -> bool:
+        """Whether sites' own adapters were tested on other sites' rows too, as in a simulation."""
+        return any(each.test and len(each.test.sites) > 1 for each in self.local_only.values())
 
 
 class Worth(Record):
@@ -174,6 +195,39 @@ class Answer(Record):
     """The answer with the adapter of the best round."""
 
 
+class ClientClaim(Record):
+    """Client-level differential privacy: what released adapters tell of whether a site took part at all."""
+
+    epsilon: float
+    """Spent so far, by `events`."""
+    planned_epsilon: float
+    """Spent once all rounds are done."""
+    delta: float
+    """Probability with which the claim may fail."""
+    sites: int
+    """Sites when the run began."""
+    sampling_probability: float
+    """Chance of a site to be drawn for a round."""
+    expected_cohort: float
+    """Sites expected in a round, by which noised sums are divided."""
+    participation_hidden: bool
+    """Whether that chance counts as amplification: coins were secret."""
+    noise_multiplier: float
+    """Noise of a round over what one site can change."""
+    sum_multiplier: float
+    """Standard deviation of the noise on the sum of updates over the clipping norm."""
+    values: int
+    """How many values of the adapter move."""
+    noise_on_mean: float
+    """Expected L2 norm of the noise on the mean update over the clipping norm; above 1 it drowns updates."""
+    clipping_norm: float | None
+    """Clipping norm of the last round [parameter units]."""
+    releases: int
+    """Noised models that sites may have seen."""
+    events: tuple[PrivacyEvent, ...]
+    """What the mechanism did, for any accountant: of the site that it cost most."""
+
+
 class Summary(Record):
     """The whole run in one object."""
 
@@ -214,3 +268,5 @@ class Summary(Record):
     """Wall time of the rounds by step, and `total`; joining, the test and reference runs come on top."""
     versions: dict[str, str]
     """Versions of quorate and the libraries that shape the result, at the coordinator."""
+    client_privacy: ClientClaim | None = None
+    """What the released adapters tell of single sites, where noise was added for that."""

@@ -14,16 +14,17 @@ from quorate.server.best import Standing
 from quorate.server.books import Books, round_seconds
 from quorate.server.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.checks import check_measured, check_trained
+from quorate.server.client_privacy import CentralPrivacy
+from quorate.server.cohort import choose_cohort
 from quorate.server.collect import in_order
 from quorate.server.evaluation import summarise
 from quorate.server.joining import Members, answers_of, join, request, warn_of_changes
-from quorate.server.records import Evaluation, RoundMetrics
+from quorate.server.records import ClientClaim, Evaluation, RoundMetrics
 from quorate.server.run import Run
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
 from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
-from quorate.shared.seeds import rng
 from quorate.shared.selection import downloaded, upload_schema
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,14 @@ class Result:
         progress: of that round; None when no round finished.
         members: the sites and their nodes.
         stopped: what ended it early, to be raised again once the outputs are written.
+        central: client-level privacy, where the run asks for it.
     """
 
     state: GlobalState
     progress: Progress | None
     members: Members
     stopped: KeyboardInterrupt | QuorumNotMet | None = None
+    central: CentralPrivacy | None = None
 
     @property
     def status(self) -> Literal["done", "interrupted", "quorum-not-met"]:
@@ -51,6 +54,12 @@ class Result:
         if self.stopped is None:
             return "done"
         return "interrupted" if isinstance(self.stopped, KeyboardInterrupt) else "quorum-not-met"
+
+    @property
+    def claim(self) -> ClientClaim | None:
+        """What has been spent of client-level privacy, where the run asks for it."""
+        noise = self.progress.record.noise if self.progress else None
+        return self.central.claim(noise.clipping_norm if noise else None) if self.central else None
 
     @property
     def early(self) -> str | None:
@@ -71,17 +80,18 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     members = join(grid, run, names)
     _check_stopping(run, members)
     state, progress = _start(run, members)
+    central = CentralPrivacy.open(run, members, state, progress)
     run.tell(
         "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
     )
-    result = Result(state, progress, members)
+    result = Result(state, progress, members, central=central)
     first = progress.round + 1 if progress else 1
     try:
         for round in range(first, run.config.federation.rounds + 1):
             if result.early is not None:
                 break
             result.state, result.progress = run_round(
-                grid, run, members, result.state, result.progress, round
+                grid, run, members, result.state, result.progress, round, central
             )
     except (KeyboardInterrupt, QuorumNotMet) as stop:
         result.stopped = stop
@@ -90,43 +100,70 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
 
 
 def run_round(
-    grid: Grid, run: Run, members: Members, state: GlobalState, before: Progress | None, round: int
+    grid: Grid,
+    run: Run,
+    members: Members,
+    state: GlobalState,
+    before: Progress | None,
+    round: int,
+    central: CentralPrivacy | None = None,
 ) -> tuple[GlobalState, Progress]:
     """Run one round from `state`; returns the state after it and the progress that was checkpointed.
 
     Raises: QuorumNotMet: fewer good updates than federation.quorum.
     """
-    rule, books = run.config.aggregation, Books()
-    with books.timed(run, round, "cohort"):  # 1 choose the cohort
-        cohort = choose_cohort(run, members, round)
-    with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
-        accumulator = rule.init(state, round)
-        for site, update in _trained(grid, run, members, state, cohort, round, books):
-            weight = rule.weight(update.header.num_examples, update.header.num_tokens)
-            rule.add(accumulator, update.arrays, weight)
-            books.note(site, update, weight)
-    if len(books.num_examples) < run.config.federation.quorum:
-        raise _quorum_not_met(run, round, cohort, books)
-    with books.timed(
-        run, round, "aggregate"
-    ):  # 7 step the global adapter (6, central noise: not asked for yet)
-        state = rule.finish(accumulator, state, round)
+    if central and (pending := central.take_pending(round)):  # steps 1 to 7, done before a kill
+        state, cohort, books = pending.state, pending.released.cohort, pending.released.books
+    else:
+        books = Books()
+        state, cohort = _step(grid, run, members, state, before, round, central, books)
     validation = None
     with books.timed(run, round, "evaluate"):  # 8 evaluate
         if round % run.config.evaluation.every == 0 or round == run.config.federation.rounds:
             outcomes = evaluate_at_sites(grid, run, members, state, "validation", round, books)
             validation = summarise(run.config.task, "validation", outcomes)
     # 9 checkpoint, then record
-    return state, _finish(run, members, state, before, round, cohort, books, validation)
+    progress = _finish(run, members, state, before, round, cohort, books, validation)
+    if central:
+        central.finished()
+    return state, progress
 
 
-def choose_cohort(run: Run, members: Members, round: int) -> tuple[str, ...]:
-    """Return the sites asked in `round`: all of them, or `sites_per_round` drawn by the seed."""
-    names = sorted(members.nodes)
-    wanted = run.config.federation.sites_per_round
-    if wanted is None or wanted >= len(names):
-        return tuple(names)
-    return tuple(sorted(rng(run.config.seed, "cohort", round).choice(names, wanted, replace=False).tolist()))
+def _step(
+    grid: Grid,
+    run: Run,
+    members: Members,
+    state: GlobalState,
+    before: Progress | None,
+    round: int,
+    central: CentralPrivacy | None,
+    books: Books,
+) -> tuple[GlobalState, tuple[str, ...]]:
+    """Steps 1 to 7: return the next state and the sites that were asked, and note the rest in `books`."""
+    rule = run.config.aggregation
+    with books.timed(run, round, "cohort"):  # 1 choose the cohort
+        cohort = central.cohort(members, round) if central else choose_cohort(run, members, round)
+    with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
+        accumulator = rule.init(state, round)
+        clipped = central.clipped_sum(state, before, round) if central else None
+        for site, update in _trained(grid, run, members, state, cohort, round, books):
+            weight = rule.weight(update.header.num_examples, update.header.num_tokens)
+            if clipped is None:
+                rule.add(accumulator, update.arrays, weight)
+            else:
+                clipped.add(update.arrays)
+            books.note(site, update, weight)
+    # With coins a cohort may be smaller than the quorum, and even empty, without anybody's fault.
+    quorum = min(run.config.federation.quorum, len(cohort))
+    if len(books.num_examples) < quorum:
+        raise _quorum_not_met(quorum, round, cohort, books)
+    with books.timed(run, round, "aggregate"):
+        if central and clipped:  # 6 central noise: the rule sees the noised mean as the only update there is
+            rule.add(accumulator, central.noised_mean(clipped, books), 1.0)
+        after = rule.finish(accumulator, state, round)  # 7 step the global adapter
+    if central:
+        central.release(state, after, round, cohort, books)
+    return after, cohort
 
 
 def evaluate_at_sites(
@@ -168,7 +205,7 @@ def _trained(
 ) -> Iterator[tuple[str, Update]]:
     """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
     federation = run.config.federation
-    answers = answers_of(run, members.by_node, federation.quorum)
+    answers = answers_of(run, members.by_node, min(federation.quorum, len(cohort)))
     schema = upload_schema(run.config, members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
@@ -184,7 +221,9 @@ def _trained(
 
     arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
-    yield from in_order(cohort, answers, answers.ask(grid, asked, check))
+    arriving = answers.ask(grid, asked, check)
+    # Order decides the last bits of a sum, which noise drowns; without it no update is held for another.
+    yield from arriving if run.config.private_clients else in_order(cohort, answers, arriving)
     books.take(answers)
 
 
@@ -217,7 +256,10 @@ def _finish(
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
     standing = before.standing if before else Standing()
-    standing = standing.after(run.config, round, validation)
+    if not run.config.private_clients:
+        # Under client-level privacy the last round is the result: validation rows are a site's data too, and
+        # no noise hides which round they would choose.
+        standing = standing.after(run.config, round, validation)
     early_stop = standing.stops(run.config, round)
     record = books.record(round, cohort, state.pack().content_hash, early_stop)
     metrics = RoundMetrics(round=round, train=books.train, validation=validation)
@@ -254,10 +296,10 @@ def _check_stopping(run: Run, members: Members) -> None:
         )
 
 
-def _quorum_not_met(run: Run, round: int, cohort: tuple[str, ...], books: Books) -> QuorumNotMet:
+def _quorum_not_met(quorum: int, round: int, cohort: tuple[str, ...], books: Books) -> QuorumNotMet:
     why = "; ".join(f"{site}: {e.reason}" for site, e in sorted(books.excluded.items()))
     return QuorumNotMet(
-        f"round {round} needs {run.config.federation.quorum} of {len(cohort)} sites, "
+        f"round {round} needs {quorum} of {len(cohort)} sites, "
         f"{len(books.num_examples)} gave a good update ({why}); mend those sites or lower federation.quorum, "
         "then continue with --resume."
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quorate.server.best import metric_of
 from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.trackers import Tracker
@@ -49,7 +48,7 @@ class Run:
     @property
     def metric(self) -> str:
         """The metric that picks the best round."""
-        return metric_of(self.config)
+        return self.config.metric
 
     @classmethod
     def open(

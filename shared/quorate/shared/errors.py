@@ -12,6 +12,7 @@
     │   ├── OutputError                   the output folder cannot be used or written
     │   └── LedgerError                   a site's privacy ledger that is not what was written
     ├── RequestRefused           exit 1   a site says no to a request (policy, wrong run)
+    ├── AuditMissing             exit 1   an adapter was not audited, or its claim is refuted
     └── QuorumNotMet             exit 3   a round had too few good updates
 
 An error that crosses from a site to the coordinator carries `code` alone, never its text: the text
@@ -104,6 +105,12 @@ class RequestRefused(QuorateError):
     def __init__(self, reason: str, *, code: str = "refused") -> None:
         super().__init__(reason)
         self.code = code
+
+
+class AuditMissing(QuorateError):
+    """An adapter that was to be let out only after an audit was not audited, or its claim was refuted."""
+
+    code = "audit"
 
 
 class QuorumNotMet(QuorateError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -16,6 +18,10 @@ PRIVATE, PUBLIC, PRIVATE_FOLDER = 0o600, 0o644, 0o700
 """Modes, whatever the umask: what only its owner may read, what anyone may, and a folder of the former."""
 
 log = logging.getLogger(__name__)
+
+# Linux's renameat2, which Python does not have.
+_RENAME = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
@@ -42,11 +48,14 @@ def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
 
-    An existing folder is replaced. Everything is on disk (fsync) before the name appears.
+    An existing folder is replaced. Everything is on disk (fsync) before the name appears. On a file system
+    that cannot exchange two names in one step (NFS), a kill in between leaves the earlier folder as
+    `.NAME.old`; `restore_folder` gives it its name back.
 
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    restore_folder(folder)
     with writing(folder):
         try:
             if temporary.exists():
@@ -55,16 +64,31 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             for name, content in files.items():
                 _write_synced(temporary / name, content)
             sync_folder(temporary)
-            if folder.exists():  # aside in one step: a kill while it is deleted would leave half of it
+            if not folder.exists():
+                temporary.rename(folder)
+            elif not _exchange(temporary, folder):
+                # Aside in one step: a kill while it is deleted would leave half of it.
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
-            temporary.rename(folder)
+                temporary.rename(folder)
             sync_folder(folder.parent)
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             for left in (temporary, old):  # on a full disk they would take the room that the rest needs
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Give a folder its name back, where `write_folder` was killed before the next one had it.
+
+    Raises: OutputError: the place cannot be written.
+    """
+    old = folder.parent / f".{folder.name}.old"  # with_name has no answer to Path(".")
+    if old.is_dir() and not folder.exists():
+        with writing(folder):
+            old.rename(folder)
+            sync_folder(folder.parent)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -148,6 +172,24 @@ def held(path: Path) -> bool | None:
     return False
 
 
+def take_lock(descriptor: int) -> None:
+    """Take the lock of an open file for as long as the file stays open, and write this process's id into it.
+
+    Raises: BlockingIOError: another process has it; `holder` tells which.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def holder(path: Path) -> int | None:
+    """Return the id of the process that holds the lock file `path`; 0 where it is not known, None: nobody."""
+    if not path.exists() or held(path) is not True:
+        return None
+    content = path.read_bytes()
+    return int(content) if content.isdigit() else 0
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an OSError while `path` is written into an OutputError that says what to do."""
@@ -158,6 +200,18 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or type(error).__name__}; make room or get the right to "
             "write there, then give the command again (a run continues with --resume)."
         ) from error
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; returns whether this system and file system can."""
+    if _RENAME is None:
+        return False
+    if _RENAME(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _write_synced(path: Path, content: bytes) -> None:

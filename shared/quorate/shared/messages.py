@@ -19,10 +19,12 @@ from quorate.shared.outcomes import Outcomes
 from quorate.shared.privacy.claim import PrivacyClaim
 
 PROTOCOL: Literal[1] = 1
-Phase = Literal["join", "fit", "evaluate", "finish"]
+Phase = Literal["join", "fit", "evaluate", "alone", "finish"]
 Split = Literal["train", "validation", "test"]
 RECORD, ARRAY = "quorate", "message"
 """Where a Flower RecordDict carries a message: the name of its array record, and of the array in it."""
+BEST_ROUND = "best_round"
+"""Figure in the answer to `alone`: the round that the measured adapter is of."""
 ERROR_CODE = r"^[a-z][a-z-]{0,39}$"
 """What may leave a site of an error: too short to hold its text."""
 ErrorCode = Annotated[str, StringConstraints(pattern=ERROR_CODE)]
@@ -76,7 +78,7 @@ class RequestHeader(ConfigModel):
     round: int = Field(ge=0)
     """Round, from 1; 0 while sites join."""
     phase: Phase
-    """What is asked: describe yourself, train, evaluate, or keep the result."""
+    """What is asked: describe yourself, train, evaluate, train an adapter of your own, keep the result."""
     site: str
     """The site that is asked; empty while joining, when the coordinator knows nodes but not yet names."""
     split: Split | None = None
@@ -130,7 +132,7 @@ class UpdateHeader(ConfigModel):
     error: ErrorCode | None = None
     """Error code when the site could not do what was asked; all other fields are then empty."""
     num_examples: Count = 0
-    """Training rows of the site (fit) or rows evaluated (evaluate). Taken as public under privacy."""
+    """Training rows of the site (fit) or rows evaluated (evaluate, alone); public, under privacy too."""
     num_tokens: Count = 0
     """Tokens whose loss is trained in the site's training rows (fit), for tasks that count them."""
     num_steps: Count = 0

@@ -26,6 +26,7 @@ from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.base_model import default_device, load_base
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
+from quorate.shared.patterns import check_cost
 from quorate.shared.quantised import placed
 from quorate.shared.seeds import derive_seed
 from quorate.shared.tasks import Task
@@ -205,6 +206,8 @@ def _check_all_found(
 ) -> None:
     """Raise ModelError for a name that no module ends in; PEFT passes over it when another one matches."""
     names = [name for name, _ in base.named_modules()]
+    if isinstance(wanted, str):
+        check_cost(f"adapter.{field}", [wanted], names)  # before PEFT matches it on the same names
     if isinstance(wanted, str) and not (
         wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in names)
     ):

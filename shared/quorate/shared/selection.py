@@ -8,12 +8,13 @@ whole name (`.*layer\.[01]\..*`). Names are those inside the base model, without
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig, TrainingConfig
 from quorate.shared.errors import ConfigError
+from quorate.shared.patterns import check_cost
 
 # PEFT's for `layers_to_transform`: lazy, as the first number is the layer's and a later one an expert's.
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -21,12 +22,10 @@ _LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 def matches(pattern: str, name: str) -> bool:
     """Whether `pattern` names the array `name` or a module that it is in."""
-    parts = _plain(name).split(".")
-    for end in range(1, len(parts) + 1):
-        path = ".".join(parts[:end])
-        if path == pattern or path.endswith(f".{pattern}") or re.fullmatch(pattern, path):
-            return True
-    return False
+    return any(
+        path == pattern or path.endswith(f".{pattern}") or re.fullmatch(pattern, path)
+        for path in _paths(name)
+    )
 
 
 def layer_index(name: str) -> int | None:
@@ -41,6 +40,7 @@ def frozen(training: TrainingConfig, names: Iterable[str]) -> frozenset[str]:
     Raises: ConfigError: a pattern that names no array, more layers than there are, or nothing left to train.
     """
     names = list(names)
+    _check_cost("training.freeze", training.freeze, names)
     still = {name for pattern in training.freeze for name in _named("training.freeze", pattern, names)}
     if training.freeze_layers:
         layers = _layers(names)
@@ -67,6 +67,7 @@ def rate_factors(training: TrainingConfig, names: Iterable[str]) -> dict[str, fl
     Raises: ConfigError: a pattern that names no array.
     """
     factors = dict.fromkeys(names, 1.0)
+    _check_cost("training.learning_rates", training.learning_rates, list(factors))
     for pattern, factor in training.learning_rates.items():
         for name in _named("training.learning_rates", pattern, list(factors)):
             factors[name] *= factor
@@ -134,6 +135,18 @@ def check_patterns(run: RunConfig, names: Iterable[str]) -> None:
             f"training.freeze freezes one factor of {_plain(min(halves))}, but aggregation "
             f"{run.aggregation.name} needs both of a layer; freeze the whole layer, or choose fedavg or ffa."
         )
+
+
+def _check_cost(field: str, patterns: Collection[str], names: list[str]) -> None:
+    """Raise ConfigError where matching these patterns would take long."""
+    if patterns:
+        check_cost(field, patterns, dict.fromkeys(path for name in names for path in _paths(name)))
+
+
+def _paths(name: str) -> list[str]:
+    """Return the names of an array and of the modules that it is in, outermost first."""
+    parts = _plain(name).split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _named(field: str, pattern: str, names: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import OutputError, QuorateError
-from quorate.shared.files import held
+from quorate.shared.files import holder
 
 STATUS_FILE, LOCK_FILE = "status.json", "supervisor.lock"
 _POLL_SECONDS = 0.2
@@ -30,6 +30,15 @@ class ProgramStatus(ConfigModel):
     """How often it was started again."""
     last_exit: int | None = None
     """How it ended last: exit code, or minus the signal."""
+    problem: str | None = None
+    """Why it could not be started the last time; None while it runs."""
+
+    @property
+    def stopped(self) -> str | None:
+        """Why there is no process of it; None where there is one."""
+        if self.pid is not None:
+            return None
+        return f"cannot be started ({self.problem})" if self.problem else "does not run"
 
 
 class Status(ConfigModel):
@@ -56,8 +65,7 @@ def start_detached(
     Raises: OutputError: one is running already. QuorateError: it ended, or nothing was ready in time; what
         was started is stopped again.
     """
-    if read_status(state_dir) is not None:
-        raise OutputError(f"{state_dir}: is running already; stop it first.")
+    refuse_second(state_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         process = subprocess.Popen(
@@ -67,6 +75,7 @@ def start_detached(
     try:
         while not ready():
             if process.poll() is not None:
+                refuse_second(state_dir)  # another one began at the same time, and has the lock
                 raise QuorateError(f"it ended at once ({process.returncode}); {output} says why.")
             if time.monotonic() > deadline:
                 raise QuorateError(f"it was not ready after {timeout:.0f} s; {output} and the logs say why.")
@@ -88,28 +97,42 @@ def stop(state_dir: Path, timeout: float = 60.0) -> bool:
         return False
     os.kill(status.pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout
-    while _locked(state_dir):
+    while holder(state_dir / LOCK_FILE) is not None:
         if time.monotonic() > deadline:
             raise QuorateError(f"process {status.pid} did not stop within {timeout:.0f} s.")
         time.sleep(_POLL_SECONDS)
     return True
 
 
+def refuse_second(state_dir: Path, what: str | None = None, remedy: str = "stop it first") -> None:
+    """Raise OutputError where a supervisor has this folder, saying which process that is.
+
+    Args:
+        state_dir: its folder.
+        what: whose it is; the folder when left out.
+        remedy: what to do about it.
+    """
+    pid = holder(state_dir / LOCK_FILE)
+    if pid is not None:
+        process = f" (process {pid})" if pid else ""
+        raise OutputError(f"{what or f'{state_dir}:'} is running already{process}; {remedy}.")
+
+
 def read_status(state_dir: Path) -> Status | None:
-    """Return what a running supervisor wrote last; None when none is running, whatever the file says."""
-    if not _locked(state_dir):
+    """Return what a running supervisor wrote last; None when none is running, whatever the file says.
+
+    One that has the lock and has not written yet, or is about to leave, has no programs.
+    """
+    pid = holder(state_dir / LOCK_FILE)
+    if pid is None:
         return None
-    # It may hold the lock and not have written yet, or be about to leave.
     try:
-        return Status.model_validate_json((state_dir / STATUS_FILE).read_bytes())
+        status = Status.model_validate_json((state_dir / STATUS_FILE).read_bytes())
+        # An earlier one that was killed has left its file; and 0 is one of a release that signed no locks.
+        return status if pid in (0, status.pid) else Status(pid=pid, programs={})
     except FileNotFoundError:
-        return None
+        return Status(pid=pid, programs={}) if pid else None
     except ValidationError as error:
         raise OutputError(
             f"{state_dir / STATUS_FILE}: damaged; stop the supervisor and start again."
         ) from error
-
-
-def _locked(state_dir: Path) -> bool:
-    path = state_dir / LOCK_FILE
-    return path.exists() and held(path) is True

@@ -7,7 +7,6 @@ only: the kernel ends the programs when their supervisor dies, so that none is l
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 import signal
@@ -20,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from quorate.shared.errors import OutputError
-from quorate.shared.supervised import LOCK_FILE, STATUS_FILE, ProgramStatus, Status
+from quorate.shared.files import take_lock
+from quorate.shared.supervised import LOCK_FILE, STATUS_FILE, ProgramStatus, Status, refuse_second
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,11 @@ class Supervisor:
     def run(self) -> None:
         """Start everything and stay until SIGTERM or SIGINT. To be called from the main thread.
 
-        Raises: OutputError: another supervisor has this folder. OSError: a program cannot be started at all.
+        A program that cannot be started again is tried again, as one that dies at once: what keeps it from
+        starting, such as a lack of memory or of disk, may pass, and the others go on meanwhile.
+
+        Raises: OutputError: another supervisor has this folder. OSError: a program cannot even be
+            started once.
         """
         with _alone(self._state_dir):
             before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
@@ -126,6 +130,7 @@ class _Kept:
         self._delay = FIRST_DELAY
         self._starts = 0
         self._last_exit: int | None = None
+        self._problem: str | None = None
         self._leaders: list[int] = []
 
     @property
@@ -135,6 +140,7 @@ class _Kept:
             since=self._since,
             restarts=max(self._starts - 1, 0),
             last_exit=self._last_exit,
+            problem=self._problem,
         )
 
     def tend(self) -> bool:
@@ -142,7 +148,17 @@ class _Kept:
         if self._process is None:
             if time.monotonic() < self._due:
                 return False
-            self._start()
+            try:
+                self._start()
+            except (
+                OSError,
+                KeyError,
+                subprocess.SubprocessError,
+            ) as error:  # KeyError: its user is not known
+                if not self._starts:
+                    raise
+                self._problem = f"{type(error).__name__}: {error}"
+                self._back_off(f"cannot be started ({self._problem})")
             return True
         code = self._process.poll()
         if code is None:
@@ -152,11 +168,15 @@ class _Kept:
             self._leaders.remove(self._process.pid)
         if time.monotonic() - self._started >= STEADY_SECONDS:
             self._delay = FIRST_DELAY
-        log.warning("%s ended (%d); starting it again in %.1f s", self.program.name, code, self._delay)
-        self._due = time.monotonic() + self._delay
-        self._delay = min(2 * self._delay, LONGEST_DELAY)
+        self._back_off(f"ended ({code})")
         self._process, self._last_exit, self._since = None, code, time.time()
         return True
+
+    def _back_off(self, why: str) -> None:
+        """Let it rest for a while, longer each time."""
+        log.warning("%s %s; starting it again in %.1f s", self.program.name, why, self._delay)
+        self._due = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, LONGEST_DELAY)
 
     def stop(self) -> None:
         """End the process, then what it started, also what earlier ones of it left."""
@@ -194,7 +214,7 @@ class _Kept:
             )
         self._leaders.append(self._process.pid)
         self._starts += 1
-        self._started, self._since = time.monotonic(), time.time()
+        self._started, self._since, self._problem = time.monotonic(), time.time(), None
         log.info("%s started as process %d", program.name, self._process.pid)
 
 
@@ -204,9 +224,10 @@ def _alone(state_dir: Path) -> Iterator[None]:
     # Not inherited by the programs (O_CLOEXEC is Python's default), so the lock ends with this process.
     with (state_dir / LOCK_FILE).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{state_dir}: is running already; stop it first.") from error
+            take_lock(file.fileno())
+        except BlockingIOError:
+            refuse_second(state_dir)
+            raise OutputError(f"{state_dir}: was running until now; give the command again.") from None
         yield
 
 

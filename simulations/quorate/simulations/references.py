@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from quorate.client.alone import UNKNOWN, single, value
 from quorate.client.site import Site, SiteRows
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.collect import exclusion
@@ -20,7 +21,6 @@ from quorate.server.joining import request
 from quorate.server.records import Exclusion, Measured, References, Worth
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
-from quorate.shared.aggregation import FedAvg
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
@@ -28,7 +28,6 @@ from quorate.shared.tasks.base import Row
 
 POOL = "(all sites)"
 """The centralised run's name; no real site can have it."""
-_UNKNOWN = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def run_references(
     failed: dict[str, Exclusion] = {}
     centralised = None
     if "local_only" in wanted:
-        best = train_alone(run, _single(config), site, list(rows), initial, "local only", failed)
+        best = train_alone(run, single(config), site, list(rows), initial, "local only", failed)
         for name, candidate in best.items():
             outcomes = _measure(run, site, rows, name, candidate, failed)
             if outcomes is None:
@@ -134,22 +133,14 @@ def train_alone(
         asked = [
             request(asking, round, "evaluate", name, arrays, "validation") for name, arrays in current.items()
         ]
-        scored = _answers(site, asked, failed)
-        current = {name: current[name] for name in scored}
-        for name, update in scored.items():
-            value = _value(run, update.header.outcomes)
+        answered = _answers(site, asked, failed)
+        current = {name: current[name] for name in answered}
+        for name, update in answered.items():
+            scored = value(run.config, update.header.outcomes)
             # Without validation rows the last round stands, as it does for the federation.
-            if name not in best or value > best[name].value or value == _UNKNOWN:
-                best[name] = Candidate(round, current[name], value)
+            if name not in best or scored > best[name].value or scored == UNKNOWN:
+                best[name] = Candidate(round, current[name], scored)
     return {name: best[name] for name in current}
-
-
-def _value(run: Run, outcomes: Outcomes | None) -> float:
-    """Return the run's metric, with a sign so that more is better; unknown without validation rows."""
-    if outcomes is None or not outcomes.rows:
-        return _UNKNOWN
-    task = run.config.task
-    return task.sign(run.metric) * float(task.metrics(outcomes)[run.metric])
 
 
 def _measure(
@@ -161,7 +152,7 @@ def _measure(
     failed: dict[str, Exclusion],
 ) -> dict[str, Outcomes] | None:
     """Return an adapter's test outcomes on every site's rows; None, and `whose` in `failed`, if one fails."""
-    asking = Run(_single(run.config), run.output_dir, run.run_id)
+    asking = Run(single(run.config), run.output_dir, run.run_id)
     asked = [request(asking, 0, "evaluate", name, candidate.adapter, "test") for name in rows]
     wrong: dict[str, Exclusion] = {}
     answers = _answers(site, asked, wrong)
@@ -182,11 +173,6 @@ def _answers(site: Site, requests: list[RoundRequest], failed: dict[str, Exclusi
     return good
 
 
-def _single(config: RunConfig) -> RunConfig:
-    """Return the configuration for a site alone: with one site every rule reduces to training all factors."""
-    return config.model_copy(update={"aggregation": FedAvg()})
-
-
 def _all_steps(config: RunConfig, rows: Mapping[str, SiteRows]) -> RunConfig:
     """Return the configuration for all rows in one place, with the steps of all sites together."""
     training = config.training
@@ -194,4 +180,4 @@ def _all_steps(config: RunConfig, rows: Mapping[str, SiteRows]) -> RunConfig:
         # Sites asked in a round, not sites there are: the budget is that of the federated run.
         asked = min(config.federation.sites_per_round or len(rows), len(rows))
         training = training.model_copy(update={"max_steps": training.max_steps * asked})
-    return _single(config.model_copy(update={"training": training}))
+    return single(config.model_copy(update={"training": training}))

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quorate.client.site import Site, SiteRows
-from quorate.server.best import metric_of
 from quorate.server.evaluation import scalars
 from quorate.server.records import Exclusion, RoundMetrics, RoundRecord, Summary
 from quorate.server.run import Run
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import QuorumNotMet
+from quorate.shared.errors import ConfigError, QuorumNotMet
 from quorate.shared.messages import SiteDescription
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import InProcessGrid
@@ -57,6 +56,7 @@ class Search:
         origin: where the rows came from.
         say: told, in a line, of every trial that ended.
         on_step: told of every optimiser step.
+    Raises: ConfigError: the run file does not validate, or its privacy does not go with a search.
     """
 
     run_path: Path
@@ -71,11 +71,17 @@ class Search:
 
     def __post_init__(self) -> None:
         self.base = load_run(self.run_path, self.overrides)
+        if self.base.private_clients:
+            raise ConfigError(
+                "privacy.unit client: a search picks settings by the sites' validation rows, to which no "
+                "noise is added, and every trial spends epsilon of its own; search without privacy on public "
+                "or made-up data (a simulation can), and run the settings found with it."
+            )
 
     @property
     def metric(self) -> str:
         """What is searched for: the metric that picks a run's best round."""
-        return metric_of(self.base)
+        return self.base.metric
 
     @property
     def direction(self) -> str:

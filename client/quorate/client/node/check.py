@@ -13,7 +13,7 @@ from cryptography import x509
 
 import quorate.client
 from quorate.client.node.access import Access
-from quorate.client.node.folder import SITE_YAML, SiteFolder, accounts, local_data
+from quorate.client.node.folder import SITE_YAML, Account, SiteFolder, accounts, local_data
 from quorate.client.node.server_check import check_server
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import ConfigError, DataError, ModelError, QuorateError
@@ -116,7 +116,20 @@ def _users(site: SiteFolder) -> str:
                 f"data.{alias}: user {supernode.name}, which talks to the coordinator, can read {path}; "
                 f"forbid it with `chmod -R go-rwx {path}`."
             )
+    _models_are_readable(site, own)
     return f"{own.name} for the data, {supernode.name} for Flower"
+
+
+def _models_are_readable(site: SiteFolder, own: Account) -> None:
+    from quorate.client.base_models import find
+
+    for model in site.config.models:
+        folder = find(model.path, site.path)
+        if not all(Access(own).reads_tree(folder)):
+            raise ModelError(
+                f"models: user {own.name} cannot read {folder}; allow it with `chmod -R a+rX {folder}`, and "
+                "the folders above it with `chmod a+x`."
+            )
 
 
 def _model(site: SiteFolder, index: int) -> str:

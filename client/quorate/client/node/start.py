@@ -18,8 +18,8 @@ from quorate.client.node.guard import write_commands
 from quorate.client.node.supernode import site_program
 from quorate.client.node.supervise import become_supervisor
 from quorate.client.service import check_health
-from quorate.shared.errors import OutputError, QuorateError
-from quorate.shared.supervised import read_status, start_detached
+from quorate.shared.errors import QuorateError
+from quorate.shared.supervised import refuse_second, start_detached
 from quorate.shared.supervisor import Program
 
 READY_SECONDS = 300.0
@@ -31,11 +31,11 @@ def prepare(site: SiteFolder) -> list[Program]:
 
     Raises: ConfigError: something is missing. OutputError: it runs already, or cannot be written.
     """
-    if read_status(site.supervisor) is not None:
-        raise OutputError(
-            f"site {site.connection.site} is running already; see `quorate site status`, or stop it with "
-            "`quorate site stop`."
-        )
+    refuse_second(
+        site.supervisor,
+        f"site {site.connection.site}",
+        "see `quorate site status`, or stop it with `quorate site stop`",
+    )
     check_enrolled(site)
     prepare_folders(site)
     write_commands(site.bin)

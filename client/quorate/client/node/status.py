@@ -63,8 +63,8 @@ class SiteStatus(ConfigModel):
     @property
     def ok(self) -> bool:
         """Whether every program works and the server is reached."""
-        working = self.running and not any(each.problem for each in self.programs.values())
-        return working and self.server.state == "connected"
+        working = bool(self.programs) and not any(each.problem for each in self.programs.values())
+        return self.running and working and self.server.state == "connected"
 
 
 def site_status(site: SiteFolder) -> SiteStatus:
@@ -87,9 +87,9 @@ def site_status(site: SiteFolder) -> SiteStatus:
 def _programs(site: SiteFolder, status: Status | None) -> dict[str, ProgramState]:
     found = {}
     for name, program in (status.programs if status else {}).items():
-        problem = None
-        if program.pid is None:
-            problem = f"does not run; see {site.logs / f'{name}.log'}"
+        problem = program.stopped
+        if problem is not None:
+            problem = f"{problem}; see {site.logs / f'{name}.log'}"
         elif name == "site" and not check_health(site.socket):
             problem = "does not answer (it is starting, or stopping)"
         since = datetime.fromtimestamp(program.since, UTC)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from quorate.shared.errors import QuorateError
+from quorate.shared.files import write_atomically
+from quorate.shared.supervised import refuse_second
 from quorate.shared.supervisor import Program, Supervisor
 
 _FILE = "programs.json"
@@ -27,11 +29,12 @@ def become_supervisor(state_dir: Path, programs: Sequence[Program]) -> NoReturn:
     Args:
         state_dir: the supervisor's folder, private to whoever starts the site.
         programs: in the order they start.
+    Raises: OutputError: it cannot be written, or another supervisor has the folder.
     """
+    refuse_second(state_dir)
     path = state_dir / _FILE
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump([asdict(program) for program in programs], file, default=str, indent=2)
+    content = json.dumps([asdict(program) for program in programs], default=str, indent=2)
+    write_atomically(path, content.encode())  # another one that begins now reads all of it
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-P", "-m", "quorate.client.node.supervise", str(path)])
 

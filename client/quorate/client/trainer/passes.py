@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quorate.client.trainer.canaries import Canaries
 from quorate.client.trainer.checkpointing import checkpointed
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
@@ -28,12 +29,14 @@ class SiteTask:
         examples: its training examples, weighed.
         start: the adapter it starts from.
         groups: each example's group, where the unit of privacy is a group; they stay at the site.
+        canaries: units that an audit puts beside the site's own; none in a run.
     """
 
     site: str
     examples: Sequence[Example]
     start: Adapter
     groups: Sequence[str] | None = None
+    canaries: Canaries | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def linear(
         of: the parameters that weight and bias are slices of.
     """
     _check_rows(x.shape[1], kept.rows)
-    found: Tensor = _Linear.apply(x, weight, bias, kept, of)
+    found: Tensor = _Linear.apply(x, weight, bias, kept, of)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -80,14 +80,14 @@ def convolution(
         geometry: stride, padding, dilation and groups of the convolution.
     """
     _check_rows(x.shape[0] // weight.shape[0], kept.rows)
-    found: Tensor = _Convolution.apply(x, weight, bias, kept, of, geometry)
+    found: Tensor = _Convolution.apply(x, weight, bias, kept, of, geometry)  # type: ignore[no-untyped-call]
     return found
 
 
 def scaled(kept: PerSample, x: Tensor, scale: Tensor, of: nn.Parameter) -> Tensor:
     """Return x [k * b, ..., d] times scale [k, d], as DoRA's magnitude scales."""
     _check_rows(x.shape[0] // scale.shape[0], kept.rows)
-    found: Tensor = _Scaled.apply(x, scale, kept, of)
+    found: Tensor = _Scaled.apply(x, scale, kept, of)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
         return y if bias is None else y + bias[:, None].to(y.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         sites, rows = x.shape[0], ctx.kept.rows
         each = gradient.reshape(sites * rows, -1, gradient.shape[-1])
@@ -147,9 +147,7 @@ class _Convolution(torch.autograd.Function):
         return grouped(x, weight, bias, geometry)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         sites, rows = weight.shape[0], ctx.kept.rows
         kind = gradient.dtype  # of the forward pass, which autocast may have lowered
@@ -190,7 +188,7 @@ class _Scaled(torch.autograd.Function):
         return x * spread(scale, x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, scale = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
             sites, rows = scale.shape[0], ctx.kept.rows

@@ -170,7 +170,20 @@ def _step(
             gradients = kept.of_site(stack.arrays, at, len(pairs))
             sums[i].add(gradients, [unit for unit, _ in pairs], goes_on=goes_on)
     for i in live:
+        _add_canaries(members[i], sums[i], size)
         _update(run, members[i], sums[i], step)
+
+
+def _add_canaries(member: _Member, total: ClippedSum, size: int) -> None:
+    """Add the canaries of an audit that are drawn in this step, by coins and clipping of any other unit."""
+    canaries, plan = member.task.canaries, member.plan
+    if canaries is None:
+        return
+    within = np.flatnonzero(canaries.included)
+    drawn = within[member.source.uniform(len(within)) < plan.sampling_probability]
+    for start in range(0, len(drawn), size):
+        some = drawn[start : start + size]
+        total.add(canaries.gradients(some, member.parameters, plan.clipping_norm), some.tolist())
 
 
 def _drawn(member: _Member) -> list[tuple[int, int]]:
@@ -193,8 +206,11 @@ def _empty_sum(member: _Member) -> ClippedSum:
 def _update(run: RunConfig, member: _Member, total: ClippedSum, step: int) -> None:
     """Add the noise and apply one site's gradient with its own optimiser and learning rate."""
     plan = member.plan
-    for name, noisy in total.noised(member.source, plan.noise_multiplier).items():
-        member.parameters[name].grad = noisy / plan.expected_batch
+    noisy = total.noised(member.source, plan.noise_multiplier)
+    if member.task.canaries is not None:
+        member.task.canaries.observe(noisy, plan.clipping_norm)
+    for name, array in noisy.items():
+        member.parameters[name].grad = array / plan.expected_batch
     factor = lr_factor(run.training, member.first_step + step, plan.total_steps)
     member.learning_rate = run.training.learning_rate * factor
     set_learning_rate(member.optimizer, member.learning_rate)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import check_delta, default_delta, epsilon
 from quorate.shared.privacy.calibration import calibrate
 from quorate.shared.privacy.claim import PrivacyClaim
@@ -54,11 +55,20 @@ class PrivatePlan:
         return self._event(self.steps_per_round)
 
     def claim(self) -> PrivacyClaim:
-        """Return what the site says of the whole run before it starts."""
+        """Return what the site says of the whole run before it starts.
+
+        Raises: ConfigError: so little noise has no finite epsilon.
+        """
+        spent = _spent(self._event(self.total_steps), self.delta)
+        if not math.isfinite(spent):
+            raise ConfigError(
+                f"privacy.noise_multiplier {self.noise_multiplier:g} is too little noise for any epsilon; "
+                "raise it, or give target_epsilon."
+            )
         return PrivacyClaim(
             unit=self.unit,
             units=self.units,
-            epsilon=_spent(self._event(self.total_steps), self.delta),
+            epsilon=spent,
             delta=self.delta,
             noise_multiplier=self.noise_multiplier,
             sampling_probability=self.sampling_probability,

@@ -69,8 +69,8 @@ def check_rows_apart(
             return
     raise ModelError(
         f"differential privacy: in {type(model.peft.get_base_model()).__name__} the gradient of a row "
-        f"changes with the other rows of its batch (by {distance:.2g} of its norm), so clipping row by row bounds "
-        "nothing; choose another base model or other adapter.target_modules."
+        f"changes with the other rows of its batch (by {distance:.2g} of its norm), so clipping row by row "
+        "bounds nothing; choose another base model or other adapter.target_modules."
     )
 
 
@@ -130,7 +130,9 @@ def summed_gradient(
     """Return plain autograd's gradient of the sum of the examples' losses, name -> array."""
     wanted = {name: array for name, array in stack.arrays.items() if array.requires_grad}
     each, _ = row_losses(model, stack, run, [Share(0, examples, torch.Generator(model.peft.device))])
-    found = torch.autograd.grad(each.sum(), list(wanted.values()), allow_unused=True)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        each.sum(), list(wanted.values()), allow_unused=True
+    )
     return {
         name: torch.zeros_like(array[0]) if gradient is None else gradient[0]
         for (name, array), gradient in zip(wanted.items(), found, strict=True)

@@ -68,7 +68,7 @@ class CipherSource(SecretSource):
     def uniform(self, count: int) -> Floats:
         """Return numbers from [0, 1), [count]."""
         words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
-        found: Floats = (words >> np.uint64(11)) * 2.0**-53
+        found: Floats = np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
         return found
 
     def normal(self, count: int) -> Floats:

@@ -27,6 +27,13 @@ def export(
         bool,
         typer.Option("--merge", help="Add the adapter to the weights of its base model, in float32."),
     ] = False,
+    require_audit: Annotated[
+        bool,
+        typer.Option(
+            "--require-audit",
+            help="Refuse unless `quorate audit` attacked this very adapter and refuted no claim.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
@@ -42,6 +49,10 @@ def export(
             f"say --merge: the adapter alone lies in {directory} already, in the form that PEFT reads."
         )
     adapter = adapter_folder(directory)
+    if require_audit:
+        from quorate.client.audit.gate import check_audited
+
+        check_audited(adapter)
     from quorate.client.merge import merge as merge_model
 
     folder = output or Path(f"{directory if directory.name else directory.resolve()}-merged")

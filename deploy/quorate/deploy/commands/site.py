@@ -15,6 +15,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.deploy.commands.site_audit import site_audit
 from quorate.deploy.commands.site_ledger import ledger
 from quorate.deploy.commands.site_report import print_checks, print_status
 
@@ -33,6 +34,7 @@ models = typer.Typer(
 )
 site.add_typer(models)
 site.add_typer(ledger)
+site.command("audit")(site_audit)
 FolderArgument = Annotated[
     Path,
     # Readable: no. With two users, either may walk through the folder, and not list it.

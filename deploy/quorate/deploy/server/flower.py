@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from quorate.deploy.server.keys import Admitted
 from quorate.deploy.server.paths import SUPEREXEC, SUPERLINK, ServerPaths
+from quorate.server.nodes import Node as RegisteredNode
+from quorate.server.nodes import Nodes
 from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.files import PRIVATE_FOLDER, write_atomically
 from quorate.shared.loopback import HOST
@@ -143,33 +145,51 @@ def nodes(paths: ServerPaths) -> list[Node]:
         return _nodes(client)
 
 
-def register(paths: ServerPaths, sites: list[Admitted]) -> dict[int, str]:
-    """Register every admitted key that is not, and unregister every other; returns node id -> site.
+def register(paths: ServerPaths, sites: list[Admitted]) -> Nodes:
+    """Register every admitted key that is not, and unregister every other.
 
-    Raises: ConfigError: a key was withdrawn before. QuorateError: the SuperLink does not answer, or refuses.
+    A key that the SuperLink does not take is passed over, so that it keeps no other site out.
+
+    Raises: QuorateError: the SuperLink does not answer, or does not unregister a key.
     """
-    from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+    from flwr.proto.control_pb2 import UnregisterNodeRequest
 
-    wanted = {each.public_key: each for each in sites}
+    wanted = {each.public_key for each in sites}
     with _control(paths) as client:
         known = {node.public_key: node for node in _nodes(client)}
         for key, node in known.items():
             if key not in wanted and node.state != UNREGISTERED:
                 client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
-        names = {}
-        for key, each in wanted.items():
-            if key not in known:
-                names[client.RegisterNode(RegisterNodeRequest(public_key=key, name=each.site)).node_id] = (
-                    each.site
-                )
-            elif known[key].state != UNREGISTERED:
-                names[known[key].id] = each.site
-            else:
-                raise ConfigError(
-                    f"{each.path}: this key was withdrawn once, and Flower does not take such a key again; "
-                    f"have {each.site} make another with `quorate site enrol --renew`."
-                )
-    return names
+        taken, refused = {}, {}
+        for each in sites:
+            try:
+                taken[_id_of(client, each, known.get(each.public_key))] = each
+            except ConfigError as error:
+                refused[each.fingerprint] = str(error)
+    nodes = {number: RegisteredNode(site=each.site, key=each.fingerprint) for number, each in taken.items()}
+    return Nodes(nodes=nodes, refused=refused)
+
+
+def _id_of(client: ControlHttpClient, each: Admitted, known: Node | None) -> int:
+    """Return a node's id, registering it where need be. Raises: ConfigError: Flower does not take the key."""
+    import httpx
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    remedy = f"have {each.site} make another with `quorate site enrol --renew`, and admit it with --renew."
+    if known is not None:
+        if known.state == UNREGISTERED:
+            raise ConfigError(
+                f"{each.path}: this key was withdrawn once, and Flower takes no such key again; {remedy}"
+            )
+        return known.id
+    try:
+        return client.RegisterNode(RegisterNodeRequest(public_key=each.public_key, name=each.site)).node_id
+    except httpx.HTTPStatusError as error:
+        if not error.response.is_client_error:
+            raise
+        raise ConfigError(
+            f"{each.path}: the SuperLink does not take this key ({error.response.text[:200]}); {remedy}"
+        ) from error
 
 
 def _nodes(client: ControlHttpClient) -> list[Node]:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from quorate.client.enrol import NODE_PUB
 from quorate.deploy.provision.authority import Authority
-from quorate.deploy.provision.keys import admitted_key
+from quorate.deploy.provision.keys import admitted_key, fingerprint_of
 from quorate.server.federation import FederationFolder
 from quorate.shared.errors import ConfigError
 
@@ -24,11 +24,13 @@ class Admitted:
     Args:
         site: its name.
         public_key: of its node, in PEM, as Flower registers it and SuperNodes send it.
+        fingerprint: SHA-256 of that key, in hex.
         path: the file that holds it.
     """
 
     site: str
     public_key: bytes
+    fingerprint: str
     path: Path
 
 
@@ -57,7 +59,7 @@ def admitted(folder: FederationFolder) -> list[Admitted]:
         key = admitted_key(folder, site)
         if key is not None:
             content = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-            found.append(Admitted(site, content, folder.site(site) / NODE_PUB))
+            found.append(Admitted(site, content, fingerprint_of(key), folder.site(site) / NODE_PUB))
     return found
 
 

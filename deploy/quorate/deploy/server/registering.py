@@ -5,7 +5,6 @@ It is the only writer of nodes.json, one process at a time.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,22 +15,22 @@ from quorate.deploy.server.health import superlink_problem
 from quorate.deploy.server.keys import admitted
 from quorate.deploy.server.paths import ServerPaths
 from quorate.server.federation import FederationFolder
-from quorate.shared.errors import QuorateError
-from quorate.shared.files import write_atomically
+from quorate.server.nodes import Nodes
+from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.supervised import read_status
 
 _POLL_SECONDS = 0.5
 
 
-def register_sites(paths: ServerPaths) -> dict[int, str]:
-    """Bring the SuperLink's nodes to the admitted keys and write nodes.json; returns node id -> site.
+def register_sites(paths: ServerPaths) -> Nodes:
+    """Bring the SuperLink's nodes to the admitted keys, and write nodes.json.
 
-    Raises: ConfigError: a key cannot be used. QuorateError: the SuperLink does not answer.
+    Returns: what was written; a key that Flower does not take stands in it as refused, and the others count.
+    Raises: ConfigError: a key's file is damaged. QuorateError: the SuperLink does not answer.
     """
-    names = flower.register(paths, admitted(paths.folder))
-    content = json.dumps({str(node): site for node, site in names.items()}, indent=2)
-    write_atomically(paths.folder.nodes_file, (content + "\n").encode())
-    return names
+    nodes = flower.register(paths, admitted(paths.folder))
+    nodes.write(paths.folder)
+    return nodes
 
 
 def main() -> int:
@@ -39,11 +38,13 @@ def main() -> int:
     paths = ServerPaths(FederationFolder(Path(sys.argv[1])))
     try:
         _wait_for_superlink(paths)
-        names = register_sites(paths)
+        nodes = register_sites(paths)
     except Exception as error:
         return report_failure(error, show_traceback=False)
-    print(f"sites that may connect: {', '.join(names.values()) or 'none yet'}", flush=True)
-    return 0
+    for reason in nodes.refused.values():
+        report_failure(ConfigError(reason), show_traceback=False)
+    print(f"sites that may connect: {', '.join(nodes.sites.values()) or 'none yet'}", flush=True)
+    return 0  # what Flower refused it will refuse again: only another key helps, and is noticed
 
 
 def _wait_for_superlink(paths: ServerPaths) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -11,18 +12,21 @@ from pathlib import Path
 import psutil
 
 from quorate.deploy.environment import prepare_environment
-from quorate.deploy.provision.keys import admit_key, admitted_key
+from quorate.deploy.provision.keys import admit_key, admitted_key, fingerprint_of, read_public_key
 from quorate.deploy.server import flower, nginx
 from quorate.deploy.server.checks import check_before_start
 from quorate.deploy.server.health import problems
 from quorate.deploy.server.paths import NGINX, ServerPaths
 from quorate.deploy.server.watch import watch
 from quorate.server.federation import FederationFolder
-from quorate.shared.errors import OutputError, QuorateError
+from quorate.server.nodes import Nodes
+from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.loopback import write_loopback_pair
-from quorate.shared.supervised import read_status, start_detached
+from quorate.shared.supervised import read_status, refuse_second, start_detached
 from quorate.shared.supervised import stop as stop_supervisor
 from quorate.shared.supervisor import Program, Supervisor
+
+log = logging.getLogger(__name__)
 
 READY_SECONDS = 300.0
 """Longest wait for everything to be up; importing Flower takes a minute on a busy machine."""
@@ -34,11 +38,11 @@ def prepare(paths: ServerPaths) -> list[Program]:
 
     Raises: ConfigError, OutputError.
     """
-    if read_status(paths.supervisor) is not None:
-        raise OutputError(
-            f"the server of {paths.folder.config.name} is running already; see `quorate server status`, or "
-            "stop it with `quorate server stop`."
-        )
+    refuse_second(
+        paths.supervisor,
+        f"the server of {paths.folder.config.name}",
+        "see `quorate server status`, or stop it with `quorate server stop`",
+    )
     paths.make()
     check_before_start(paths)
     # Flower checks node keys on a SuperLink with TLS alone, so loopback has TLS as well. The public
@@ -75,11 +79,16 @@ def start(folder: FederationFolder) -> None:
     begun = time.time()
 
     def ready() -> bool:
-        return _nodes_written_since(folder, begun) and not any(problems(paths).values())
+        # No earlier registration can write it now: none was running, and one ends with its SuperLink.
+        file = folder.nodes_file
+        written = file.exists() and file.stat().st_mtime >= begun
+        return written and not any(problems(paths).values())
 
     program = [sys.executable, "-c", "from quorate.deploy.cli import main; main()"]
     command = [*program, "server", "start", "--foreground", "--federation", str(folder.path)]
     start_detached(command, paths.supervisor, paths.logs / "server.log", ready, READY_SECONDS)
+    for reason in Nodes.read(folder).refused.values():
+        log.warning("%s", reason)
 
 
 def stop(folder: FederationFolder) -> bool:
@@ -102,25 +111,41 @@ def stop(folder: FederationFolder) -> bool:
 def admit_site(folder: FederationFolder, site: str, key_file: Path, *, renew: bool = False) -> str:
     """Store the key of a site, and wait until a running server has it; returns one sentence of what was done.
 
-    Raises: ConfigError: the key is none, or another site's, or the site has another. QuorateError: the
-        running server did not take it.
+    Raises: ConfigError: the key is none, or another site's, or the site has another, or Flower does not take
+        it. QuorateError: the running server did not take it over.
     """
-    paths, before, begun = ServerPaths(folder), admitted_key(folder, site), time.time()
-    admit_key(folder, site, key_file, renew=renew)
-    if admitted_key(folder, site) == before:
-        return f"{site} was admitted with this key before."
+    paths, before = ServerPaths(folder), admitted_key(folder, site)
+    key = fingerprint_of(read_public_key(admit_key(folder, site, key_file, renew=renew).read_bytes(), site))
+    done = "is admitted"
+    if before is not None and fingerprint_of(before) == key:
+        done = "was admitted with this key before"
     if read_status(paths.supervisor) is None:
-        return f"{site} is admitted; it can connect once the server is started."
-    deadline = time.monotonic() + READY_SECONDS
-    while not _nodes_written_since(folder, begun):
-        if time.monotonic() > deadline:
-            raise QuorateError(
-                f"{site} is admitted, but the running server has not taken its key over; "
-                f"{paths.logs / 'server.log'} says why."
-            )
+        return f"{site} {done}; it can connect once the server is started."
+    # That nodes.json is a new one would not do: a registration that began before may be writing it.
+    if not _registered(folder, key, READY_SECONDS):
+        raise QuorateError(
+            f"{site} {done}, but the running server has not taken its key over; "
+            f"{paths.logs / 'server.log'} says why."
+        )
+    return f"{site} {done}; it can connect now."
+
+
+def _registered(folder: FederationFolder, key: str, timeout: float) -> bool:
+    """Wait until the running server has taken a key over; returns whether it did in time.
+
+    Args:
+        folder: the federation.
+        key: SHA-256 of the public key, in hex.
+        timeout: longest wait [s].
+    Raises: ConfigError: Flower does not take this key.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if folder.nodes_file.exists():
+            nodes = Nodes.read(folder)
+            if key in nodes.keys:
+                return True
+            if key in nodes.refused:
+                raise ConfigError(nodes.refused[key])
         time.sleep(_POLL_SECONDS)
-    return f"{site} is admitted; it can connect now."
-
-
-def _nodes_written_since(folder: FederationFolder, moment: float) -> bool:
-    return folder.nodes_file.exists() and folder.nodes_file.stat().st_mtime >= moment
+    return False

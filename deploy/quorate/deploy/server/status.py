@@ -36,8 +36,8 @@ class SiteState(ConfigModel):
     node_id: str | None = None
     """Flower's id of its node, once registered."""
     state: str
-    """`no key`, `not registered`, or in Flower's words: registered (never seen), online, offline; `unknown`
-    while the SuperLink does not answer."""
+    """`no key`, `not registered`, `refused` (the key was withdrawn once: the site needs another), or in
+    Flower's words: registered (never seen), online, offline; `unknown`: the SuperLink does not answer."""
 
 
 class ServerStatus(ConfigModel):
@@ -57,7 +57,8 @@ class ServerStatus(ConfigModel):
     @property
     def ok(self) -> bool:
         """Whether the server runs and every program of it works."""
-        return self.running and not any(program.problem for program in self.programs.values())
+        started = self.running and bool(self.programs)
+        return started and not any(program.problem for program in self.programs.values())
 
 
 def server_status(folder: FederationFolder) -> ServerStatus:
@@ -69,7 +70,7 @@ def server_status(folder: FederationFolder) -> ServerStatus:
             pid=program.pid,
             restarts=program.restarts,
             since=datetime.fromtimestamp(program.since, UTC),
-            problem="does not run" if program.pid is None else found.get(name),
+            problem=program.stopped or found.get(name),
         )
         for name, program in (status.programs if status else {}).items()
     }
@@ -105,7 +106,8 @@ def _sites(paths: ServerPaths, answers: bool) -> dict[str, SiteState]:
         key = keys.get(site)
         node = nodes.get(key) if key else None
         if node is not None:
-            sites[site] = SiteState(admitted=True, node_id=str(node.id), state=node.state)
+            state = "refused" if node.state == flower.UNREGISTERED else node.state
+            sites[site] = SiteState(admitted=True, node_id=str(node.id), state=state)
         elif key is None:
             sites[site] = SiteState(admitted=False, state="no key")
         else:

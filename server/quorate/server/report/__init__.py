@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from quorate.server.report.audited import audit_section
 from quorate.server.report.comparison import worth_section
 from quorate.server.report.cost import cost_section
 from quorate.server.report.files import RunFiles
@@ -17,6 +18,7 @@ from quorate.server.report.headline import headline
 from quorate.server.report.learning import data_section, learning_section
 from quorate.server.report.origin import limits_section, origin_section
 from quorate.server.report.page import Headline, Section
+from quorate.server.report.privacy import privacy_section
 from quorate.server.report.quality import quality_section
 from quorate.server.report.rounds import participation_section
 from quorate.server.report.samples import samples_section
@@ -34,6 +36,8 @@ _SECTIONS = (
     data_section,
     participation_section,
     cost_section,
+    privacy_section,
+    audit_section,
     limits_section,
     origin_section,
 )

@@ -70,7 +70,7 @@ def worth_section(files: RunFiles) -> Section:
         )
     for name, why in references.failed.items():
         section.say(f"Left out, as its reference run failed: {name}, which {why.reason}.", "note")
-    if references.local_only and len(sites) > 1:
+    if references.tested_everywhere:
         section.blocks.append(_everywhere(files, result, references, sites))
     return section
 

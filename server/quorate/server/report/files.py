@@ -7,16 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from quorate.server.best import metric_of
-from quorate.server.records import Evaluation, Measured, Record, RoundMetrics, RoundRecord, Sample, Summary
+from quorate.server.records import Evaluation, Measured, RoundMetrics, RoundRecord, Sample, Summary
 from quorate.server.report.figures import bounds, number
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import OutputError
+from quorate.shared.privacy.audit.record import AUDIT_FILE, AuditRecord
 
-_R = TypeVar("_R", bound=Record)
+_R = TypeVar("_R", bound=BaseModel)
 SAMPLES_DIR, SAMPLES_FILE = "samples", "samples.jsonl"
 
 
@@ -32,6 +32,7 @@ class RunFiles:
         summary: summary.json; None while the run goes on, or where it was killed.
         samples: lines of samples/samples.jsonl, of a simulation that was asked for them.
         images: their files, name -> PNG.
+        audit: audit.json, where the run was audited.
     """
 
     config: RunConfig
@@ -41,6 +42,7 @@ class RunFiles:
     summary: Summary | None
     samples: list[Sample] = field(default_factory=list)
     images: dict[str, bytes] = field(default_factory=dict)
+    audit: AuditRecord | None = None
 
     @classmethod
     def read(cls, output_dir: Path) -> RunFiles:
@@ -56,6 +58,7 @@ class RunFiles:
                 f"{output_dir} holds no run (there is no run.yaml in it); name the output folder of a run."
             )
         summary = output_dir / "summary.json"
+        audit = output_dir / AUDIT_FILE
         samples = _lines(output_dir / SAMPLES_DIR / SAMPLES_FILE, Sample)
         return cls(
             config=load_run(path),
@@ -65,12 +68,13 @@ class RunFiles:
             summary=_parse(Summary, _text(summary), str(summary)) if summary.is_file() else None,
             samples=samples,
             images={each.file: _bytes(output_dir / SAMPLES_DIR / each.file) for each in samples},
+            audit=_parse(AuditRecord, _text(audit), str(audit)) if audit.is_file() else None,
         )
 
     @property
     def metric(self) -> str:
         """The metric that picks the best round."""
-        return metric_of(self.config)
+        return self.config.metric
 
     @cached_property
     def sites(self) -> list[str]:
@@ -89,9 +93,14 @@ class RunFiles:
             return sorted(self.summary.sites)
         return sorted({site for record in self.records for site in record.cohort})
 
+    @property
+    def picks_best(self) -> bool:
+        """Whether validation rows pick the round that is kept; else it is the last (client-level privacy)."""
+        return not self.config.private_clients
+
     @cached_property
     def best(self) -> Measured | None:
-        """The best round's model, with its validation figures looked up where the summary lacks them."""
+        """The model that is kept, with its validation figures looked up where the summary lacks them."""
         best = self.summary.best if self.summary else None
         validated = {each.round: each.validation for each in self.metrics if each.validation}
         if best is None:
@@ -100,7 +109,8 @@ class RunFiles:
             if not values:
                 return None
             sign = self.config.task.sign(self.metric)
-            best = Measured(round=max(values, key=lambda r: (sign * values[r], -r)))
+            picked = max(values, key=lambda r: (sign * values[r], -r))
+            best = Measured(round=picked if self.picks_best else self.records[-1].round)
         return best.model_copy(update={"validation": best.validation or validated.get(best.round)})
 
     @cached_property

@@ -9,6 +9,7 @@ from quorate.server.report import figures
 from quorate.server.report.figures import count, listed, metric_in_sentence, show, show_gain, show_interval
 from quorate.server.report.files import RunFiles, interval_of, value_of
 from quorate.server.report.page import Headline, Tile
+from quorate.server.report.privacy import USELESS
 
 FEW_ROWS = 200
 """Below this many test rows the reader is told that the interval is wide."""
@@ -148,7 +149,7 @@ def _against_centralised(files: RunFiles) -> str:
         return ""
     alone, sentences = best_alone(files, metric), []
     unit = metric_in_sentence(metric)
-    if alone and len(references.local_only) > 1:
+    if alone and references.tested_everywhere:
         sentences.append(
             f"On everybody's rows the federated model reaches {show(metric, ours)} {unit}, the best adapter "
             f"of a single site ({alone[0]}) {show(metric, alone[1])}."
@@ -209,13 +210,22 @@ def _warnings(files: RunFiles) -> list[str]:
         found.append(f"{summary.stopped[0].upper()}{summary.stopped[1:]} (early stopping).")
     if result and result.split != "test":
         found.append(
-            f"No figures on test rows: these are on {result.split} rows, on which the best round was also "
-            "picked, so they flatter the model a little."
+            f"No figures on test rows: these are on {result.split} rows"
+            + (
+                ", on which the best round was also picked, so they flatter the model a little."
+                if files.picks_best
+                else "."
+            )
         )
     elif result and sum(result.rows.values()) < FEW_ROWS:
         rows = count(sum(result.rows.values()), "test row")
         why = ", as the wide intervals show" if result.intervals else ""
         found.append(f"There are only {rows}: small differences mean little{why}.")
+    if summary and (claim := summary.client_privacy) and claim.noise_on_mean > USELESS:
+        found.append(
+            f"Noise for privacy moved the adapter {claim.noise_on_mean:.3g} times as far in a round as "
+            "all sites together could (see Privacy)."
+        )
     return found
 
 
@@ -234,7 +244,7 @@ def _tiles(files: RunFiles) -> list[Tile]:
     if value_of(central, metric) is not None:
         interval = show_interval(metric, interval_of(central, metric))
         tiles.append(Tile(show(metric, value_of(central, metric)), "Centralised", _detail(metric, interval)))
-    best = f"round {files.best.round} is the best" if files.best and result else ""
+    best = f"round {files.best.round} is the best" if files.best and result and files.picks_best else ""
     tiles.append(Tile(f"{rounds_done(files)} of {files.config.federation.rounds}", "Rounds", best))
     if files.records:
         total = sum(sum(r.bytes_down.values()) + sum(r.bytes_up.values()) for r in files.records)

@@ -27,6 +27,10 @@ def learning_section(files: RunFiles) -> Section:
     best = files.best.round if files.best else None
     if validated:
         best_words = f" The best round by it, {best}, is the one whose adapter is kept." if best else ""
+        if not files.picks_best:
+            best_words = (
+                " The last round's adapter is kept: no noise hides which one these rows would choose."
+            )
         section.say(
             f"After each evaluated round the new model was tested on the sites' validation rows.{best_words}"
         )
@@ -75,7 +79,8 @@ def _validation_chart(files: RunFiles, validated: list[RoundMetrics]) -> Chart:
             if own is not None:
                 sites.setdefault(site, []).append((each.round, own))
     lines = _lines(sites) if len(sites) > 1 else []
-    mark = (files.best.round, f"best: round {files.best.round}") if files.best and len(pooled) > 1 else None
+    kept = "best" if files.picks_best else "kept"
+    mark = (files.best.round, f"{kept}: round {files.best.round}") if files.best and len(pooled) > 1 else None
     svg = curves(
         [Line("all rows", pooled, FEDERATED, strong=True), *lines],
         name="validation",
@@ -119,6 +124,7 @@ def _table(files: RunFiles, trained: list[RoundMetrics]) -> Table:
     sites = sorted({site for each in files.metrics if each.validation for site in each.validation.sites})
     named = sites if 1 < len(sites) <= len(SERIES) else []
     best = files.best.round if files.best else None
+    kept = "best" if files.picks_best else "kept"
     rows = []
     for each in trained:
         losses = [
@@ -126,7 +132,7 @@ def _table(files: RunFiles, trained: list[RoundMetrics]) -> Table:
         ]
         rows.append(
             [
-                Cell(f"{each.round}" + (" (best)" if each.round == best else "")),
+                Cell(f"{each.round}" + (f" ({kept})" if each.round == best else "")),
                 Cell(show(metric, value_of(each.validation, metric)), "strong"),
                 *(Cell(show(metric, value_of(each.validation, metric, site))) for site in named),
                 Cell(f"{sum(losses) / len(losses):.3g}" if losses else DASH),

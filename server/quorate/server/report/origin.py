@@ -15,12 +15,16 @@ def limits_section(files: RunFiles) -> Section:
         "other ways of writing, and single rows can be wrong whatever the average."
     )
     section.say(
-        "Sites send updates, never rows. But no differential privacy was used: nothing guarantees that the "
-        "adapter, or the updates the coordinator saw, reveal nothing of single rows. Treat the adapter as "
-        "derived from the data."
+        "Sites send updates, never rows. "
+        + (
+            "What the adapter may tell of a site is bounded (see Privacy); what the coordinator saw is not."
+            if files.config.private_clients
+            else "But no differential privacy was used: nothing guarantees that the adapter, or the updates "
+            "the coordinator saw, reveal nothing of single rows. Treat the adapter as derived from the data."
+        )
     )
     references = files.summary.references if files.summary else None
-    if references and (references.local_only or references.centralised):
+    if references and (references.tested_everywhere or references.centralised):
         section.say(
             "The reference runs (local only, centralised) had all sites' rows on one machine, "
             "as a simulation does."

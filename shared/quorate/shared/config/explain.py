@@ -112,9 +112,9 @@ def _branch(node: Node, part: str | int) -> Node | None:
     if len(node.branches) < 2 or not isinstance(part, str):
         return None
     for branch in node.branches:
-        tag = branch.fields[node.tag_field].resolved["const"] if node.tag_field else None
+        tags = branch.fields[node.tag_field].choices if node.tag_field else []
         title = branch.resolved.get("title")
-        if part == tag or (branch.fields and title and title in part):
+        if part in tags or (branch.fields and title and title in part):
             return branch
     lists = [branch for branch in node.branches if branch.resolved.get("type") == "array"]
     return lists[0] if lists and ("tuple[" in part or "list[" in part) else Node({}, {})

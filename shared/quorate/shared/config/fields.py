@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel
@@ -49,9 +50,16 @@ class Node:
 
     @property
     def tag_field(self) -> str | None:
-        """The field that says which kind of section this is (`name` of a rule), if there is one."""
+        """The field that says which kind of section this is (`name` of a rule), if there is one.
+
+        A kind may go by several names (`unit: record` and `unit: group`), but no two kinds by the same.
+        """
+        branches = self.branches
         for name in self.fields:
-            if all(name in b.fields and "const" in b.fields[name].resolved for b in self.branches):
+            if all(name in b.fields and "const" in b.fields[name].resolved for b in branches):
+                return name
+            tags = [b.fields[name].choices if name in b.fields else [] for b in branches]
+            if len(branches) > 1 and all(tags) and len(set(chain(*tags))) == sum(map(len, tags)):
                 return name
         return None
 
@@ -87,7 +95,7 @@ class Node:
     def tags(self) -> list[str]:
         """The kinds of section there are, by what stands in `tag_field`."""
         name = self.tag_field
-        return [str(branch.fields[name].resolved["const"]) for branch in self.branches] if name else []
+        return [str(tag) for branch in self.branches for tag in branch.fields[name].choices] if name else []
 
     @property
     def required(self) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from quorate.shared.config.base import ConfigModel
+
+if TYPE_CHECKING:
+    from quorate.shared.aggregation import AggregationRule
+    from quorate.shared.config.run import EvaluationConfig
 
 
 class _Noise(ConfigModel):
@@ -42,7 +46,8 @@ class SitePrivacy(_Noise):
     max_records_per_group: int = Field(1, ge=1)
     """Rows of a sampled group that enter a batch, drawn afresh each time; for unit group alone."""
     secure_rng: bool = False
-    """Draw noise and batches from a cryptographic generator rather than from a seeded one of torch."""
+    """Draw noise and batches from AES-256 in counter mode, and each number of noise as a sum of four, rather
+    than from NumPy's PCG64. Either starts from the operating system's secret numbers, never from `seed`."""
 
 
 class ClientPrivacy(_Noise):
@@ -59,6 +64,25 @@ class ClientPrivacy(_Noise):
     participation_hidden: bool = False
     """Sites are drawn by secret coins and nobody but the server learns which; only then is the sampling of
     sites counted as amplification."""
+
+    def check_fits(self, aggregation: AggregationRule, evaluation: EvaluationConfig) -> None:
+        """Raise ValueError, with reason and remedy, for what would void the claim."""
+        if not aggregation.linear:
+            raise ValueError(
+                f"privacy.unit client: aggregation {aggregation.name} needs every site's own update, but "
+                "noise hides no more than their sum; choose aggregation fedavg, ffa or reptile"
+            )
+        if aggregation.weighting != "uniform":
+            raise ValueError(
+                f"privacy.unit client: aggregation.weighting {aggregation.weighting} would let a site count "
+                "for more than the clipping norm, by figures of its own data; set aggregation.weighting: "
+                "uniform"
+            )
+        if evaluation.early_stopping_patience is not None:
+            raise ValueError(
+                "privacy.unit client: evaluation.early_stopping_patience would end the run by the sites' "
+                "validation rows, to which no noise is added; leave it out and set federation.rounds"
+            )
 
 
 PrivacyConfig = Annotated[SitePrivacy | ClientPrivacy, Field(discriminator="unit")]

@@ -6,7 +6,6 @@ configuration with every request, so it must never hold paths of data, secrets o
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
@@ -14,22 +13,12 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.names import Name, Sha256
-from quorate.shared.config.privacy import PrivacyConfig
+from quorate.shared.config.privacy import ClientPrivacy, PrivacyConfig
 from quorate.shared.config.sound import check_sound
+from quorate.shared.patterns import MOST, check_regular
 from quorate.shared.tasks import TaskConfig
 
-
-def _is_regular(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{pattern!r} is neither the ending of a name nor a regular expression: {error}"
-        ) from error
-    return pattern
-
-
-Pattern = Annotated[str, StringConstraints(min_length=1), AfterValidator(_is_regular)]
+Pattern = Annotated[str, StringConstraints(min_length=1), AfterValidator(check_regular)]
 """Names arrays of the adapter, see `quorate.shared.selection`."""
 
 
@@ -101,11 +90,10 @@ class AdapterConfig(ConfigModel):
             raise ValueError("names no module; name some, or leave the field out for PEFT's default")
         if isinstance(targets, str):
             try:
-                re.compile(targets)
-            except re.error as error:
+                check_regular(targets)
+            except ValueError as error:
                 raise ValueError(
-                    f"{targets!r} is not a regular expression ({error}); mend it, or write name endings as a "
-                    "list: [query, value]"
+                    f"{error}; mend it, or write name endings as a list: [query, value]"
                 ) from error
         return targets
 
@@ -141,13 +129,13 @@ class TrainingConfig(ConfigModel):
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip each site's gradient to this global L2 norm; 0 leaves it unclipped. Under record- or group-level
     privacy `privacy.max_grad_norm` takes its place."""
-    freeze: tuple[Pattern, ...] = ()
+    freeze: tuple[Pattern, ...] = Field((), max_length=MOST)
     """Adapter arrays, or modules with adapters, that stay at their start and never travel: endings of names
     (`query`, `classifier`, `lora_A`), or regular expressions that match a whole name."""
     freeze_layers: int = Field(0, ge=0)
     """Adapters of the first so many layers of the base model stay at their start; found as by PEFT's
     layers_to_transform."""
-    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = {}
+    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = Field({}, max_length=MOST)
     """Pattern, as in `freeze` -> factor on the learning rate; factors of several are multiplied."""
     layer_lr_decay: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rate per layer below the last one: lower layers learn more slowly."""
@@ -248,6 +236,16 @@ class RunConfig(ConfigModel):
     """Checkpoints kept in output_dir; the best round's is kept besides."""
     report_to: tuple[Literal["tensorboard"], ...] = ()
     """Trackers to write to besides the run's own files."""
+
+    @property
+    def private_clients(self) -> bool:
+        """Whether the server adds noise that hides whole sites."""
+        return isinstance(self.privacy, ClientPrivacy)
+
+    @property
+    def metric(self) -> str:
+        """The metric that picks the best round."""
+        return self.evaluation.metric_for_best_model or self.task.default_metric
 
     @model_validator(mode="after")
     def _rule_fits_adapter(self) -> RunConfig:

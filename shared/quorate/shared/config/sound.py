@@ -20,9 +20,8 @@ def check_sound(run: RunConfig) -> None:
     if privacy is None:
         return
     if isinstance(privacy, ClientPrivacy):
-        raise ValueError(
-            "privacy.unit client is not available in this release; use record or group, or leave privacy out"
-        )
+        privacy.check_fits(run.aggregation, run.evaluation)
+        return
     if privacy.unit == "record" and privacy.max_records_per_group != 1:
         raise ValueError(
             "privacy.max_records_per_group belongs to privacy.unit group; leave it out, or set unit: group"

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 Accountant = Literal["pld", "rdp"]
 
 EXCESS = 1e-4
-"""Share of epsilon by which the grid of the privacy losses may overstate it."""
+"""Share of epsilon by which the grid of the privacy losses may overstate it, about."""
+FINE = 0.01
+"""Below this epsilon, the excess is a share of this one instead."""
+BOUNDLESS = 1e6
+"""An epsilon whose Renyi bound is above this is called infinite: its grid would not fit into memory."""
 _STEP_POINTS = 2**20
 """Most grid points for the losses of one step: 8 MiB, and about a second."""
 _COARSEST = 0.01
@@ -40,7 +44,7 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant
     `pld` is the one to rely on: it overstates the exact epsilon by about `EXCESS` of it, where `rdp`
     overstates it by 5 to 20 %, and more where few steps take few units. How events are ordered or split
     changes neither by a bit. Results are remembered: before each round only what is new is computed.
-    Infinite if a step had no noise; 0 without steps.
+    Infinite if a step had no noise (`pld`: or next to none, see `BOUNDLESS`); 0 without steps.
 
     Raises: ConfigError: for a delta outside (0, 1).
     """
@@ -93,10 +97,18 @@ def _epsilon(groups: tuple[PrivacyEvent, ...], delta: float, accountant: Account
         return 0.0
     if any(group.noise_multiplier == 0 for group in groups):
         return math.inf
-    rough = _by_rdp(groups, delta)
-    if accountant == "rdp" or rough == 0:  # an upper bound of 0 is exact
-        return rough
-    return _by_pld(groups, delta, rough)
+    if accountant == "rdp":
+        return _by_rdp(groups, delta)
+    bound = _epsilon(groups, delta, "rdp")
+    if bound == 0:
+        return 0.0
+    if not bound < BOUNDLESS:
+        return math.inf
+    found = _by_pld(groups, delta, bound)
+    while found < bound / 2 and bound > FINE:  # the grid was made for a far larger epsilon
+        bound = max(found, FINE)
+        found = _by_pld(groups, delta, bound)
+    return found
 
 
 def _by_rdp(groups: tuple[PrivacyEvent, ...], delta: float) -> float:
@@ -127,7 +139,7 @@ def _without_words_on_orders() -> Iterator[None]:
         logger.removeFilter(other)
 
 
-def _by_pld(groups: tuple[PrivacyEvent, ...], delta: float, rough: float) -> float:
+def _by_pld(groups: tuple[PrivacyEvent, ...], delta: float, about: float) -> float:
     """Privacy loss distributions, rounded upwards by "connect the dots" (arXiv:2207.04380).
 
     Steps without sampling are one Gaussian mechanism, whose epsilon is known in closed form
@@ -144,7 +156,7 @@ def _by_pld(groups: tuple[PrivacyEvent, ...], delta: float, rough: float) -> flo
     if precision:
         unsampled = PrivacyEvent(sampling_probability=1, noise_multiplier=precision**-0.5, steps=1)
         mechanisms.append(unsampled)
-    interval = _grid_interval(mechanisms, delta, rough)
+    interval = _grid_interval(mechanisms, delta, about)
 
     def distribution(group: PrivacyEvent) -> PrivacyLossDistribution:
         one = from_gaussian_mechanism(
@@ -160,10 +172,11 @@ def _by_pld(groups: tuple[PrivacyEvent, ...], delta: float, rough: float) -> flo
         return float(composed.get_epsilon_for_delta(delta))
 
 
-def _grid_interval(groups: Collection[PrivacyEvent], delta: float, rough: float) -> float:
+def _grid_interval(groups: Collection[PrivacyEvent], delta: float, about: float) -> float:
     """Return the grid's interval [nats] that overstates epsilon by about `EXCESS` of it.
 
-    `rough` is an upper bound of that epsilon.
+    `about` is that epsilon or an upper bound of it.
+
     Rounding a loss to grid points h apart adds a variance of about h^2 / 6 to it, T steps add T h^2 / 6. A
     variance v more costs order * v / 2 in epsilon, where the order that decides is about
     2 ln(1 / delta) / epsilon. Hence h = epsilon sqrt(6 EXCESS / (T ln(1 / delta))). The fixed 1e-4 of
@@ -171,8 +184,8 @@ def _grid_interval(groups: Collection[PrivacyEvent], delta: float, rough: float)
     end at .072 that it overstates this by 2 %.
     """
     steps = sum(group.steps for group in groups)
-    wanted = rough * math.sqrt(6 * EXCESS / (steps * math.log(1 / delta)))
-    widest = max(_COARSEST, 1e-6 * rough)
+    wanted = about * math.sqrt(6 * EXCESS / (steps * math.log(1 / delta)))
+    widest = max(_COARSEST, 1e-6 * about)
     return max(min(wanted, widest), max(map(_span, groups)) / _STEP_POINTS)
 
 

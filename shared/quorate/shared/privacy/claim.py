@@ -40,6 +40,6 @@ class PrivacyClaim(ConfigModel):
         """The claim in words, for logs and reports."""
         return (
             f"({self.epsilon:.3g}, {self.delta:.1g})-differential privacy for each of {self.units} "
-            f"{self.unit}s: {self.steps} steps at sampling probability {self.sampling_probability:.3g}, noise "
-            f"multiplier {self.noise_multiplier:.3g}, clipping norm {self.clipping_norm:g}"
+            f"{self.unit}s: {self.steps} steps at sampling probability {self.sampling_probability:.3g}, "
+            f"noise multiplier {self.noise_multiplier:.3g}, clipping norm {self.clipping_norm:g}"
         )

@@ -1,0 +1,251 @@
+"""Client-level differential privacy of a run: what is planned before round 1, done in each, claimed after."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from quorate.server.books import Books
+from quorate.server.central_noise import ClippedSum, next_norm, secret_rng
+from quorate.server.checkpoint import Progress
+from quorate.server.cohort import poisson_cohort
+from quorate.server.joining import Members
+from quorate.server.records import ClientClaim, RoundNoise
+from quorate.server.releases import (
+    ClientPlan,
+    Ledger,
+    Pending,
+    Released,
+    drop_released,
+    missing_ledger,
+    read_released,
+    write_released,
+)
+from quorate.server.run import Run
+from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy import ClientPrivacy
+from quorate.shared.errors import ConfigError
+from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.calibration import calibrate
+from quorate.shared.privacy.client_level import count_noise, sum_multiplier
+from quorate.shared.selection import upload_schema
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class CentralPrivacy:
+    """What `privacy: {unit: client}` adds to a run.
+
+    Args:
+        run: the run.
+        privacy: what it asks for.
+        ledger: what has been released, and how.
+        planned_epsilon: what will have been spent after the last round.
+        pending: the round to go on with, where a killed process had released it already.
+    """
+
+    run: Run
+    privacy: ClientPrivacy
+    ledger: Ledger
+    planned_epsilon: float
+    pending: Pending | None = None
+
+    @classmethod
+    def open(
+        cls, run: Run, members: Members, state: GlobalState, progress: Progress | None
+    ) -> CentralPrivacy | None:
+        """Settle the noise before round 1, or go on as it was settled; None without client-level privacy.
+
+        Raises: ConfigError: delta is too large, or the noise asked for cannot be had. CheckpointError: what
+            was released before cannot be read.
+        """
+        privacy = run.config.privacy
+        if not isinstance(privacy, ClientPrivacy):
+            return None
+        done = progress.round if progress else 0
+        ledger = Ledger.read(run.output_dir)
+        if ledger is None and done:
+            raise missing_ledger(run.output_dir)
+        if ledger is None:
+            ledger = Ledger(plan=_plan(run, privacy, members))
+            ledger.write(run.output_dir)
+        pending = read_released(run.output_dir, done + 1, state.pack().content_hash)
+        drop_released(run.output_dir, done + 1 if pending else None)
+        if pending:
+            ledger = ledger.after(pending.released)
+            ledger.write(run.output_dir)
+        first = done + (2 if pending else 1)
+        planned = ledger.plan.events(_most_releases(run, ledger, members, first))
+        central = cls(run, privacy, ledger, epsilon(planned, privacy.delta), pending)
+        central._tell()
+        return central
+
+    def cohort(self, members: Members, round: int) -> tuple[str, ...]:
+        """Draw the sites that are asked in `round`: each by its own coin, secret where that is to count."""
+        return _cohort(self.run, self.ledger.plan, members, round)
+
+    def clipped_sum(self, state: GlobalState, before: Progress | None, round: int) -> ClippedSum:
+        """Start the sum of a round's updates, with the clipping norm that the round before left."""
+        names = upload_schema(self.run.config, state.adapter.schema, round)
+        noise = before.record.noise if before else None
+        return ClippedSum(state.adapter, names, noise.next_norm if noise else self.privacy.clipping_norm)
+
+    def noised_mean(self, total: ClippedSum, books: Books) -> Adapter:
+        """Return the mean update with noise on it, and note down how: step 6 of a round."""
+        plan, rng, norm = self.ledger.plan, secret_rng(), total.clipping_norm
+        mean = total.noised_mean(plan.sum_multiplier, plan.expected_cohort, rng)
+        fraction, following = None, norm
+        if self.privacy.adaptive_quantile is not None and plan.count_deviation is not None:
+            fraction = total.noised_fraction(plan.count_deviation, plan.expected_cohort, rng)
+            following = next_norm(norm, fraction, self.privacy.adaptive_quantile)
+        books.noise = RoundNoise(
+            clipping_norm=norm,
+            deviation=plan.sum_multiplier * norm,
+            fraction_within=fraction,
+            next_norm=following,
+        )
+        return mean
+
+    def release(
+        self, before: GlobalState, after: GlobalState, round: int, cohort: tuple[str, ...], books: Books
+    ) -> None:
+        """Put the round's model on disk and its cost on the books, before any site sees it."""
+        released = Released(
+            round=round,
+            started_from=before.pack().content_hash,
+            state_hash=after.pack().content_hash,
+            cohort=cohort,
+            books=books,
+        )
+        write_released(self.run.output_dir, released, after)
+        self._count(released)
+
+    def take_pending(self, round: int) -> Pending | None:
+        """Return the round that a killed process released, once."""
+        pending, self.pending = self.pending, None
+        return pending if pending and pending.released.round == round else None
+
+    def finished(self) -> None:
+        """Drop what was kept for a kill: the round has its checkpoint."""
+        drop_released(self.run.output_dir)
+
+    def claim(self, norm: float | None) -> ClientClaim:
+        """Return what has been spent so far; `norm` is the last round's clipping norm."""
+        plan, delta = self.ledger.plan, self.privacy.delta
+        return ClientClaim(
+            epsilon=epsilon(self.ledger.events, delta),
+            planned_epsilon=self.planned_epsilon,
+            delta=delta,
+            sites=plan.sites,
+            sampling_probability=plan.sampling_probability,
+            expected_cohort=plan.expected_cohort,
+            participation_hidden=plan.participation_hidden,
+            noise_multiplier=plan.noise_multiplier,
+            sum_multiplier=plan.sum_multiplier,
+            values=plan.values,
+            noise_on_mean=plan.noise_on_mean,
+            clipping_norm=norm,
+            releases=self.ledger.releases,
+            events=self.ledger.events,
+        )
+
+    def _count(self, released: Released) -> None:
+        self.ledger = self.ledger.after(released)
+        self.ledger.write(self.run.output_dir)
+
+    def _tell(self) -> None:
+        """Say what the run will have cost, and loudly if it buys nothing."""
+        plan, target = self.ledger.plan, self.privacy.target_epsilon
+        log.info(
+            "site-level privacy: epsilon %.3g at delta %g after %d rounds, noise multiplier %.4g, "
+            "noise on the mean update %.3g times the clipping norm",
+            self.planned_epsilon,
+            self.privacy.delta,
+            self.run.config.federation.rounds,
+            plan.noise_multiplier,
+            plan.noise_on_mean,
+        )
+        if plan.noise_on_mean > 1:
+            log.warning(useless(plan))
+        # Calibration ends just below the target; a hair above is its tolerance.
+        if target is not None and self.planned_epsilon > target * 1.001:
+            log.warning(
+                "privacy.target_epsilon: rounds were released again or other sites joined since the run "
+                "began, so it will have spent epsilon %.3g instead of %.3g; start again in another folder to "
+                "keep to the target (what was released stays released)",
+                self.planned_epsilon,
+                target,
+            )
+
+
+def useless(plan: ClientPlan) -> str:
+    """Return the warning for a cohort that is too small for its noise."""
+    return (
+        f"privacy: the noise on the mean update is {plan.noise_on_mean:.3g} times the clipping norm (noise "
+        f"multiplier {plan.sum_multiplier:.3g}, {plan.values:,} values, {plan.expected_cohort:g} of "
+        f"{plan.sites} sites expected in a round), so noise will move the adapter further than all sites "
+        "together can. Ask more sites, train fewer values (a lower adapter.r, aggregation ffa, "
+        "training.freeze), spend a larger epsilon over fewer rounds, or protect records instead of whole "
+        "sites (privacy.unit: record)."
+    )
+
+
+def _plan(run: Run, privacy: ClientPrivacy, members: Members) -> ClientPlan:
+    """Settle the noise before anything is trained."""
+    sites = len(members.nodes)
+    if privacy.delta * sites >= 1:
+        raise ConfigError(
+            f"privacy.delta: {privacy.delta:g} is not below 1 / sites ({sites} sites): a mechanism that "
+            f"publishes one site whole would pass for private; set at most {0.1 / sites:.1g}."
+        )
+    wanted = run.config.federation.sites_per_round
+    schema = upload_schema(run.config, members.initial.schema, 1)
+    plan = ClientPlan(
+        sites=sites,
+        sampling_probability=min(1.0, wanted / sites) if wanted else 1.0,
+        noise_multiplier=1.0,
+        sum_multiplier=1.0,
+        count_deviation=None,
+        participation_hidden=privacy.participation_hidden,
+        values=sum(prod(shape) for shape in schema.values()),
+    )
+    z = privacy.noise_multiplier
+    if z is None:
+        assert privacy.target_epsilon is not None  # ClientPrivacy
+        (event,) = plan.events(_most_releases(run, Ledger(plan=plan), members, 1))
+        z = calibrate(privacy.target_epsilon, privacy.delta, event.sampling_probability, event.steps)
+    if privacy.adaptive_quantile is None:
+        return plan.model_copy(update={"noise_multiplier": z, "sum_multiplier": z})
+    deviation = count_noise(plan.expected_cohort)
+    return plan.model_copy(
+        update={
+            "noise_multiplier": z,
+            "sum_multiplier": sum_multiplier(z, deviation),
+            "count_deviation": deviation,
+        }
+    )
+
+
+def _most_releases(run: Run, ledger: Ledger, members: Members, first: int) -> int:
+    """Return the releases that the site with most of them is part of, by the last round.
+
+    Args:
+        first: the next round to be drawn.
+    """
+    plan, rounds = ledger.plan, range(first, run.config.federation.rounds + 1)
+    if plan.amplified:
+        return ledger.releases + len(rounds)
+    times = Counter({site: ledger.asked.get(site, 0) for site in {*members.nodes, *ledger.asked}})
+    for round in rounds:
+        times.update(_cohort(run, plan, members, round))
+    # At least one: a run in which nobody is drawn must still have some noise.
+    return max(*times.values(), 1)
+
+
+def _cohort(run: Run, plan: ClientPlan, members: Members, round: int) -> tuple[str, ...]:
+    seed = None if plan.participation_hidden else run.config.seed
+    return poisson_cohort(members.nodes, plan.sampling_probability, round, seed)

@@ -1,0 +1,80 @@
+"""What attacks on the result found, beside what was claimed: audit.json, where `quorate audit` wrote one."""
+
+from __future__ import annotations
+
+from quorate.server.report.files import RunFiles
+from quorate.server.report.page import Cell, Section, Table
+from quorate.shared.privacy.audit.membership import LOW_FPR
+from quorate.shared.privacy.audit.record import AuditRecord, MembershipAudit
+
+
+def audit_section(files: RunFiles) -> Section:
+    """Show the audit; a section without blocks where there is none."""
+    section = Section("audit", "What attacks on it found")
+    record = files.audit
+    if record is None:
+        return section
+    who = "all sites' rows, as a simulation does" if record.held_by == "simulation" else "one site's rows"
+    section.say(
+        f"Somebody who holds {who}, attacked the result. What an attack achieves says how much is given away "
+        "at least. It proves no claim: an attack that fails may have been a weak one."
+    )
+    if record.config_hash != files.config.content_hash:
+        section.say("This audit is of another configuration than the run's; audit the run again.", "note")
+    for what in record.refuted:
+        section.say(f"A claim is refuted. {what}.", "note")
+    if record.mechanism:
+        section.blocks.append(_mechanism(record))
+    if record.membership is not None:
+        section.blocks.append(_membership(record.membership))
+    return section
+
+
+def _mechanism(record: AuditRecord) -> Table:
+    rows = [
+        [
+            Cell(each.site),
+            Cell(f"{each.claim.epsilon:.3g}"),
+            Cell(f"{each.epsilon_at_least:.3g}", "bad" if each.refuted else ""),
+            Cell(f"{each.confidence:.1%}"),
+            Cell(f"{each.guesses.right} of {each.guesses.made}"),
+            Cell(f"{each.guesses.canaries}"),
+        ]
+        for each in record.mechanism
+    ]
+    return Table(
+        "Does private training do what it claims?",
+        ["Site", "Epsilon claimed", "Epsilon at least", "Confidence", "Guesses right", "Canaries"],
+        rows,
+        hint="Made-up units were put in by coin flips, and guessed from every noisy sum of gradients.",
+    )
+
+
+def _membership(found: MembershipAudit) -> Table:
+    attack = found.attack
+    allowed = found.allowed_tpr
+    rows = [
+        [
+            Cell("Area under the ROC curve"),
+            Cell(f"{attack.auc:.3f}", small=f"{attack.auc_interval[0]:.3f} to {attack.auc_interval[1]:.3f}"),
+            Cell("0.500"),
+            Cell(""),
+        ],
+        [
+            Cell(f"Training rows found at {LOW_FPR:.0%} false positives"),
+            Cell(
+                f"{attack.tpr_at_low_fpr:.1%}",
+                "bad" if found.refuted else "",
+                small=f"{attack.tpr_interval[0]:.1%} to {attack.tpr_interval[1]:.1%}",
+            ),
+            Cell(f"{LOW_FPR:.1%}"),
+            Cell("" if allowed is None else f"{allowed:.1%}"),
+        ],
+    ]
+    return Table(
+        "Can training rows be told from others?",
+        ["", "Found", "By guessing", "The claim allows"],
+        rows,
+        hint=f"{attack.members:,} training rows and {attack.others:,} others, by the released adapter and "
+        f"{found.references} that the attacker trained.",
+    )

@@ -1,0 +1,92 @@
+"""What an audit of a run found, as it is kept beside the run (`audit.json`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.names import Sha256
+from quorate.shared.privacy.audit.membership import LOW_FPR, Attack
+from quorate.shared.privacy.audit.one_run import Guesses
+from quorate.shared.privacy.claim import PrivacyClaim
+
+AUDIT_FILE = "audit.json"
+
+
+class MechanismAudit(ConfigModel):
+    """The one-run audit of a site's private training, by canaries whose noisy sums the auditor sees."""
+
+    site: str
+    """Whose rows and mechanism."""
+    claim: PrivacyClaim
+    """What the site claims."""
+    guesses: Guesses
+    """How the auditor fared."""
+    confidence: float = Field(gt=0, lt=1)
+    """Of the bound."""
+    epsilon_at_least: float = Field(ge=0)
+    """Smaller epsilons are refuted with that confidence."""
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim is."""
+        return self.epsilon_at_least > self.claim.epsilon
+
+
+class MembershipAudit(ConfigModel):
+    """The attack on the released adapter."""
+
+    references: int = Field(ge=1)
+    """Adapters that the attacker trained."""
+    attack: Attack
+    """What it achieved."""
+    epsilon: float | None = None
+    """The largest claim among the sites whose rows were attacked; None where one claims nothing."""
+    delta: float = 0.0
+    """The largest delta of those claims."""
+
+    @property
+    def allowed_tpr(self) -> float | None:
+        """The largest true-positive rate at LOW_FPR that the claim allows; None without a claim."""
+        if self.epsilon is None:
+            return None
+        return min(1.0, math.exp(min(self.epsilon, 50.0)) * LOW_FPR + self.delta)
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the attack finds more rows than the claim allows, beyond its interval."""
+        return self.allowed_tpr is not None and self.attack.tpr_interval[0] > self.allowed_tpr
+
+
+class AuditRecord(ConfigModel):
+    """An audit of one run."""
+
+    config_hash: Sha256
+    """Of the run's configuration."""
+    adapter_sha256: Sha256
+    """Of the weights that were released."""
+    held_by: Literal["simulation", "site"]
+    """Who held the rows: all sites' at once, or one site its own."""
+    mechanism: tuple[MechanismAudit, ...] = ()
+    """One a site, where the run has record- or group-level privacy."""
+    membership: MembershipAudit | None = None
+    """None where it was left out."""
+
+    @property
+    def refuted(self) -> tuple[str, ...]:
+        """What refutes a claim, in words; empty when nothing does."""
+        found = [
+            f"{each.site}: epsilon is {each.epsilon_at_least:.3g} or more with {each.confidence:.1%} "
+            f"confidence, and {each.claim.epsilon:.3g} is claimed"
+            for each in self.mechanism
+            if each.refuted
+        ]
+        if self.membership is not None and self.membership.refuted:
+            found.append(
+                f"membership: {self.membership.attack.tpr_at_low_fpr:.1%} of the training rows are found at "
+                f"{LOW_FPR:.0%} false positives, and the claim allows {self.membership.allowed_tpr:.1%}"
+            )
+        return tuple(found)

@@ -1,0 +1,42 @@
+"""Audit a simulated run from its own folder, with the rows of all its sites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quorate.client.audit.result import Options, audit_result
+from quorate.client.predict import check_adapter_dir
+from quorate.server.report import write_report
+from quorate.server.run import RUN_FILE
+from quorate.shared.config.load import load_run
+from quorate.shared.errors import ConfigError
+from quorate.shared.export import ADAPTER_DIR
+from quorate.shared.files import write_file
+from quorate.shared.privacy.audit.record import AUDIT_FILE, AuditRecord
+from quorate.shared.progress import OnStep, ignore_step
+from quorate.simulations.origin import reopen
+
+
+def audit(
+    folder: Path, options: Options, *, site: str | None = None, on_step: OnStep = ignore_step
+) -> AuditRecord:
+    """Audit the run in `folder`; writes audit.json there, and its report again.
+
+    Args:
+        folder: the output folder of a simulated run that is done.
+        options: how thorough.
+        site: attack this site's rows alone.
+        on_step: told of every optimiser step.
+    Raises: OutputError, DataError: as `reopen`. AdapterError: there is no adapter yet. ConfigError: no such
+        site.
+    """
+    config, rows, _ = reopen(folder)
+    check_adapter_dir(folder / ADAPTER_DIR)
+    if site is not None and site not in rows:
+        raise ConfigError(f"--site {site}: the run's sites are {', '.join(rows)}; name one of them.")
+    chosen = {name: splits for name, splits in rows.items() if site in (None, name)}
+    hashed = load_run(folder / RUN_FILE).content_hash
+    record = audit_result(config, hashed, folder / ADAPTER_DIR, chosen, "simulation", options, on_step)
+    write_file(folder / AUDIT_FILE, record.model_dump_json(indent=2) + "\n")
+    write_report(folder)
+    return record

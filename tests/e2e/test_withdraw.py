@@ -1,0 +1,70 @@
+"""A person takes a site out of a run that is going on: what the coordinator and the site see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback import NAME, NEEDS_NGINX, Loopback, wait_for
+from tiny_runs import LABELS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), NEEDS_NGINX]
+RUN = """
+name: tiny
+task: {name: sequence_classification, labels: [cardiac, hepatic, pulmonary], max_length: 24}
+data: notes
+model: {model_name_or_path: "MODEL", sha256: HASH}
+adapter: {r: 4}
+training: {max_steps: 60, per_device_train_batch_size: 4, learning_rate: 1e-2}
+federation: {rounds: 4, quorum: 1, grace_seconds: 60}
+evaluation: {bootstrap_samples: 20}
+"""
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "record.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> None:
+    lines = [
+        f"{word} {n % 7},{label}" for n in range(20) for label, own in LABELS.items() for word in own.split()
+    ]
+    (tmp_path / "notes.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    digest = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "tiny.yaml").write_text(RUN.replace("MODEL", str(tiny_bert)).replace("HASH", digest))
+    data = {"notes": {"source": str(tmp_path / "notes.csv")}}
+    federation = Loopback(
+        tmp_path, {"north": data, "south": data}, [{"path": str(tiny_bert), "sha256": digest}]
+    )
+    try:
+        federation.start()
+        running = federation.run_in_background("run", "tiny.yaml", "--federation", NAME, "-o", "out")
+        try:
+            runs = federation.home / "state" / "runs"
+            (run_dir,) = wait_for(lambda: [each for each in runs.glob("*") if records(each)], "no round", 400)
+            said = federation.quorate("site", "withdraw", run_dir.name, "--folder", "north").stdout
+            assert said == f"site north answers nothing of run {run_dir.name} any more\n"
+            told, _ = running.communicate(timeout=600)
+        finally:
+            running.kill()
+            running.wait()
+        assert running.returncode == 0, f"{told}\n{federation.logs()}"
+        assert "was withdrawn from this run by its people" in told
+        done = records(tmp_path / "out")
+        left = [sorted(each["excluded"]) for each in done]
+        assert len(left) == 4 and left[0] == [] and left[-1] == ["north"]
+        assert done[-1]["excluded"]["north"]["code"] == "withdrawn"
+        status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
+        assert status["withdrawn"] == [run_dir.name]
+        north = tmp_path / "north" / "state" / "received"
+        assert not north.exists() or not list(north.iterdir()), "it gets no result of a run that it left"
+        assert (tmp_path / "south" / "state" / "received" / run_dir.name / "adapter").is_dir()
+        federation.quorate("site", "withdraw", run_dir.name, "--folder", "north", "--undo")
+        status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
+        assert status["withdrawn"] == []
+    finally:
+        federation.stop()

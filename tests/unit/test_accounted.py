@@ -308,6 +308,16 @@ def test_data_with_a_budget_are_closed_to_runs_that_no_budget_covers(
     assert site.steps == 0
 
 
+@pytest.mark.parametrize("policy", [budget(), {"require_privacy": True}], ids=["budget", "required"])
+def test_noise_at_the_server_is_none_at_the_site(world: Any, private: Any, policy: Any) -> None:
+    client = {"unit": "client", "delta": 0.01, "noise_multiplier": 1.0}
+    run = private(privacy=client, aggregation={"name": "fedavg", "weighting": "uniform"})
+    site = world(**policy)
+    for phase, round in (("join", 0), ("fit", 1)):
+        assert site.ask(request(run, phase, round)).header.error == "policy-privacy"
+    assert site.steps == 0
+
+
 def test_a_site_may_ask_for_privacy(world: Any, private: Any) -> None:
     site = world(require_privacy=True)
     assert site.ask(request(private(privacy=None), "join", 0)).header.error == "policy-privacy"

@@ -351,7 +351,8 @@ def _model_key(run: RunConfig) -> tuple[object, ...]:
 
 
 def _rows_key(run: RunConfig) -> tuple[object, ...]:
-    return run.data, run.training.examples_per_class
+    # Under group-level privacy rows are checked when they are made ready, so they are made ready again.
+    return run.data, run.training.examples_per_class, run.privacy
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

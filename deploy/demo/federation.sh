@@ -47,7 +47,18 @@ finish() {
         [ ! -d "$site/state" ] || "$bin/quorate" site stop "$site" || true
     done
     [ ! -d "home/$name/state" ] || "$bin/quorate" server stop --federation "$name" || true
-    for user in "${made[@]}"; do userdel "$user" || true; done
+    # Files first: a number without a user is given to the next one that is made, and the rows with it.
+    if [ "${#made[@]}" -gt 0 ]; then
+        for site in "${sites[@]}"; do [ ! -d "$site" ] || chown -R root:root "$site"; done
+        for user in "${made[@]}"; do userdel "$user" || code=1; done
+    fi
+    left="$(env -u QUORATE_HOME grep -lzxF "QUORATE_HOME=$QUORATE_HOME" /proc/[0-9]*/environ 2>/dev/null || true)"
+    if [ -n "$left" ]; then
+        echo "federation-demo: still running: $left" >&2
+        code=1
+    else
+        echo "no process is left"
+    fi
     exit "$code"
 }
 trap finish EXIT

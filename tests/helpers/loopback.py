@@ -74,7 +74,8 @@ class Loopback:
         self.port, superlink, health = free_ports(3)
         ports = {"port": self.port, "superlink_port": superlink, "health_port": health}
         fields = {"hostname": "localhost", "addresses": ["127.0.0.1"], "listen": "127.0.0.1", **ports}
-        federation = {"name": NAME, "server": {**fields, **(server or {})}, "sites": self.sites}
+        fields |= server or {}
+        federation = {"name": NAME, "server": fields, "sites": self.sites}
         (folder / "federation.yaml").write_text(yaml.safe_dump(federation))
         self.quorate("provision", "federation.yaml")
         self.home = folder / "home" / NAME
@@ -84,6 +85,9 @@ class Loopback:
             self.write_site(name, content)
             self.quorate("site", "enrol", name)
             self.quorate("server", "admit", name, f"{name}/node.pub", "--federation", NAME)
+            if fields.get("mutual_tls"):
+                self.quorate("certificates", "sign", name, f"{name}/client.csr", "--federation", NAME)
+                shutil.copy(self.home / "sites" / name / "client.crt", folder / name)
 
     def write_site(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a site's own file."""

@@ -264,8 +264,25 @@ def _client_certificate(site: SiteFolder) -> str:
             f"{site.client_crt}: belongs to another key than {site.client_key}; send client.csr to the "
             "coordinator again."
         )
+    # The server answers a certificate that comes with another site's node key with 403, for ever.
+    about, names = site.connection, _names(certificate)
+    if f"quorate:{about.federation}/{about.site}" not in names:
+        raise ConfigError(
+            f"{site.client_crt}: is that of {' '.join(names) or 'nobody'}, and the server takes the node key "
+            f"of {about.site} with this site's own certificate alone; put the client.crt and client.key of "
+            "this site here, or send client.csr to the coordinator again."
+        )
     find_nginx(NEEDED)
     return found
+
+
+def _names(certificate: x509.Certificate) -> list[str]:
+    """Return what the federation's authority calls the holder: quorate:FEDERATION/SITE."""
+    try:
+        alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return alternative.value.get_values_for_type(x509.UniformResourceIdentifier)
 
 
 def _versions() -> str:

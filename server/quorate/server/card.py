@@ -60,7 +60,7 @@ def model_card(run: RunConfig, summary: Summary) -> str:
         metric=metric_name(summary.metric),
         rows=sum(site.rows.get("train", 0) for site in summary.sites.values()),
         load=_loading(run),
-        claim=claim_in_words(summary.client_privacy) if summary.client_privacy else "",
+        claim=claim_in_words(summary),
         count=count,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quorate.server.report.figures import count
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Code, Section, Table
+from quorate.shared.config.run import RunConfig
 
 
 def limits_section(files: RunFiles) -> Section:
@@ -14,15 +15,7 @@ def limits_section(files: RunFiles) -> Section:
         "Figures hold for rows like those tested. They say nothing of other institutions, later years or "
         "other ways of writing, and single rows can be wrong whatever the average."
     )
-    section.say(
-        "Sites send updates, never rows. "
-        + (
-            "What the adapter may tell of a site is bounded (see Privacy); what the coordinator saw is not."
-            if files.config.private_clients
-            else "But no differential privacy was used: nothing guarantees that the adapter, or the updates "
-            "the coordinator saw, reveal nothing of single rows. Treat the adapter as derived from the data."
-        )
-    )
+    section.say(f"Sites send updates, never rows. {_bounded(files.config)}")
     references = files.summary.references if files.summary else None
     if references and (references.tested_everywhere or references.centralised):
         section.say(
@@ -31,6 +24,22 @@ def limits_section(files: RunFiles) -> Section:
         )
     section.say("This page itself holds counts and figures per site, and no row of anyone's data.")
     return section
+
+
+def _bounded(config: RunConfig) -> str:
+    if config.private_clients:
+        return (
+            "What the adapter may tell of a site is bounded (see Privacy); what the coordinator saw is not."
+        )
+    if config.privacy is not None:
+        return (
+            f"What the updates may tell of one {config.privacy.unit} is bounded (see Privacy); figures "
+            "on validation and test rows are exact, and what all rows of a site have in common is learnt."
+        )
+    return (
+        "But no differential privacy was used: nothing guarantees that the adapter, or the updates the "
+        "coordinator saw, reveal nothing of single rows. Treat the adapter as derived from the data."
+    )
 
 
 def origin_section(files: RunFiles) -> Section:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from quorate.server.records import ClientClaim
+from collections.abc import Mapping
+
+from quorate.server.records import ClientClaim, Summary
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Section, Table
+from quorate.shared.privacy.claim import PrivacyClaim
 
 USELESS = 1.0
 """From this noise on the mean over the clipping norm, noise moves the adapter further than all sites can."""
@@ -13,14 +16,82 @@ USELESS = 1.0
 def privacy_section(files: RunFiles) -> Section:
     """State the claim, what it covers and what it does not."""
     section = Section("privacy", "Privacy")
-    claim = files.summary.client_privacy if files.summary else None
-    if claim is not None:
-        _client(section, claim)
+    summary = files.summary
+    if summary is None:
+        return section
+    if summary.client_privacy is not None:
+        _client(section, summary.client_privacy)
+    if claims := site_claims(summary):
+        _sites(section, claims)
     return section
 
 
-def claim_in_words(claim: ClientClaim) -> str:
-    """Return the claim in one paragraph, for whoever has the adapter alone."""
+def site_claims(summary: Summary) -> dict[str, PrivacyClaim]:
+    """Return site -> what it claims for its records or groups; empty in a run without such privacy."""
+    return {site: said.privacy for site, said in sorted(summary.sites.items()) if said.privacy}
+
+
+def claim_in_words(summary: Summary) -> str:
+    """Return what is claimed in one paragraph, for whoever has the adapter alone; nothing without a claim."""
+    if summary.client_privacy is not None:
+        return _client_in_words(summary.client_privacy)
+    claims = site_claims(summary)
+    return _sites_in_words(claims) if claims else ""
+
+
+def _sites_in_words(claims: Mapping[str, PrivacyClaim]) -> str:
+    """Return the weakest of the sites' claims: it holds for all."""
+    weakest = max(claims.values(), key=lambda claim: claim.epsilon)
+    unit = "training row" if weakest.unit == "record" else "group of training rows, such as a patient"
+    delta = max(claim.delta for claim in claims.values())
+    return (
+        f"Differential privacy at the sites: for adding or removing one {unit} of a site, the updates of all "
+        f"rounds, and so this adapter, are ({weakest.epsilon:.3g}, {delta:.2g})-differentially private, if "
+        "each site added the noise it says it did. That does not cover the numbers of rows, the figures on "
+        "validation and test rows, which hold no noise, nor earlier runs and choices of settings on the same "
+        "data; and it holds for each site by itself, so whoever has rows at two sites is covered by the sum."
+    )
+
+
+def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
+    """What sites claim for their records or groups."""
+    first = next(iter(claims.values()))
+    unit = "training row" if first.unit == "record" else "group (all training rows that share a value)"
+    section.say(_sites_in_words(claims))
+    section.say(
+        "In plain words: whoever sees everything that left a site can hardly tell whether any one "
+        f"{unit} was there. The smaller epsilon, the harder; 1 is strong, 8 is common in practice, and from "
+        "about 10 on little is promised. Delta is the chance that the promise fails outright."
+    )
+    rows = [
+        [
+            site,
+            f"{claim.units:,}",
+            f"{claim.epsilon:.3g}",
+            f"{claim.delta:.2g}",
+            f"{claim.noise_multiplier:.4g}",
+            f"{claim.sampling_probability:.4g}",
+            f"{claim.steps:,}",
+            f"{claim.clipping_norm:g}",
+        ]
+        for site, claim in claims.items()
+    ]
+    columns = ["Site", f"{first.unit.capitalize()}s", "Epsilon", "Delta", "Noise multiplier"]
+    columns += ["Chance to be in a step", "Steps", "Clipping norm"]
+    hint = (
+        "Before round 1 each site says what all rounds will cost: Poisson-subsampled Gaussian mechanisms, by "
+        f"{first.accountant}. Add or remove one {first.unit}. Any accountant can check the figures."
+    )
+    section.blocks.append(Table("What each site claims", columns, rows, hint=hint))
+    section.say(
+        "Under this privacy a site sends no label counts, no notes on its rows, no training loss and no "
+        "gradient norms. It still sends how many rows it has, and figures on validation and test rows. What "
+        "a data set has spent over several runs stands in the site's own ledger (`quorate site ledger show`).",
+        "muted",
+    )
+
+
+def _client_in_words(claim: ClientClaim) -> str:
     return (
         f"Site-level differential privacy: this adapter is ({claim.epsilon:.3g}, {claim.delta:g})-"
         "differentially private for adding or removing all data of one site, if the coordinator added the "
@@ -30,7 +101,7 @@ def claim_in_words(claim: ClientClaim) -> str:
 
 
 def _client(section: Section, claim: ClientClaim) -> None:
-    section.say(claim_in_words(claim))
+    section.say(_client_in_words(claim))
     if claim.noise_on_mean > USELESS:
         section.say(
             f"The noise on the mean update was {claim.noise_on_mean:.3g} times the clipping norm: it moved "

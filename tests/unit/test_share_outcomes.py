@@ -73,5 +73,5 @@ def test_a_site_refuses_a_coordinator_that_asks_all_the_same(
 )
 def test_what_needs_outcomes_is_refused(make_run: Any, needs: dict[str, Any]) -> None:
     make_run(evaluation=needs)
-    with pytest.raises(ValidationError, match=rf"{next(iter(needs))} cannot be had with share_outcomes false"):
+    with pytest.raises(ValidationError, match=rf"{next(iter(needs))} cannot be had"):
         make_run(evaluation={**WITHHELD, **needs})

@@ -72,8 +72,8 @@ def check_split(run: RunConfig, split: Split) -> None:
     """
     if not run.evaluation.share_outcomes:
         raise RequestRefused(
-            "evaluation.share_outcomes: the run promises that sites send nothing of what the model gets right "
-            "and wrong on their rows; have the coordinator not ask for it.",
+            "evaluation.share_outcomes: the run promises that sites send nothing of what the model gets "
+            "right and wrong on their rows; have the coordinator not ask for it.",
             code="policy-privacy",
         )
     if isinstance(run.privacy, SitePrivacy) and split == "train":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from quorate.deploy import program
 from quorate.deploy.commands.data_own import own_data
 from quorate.deploy.commands.export import export
+from quorate.deploy.commands.forecast_own import own_forecast
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.site import site
 
@@ -20,6 +21,7 @@ app = program.new_app(
 )
 for command in (predict, export):
     app.command()(command)
+app.command("forecast")(own_forecast)
 app.add_typer(own_data)
 app.add_typer(site)
 

@@ -80,8 +80,9 @@ class Search:
 
         if not self.base.evaluation.share_outcomes:
             raise ConfigError(
-                "evaluation.share_outcomes: a search compares trials by what they get right on validation rows; "
-                "search with share_outcomes: true, on public or made-up data where sites must not send that."
+                "evaluation.share_outcomes: a search compares trials by what they get right on validation "
+                "rows; search with share_outcomes: true, on public or made-up data where sites must not "
+                "send that."
             )
 
     @property

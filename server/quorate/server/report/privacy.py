@@ -86,7 +86,7 @@ def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
     section.say(
         "Under this privacy a site sends no label counts, no notes on its rows, no training loss and no "
         "gradient norms. It still sends how many rows it has, and figures on validation and test rows. What "
-        "a data set has spent over several runs stands in the site's own ledger (`quorate site ledger show`).",
+        "a data set has spent over several runs stands in the site's ledger (`quorate site ledger show`).",
         "muted",
     )
 

@@ -229,8 +229,8 @@ class RunConfig(ConfigModel):
     def picks_best(self) -> bool:
         """Whether validation rows pick the round that is kept; else it is the last.
 
-        Under client-level privacy they do not: they are a site's data too, and no noise hides which round they
-        would choose.
+        Under client-level privacy they do not: they are a site's data too, and no noise hides which round
+        they would choose.
         """
         return self.evaluation.share_outcomes and not self.private_clients
 

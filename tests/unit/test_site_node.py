@@ -139,7 +139,7 @@ def test_folders_are_private_to_whoever_starts_the_site(site: SiteFolder) -> Non
     assert site.secret.read_bytes() == secret and len(secret) == 32
     for private in (site.node_key, site.secret):
         assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    for folder in (site.state, site.logs, site.supervisor, site.supernode):
+    for folder in (site.state, site.logs, site.supervisor, site.supernode, site.anchor):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 

@@ -76,26 +76,38 @@ class Answered:
         """Answer requests in order; one that is refused by its code."""
         return [self._one(request) for request in requests]
 
+    def stored(self, request: RoundRequest) -> Update | None:
+        """Return the answer that this very request got; None where it may be worked on.
+
+        Raises: RequestRefused: it may not (outdated, conflict, other-config). ProtocolError: it trains and
+            names a split. OutputError: the database cannot be used.
+        """
+        try:
+            self._bind(request)
+            return self._stored(request) if request.header.phase in STORED else None
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
     def close(self) -> None:
         """Close the database."""
         self._db.close()
 
     def _one(self, request: RoundRequest) -> Update:
         try:
-            self._bind(request)
-            stores = request.header.phase in STORED
-            stored = self._stored(request) if stores else None
+            stored = self.stored(request)
             if stored is not None:
                 return stored
             (update,) = self._inner.handle([request])
-            if stores and update.header.error is None:
+            if request.header.phase in STORED and update.header.error is None:
                 self._store(request, update)
             return update
         except sqlite3.Error as error:
-            problem = OutputError(f"{self._path}: {error}; free some space, or mend the file's rights.")
-            return failed(request, problem)
+            return failed(request, self._unusable(error))
         except Exception as error:  # whatever it is, only its code leaves
             return failed(request, error)
+
+    def _unusable(self, error: sqlite3.Error) -> OutputError:
+        return OutputError(f"{self._path}: {error}; free some space, or mend the file's rights.")
 
     def _bind(self, request: RoundRequest) -> None:
         """Tie the run's id to its configuration."""

@@ -35,6 +35,22 @@ class BaseModelAtSite(ConfigModel):
     """Its content hash, as in the run file (`model.sha256`); verified when it is loaded."""
 
 
+class PrivacyBudget(ConfigModel):
+    """The most that all private runs together may ever spend on one data set."""
+
+    data: Name
+    """Data alias. Aliases whose sources are the same, or lie in one another, share what is spent."""
+    group: str | None = None
+    """Column that says whose row it is, for runs with `privacy.unit: group`; left out: a budget by record."""
+    max_epsilon: float = Field(gt=0)
+    """Highest epsilon [nats] of all that was ever spent, composed by privacy loss distributions."""
+    delta: float = Field(gt=0, lt=1)
+    """Delta at which that epsilon is computed; well below 1 / units."""
+    also: tuple[str, ...] = ()
+    """Further sources, written as in `data`, where the same units lie or lay: copies, extracts, former
+    places. What the ledger has of them counts too."""
+
+
 class PolicyConfig(ConfigModel):
     """What this site allows. A request outside it is refused before any data are read."""
 
@@ -54,6 +70,11 @@ class PolicyConfig(ConfigModel):
     """Fewest training rows of a data set that may be trained on."""
     approve_each_run: bool = False
     """A person must approve each run (`quorate site approve RUN_ID`) before it may use data."""
+    require_privacy: bool = False
+    """Refuse every run without record- or group-level privacy, that is, without noise added at this site."""
+    privacy_budgets: tuple[PrivacyBudget, ...] = ()
+    """Budgets by data set and unit. A data set with a budget is closed to runs without record- or group-level
+    privacy, and to units without a budget; one without any is spent from without a limit."""
 
     @field_validator("tasks")
     @classmethod
@@ -93,6 +114,10 @@ class SiteConfig(ConfigModel):
     state: str = "state"
     """Folder for what the processes write: socket, stored answers, logs, received adapters; relative paths
     start at site.yaml's folder."""
+    anchor: str = Field("anchor", min_length=1)
+    """Folder in which heads of the privacy ledger are kept (`ledger.head`): away from `state`, best where
+    whoever can write there cannot write here; relative paths start at site.yaml's folder. It must be there,
+    unless it is the default."""
 
     @model_validator(mode="after")
     def _policy_names_data(self) -> Self:
@@ -100,4 +125,24 @@ class SiteConfig(ConfigModel):
             raise ValueError(
                 f"policy.data names {', '.join(unknown)}, which `data` has not; it has {', '.join(self.data)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_name_data(self) -> Self:
+        seen = set[tuple[str, str | None]]()
+        for index, budget in enumerate(self.policy.privacy_budgets):
+            where = f"policy.privacy_budgets[{index}]"
+            source = self.data.get(budget.data)
+            if source is None:
+                raise ValueError(
+                    f"{where} names {budget.data}, which `data` has not; it has {', '.join(self.data)}"
+                )
+            if budget.group is not None and source.columns.get("group") != budget.group:
+                raise ValueError(
+                    f"{where} names the group column {budget.group!r}; map it in data.{budget.data} "
+                    f"(columns: {{group: {budget.group}}}), or correct one of the two"
+                )
+            if (budget.data, budget.group) in seen:
+                raise ValueError(f"{where} is a second budget for the same data and unit; keep one")
+            seen.add((budget.data, budget.group))
         return self

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_waiting
 from quorate.client.config import PolicyConfig, SiteConfig
 from quorate.client.resident import Handler, failed
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
 from quorate.shared.messages import RoundRequest, Update
@@ -103,6 +104,12 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
             code="policy-rank",
         )
     _trained_whole(run.adapter, policy)
+    if policy.require_privacy and not isinstance(run.privacy, SitePrivacy):
+        raise RequestRefused(
+            "policy.require_privacy is on, and for this run no noise would be added at this site; have the "
+            "coordinator set privacy.unit to record or group in the run file.",
+            code="policy-privacy",
+        )
     if policy.approve_each_run and not is_approved(state, run_id, request.header.config_hash):
         note_waiting(state, run_id, request.header.run_config)
         raise RequestRefused(

@@ -1,6 +1,6 @@
 """The resident site process: `python -m quorate.client.serve FOLDER`, where FOLDER holds site.yaml.
 
-    socket -> service -> policy -> stored answers -> site (rows, base model, trainer)
+    socket -> service -> policy -> privacy ledger -> stored answers -> site (rows, base model, trainer)
 
 It runs in the foreground until SIGTERM or SIGINT; training then ends at its next step, and whoever asked asks
 the next process again.
@@ -20,17 +20,23 @@ from pathlib import Path
 
 import torch
 
+from quorate.client.accounted import Accounted
 from quorate.client.answered import Answered
-from quorate.client.base_models import at_site
+from quorate.client.base_models import at_site as model_at_site
+from quorate.client.budgets import Budgets, Spending, spending
 from quorate.client.data import load_splits
 from quorate.client.holdings import SiteRows
+from quorate.client.ledger import DATABASE, HEADS, open_ledger
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import Gate, check_rows
+from quorate.client.private import plan_of
 from quorate.client.service import SiteService
 from quorate.client.site import Site
 from quorate.shared.base_model import default_device
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import BadInput, ConfigError, QuorateError
+from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.progress import StepEvent
 from quorate.shared.tasks.base import Row
 
@@ -77,9 +83,23 @@ class AtSite:
         check_rows(self.folder.config, run.data, len(rows["train"]))
         return rows
 
+    def spending(self, run: RunConfig) -> Spending:
+        """Return what a run with record- or group-level privacy costs here.
+
+        Raises: as `rows`; ConfigError, DataError: of `plan_of`.
+        """
+
+        def event_of(run: RunConfig) -> PrivacyEvent:
+            (name,) = self.names
+            plan = plan_of(run, name, self.rows(run, name)["train"])
+            assert plan is not None, "only asked for private runs"
+            return plan.event()
+
+        return spending(run, self.folder.config, self.folder.path, event_of)
+
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run with the folder of its base model here."""
-        return at_site(run, self.folder.config, self.folder.path)
+        return model_at_site(run, self.folder.config, self.folder.path)
 
 
 def training_device(name: str) -> torch.device:
@@ -100,6 +120,24 @@ def training_device(name: str) -> torch.device:
     return device
 
 
+def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Accounted:
+    """Put a site's privacy ledger before its stored answers.
+
+    A ledger that is needed or there is looked at now; where it is not what was written, that is logged, and
+    private runs are refused until it is.
+    """
+    budgets = Budgets(folder.config, folder.path, epsilon)
+    accounted = Accounted(lambda: open_ledger(folder), budgets, at_site.spending, answered)
+    policy = folder.config.policy
+    files = (folder.ledger / DATABASE, folder.anchor / HEADS)
+    if policy.require_privacy or policy.privacy_budgets or any(path.exists() for path in files):
+        try:
+            accounted.open()
+        except BadInput as error:
+            log.error("%s", error)
+    return accounted
+
+
 def serve(folder: SiteFolder, stop: threading.Event) -> None:
     """Answer requests until `stop` is set.
 
@@ -118,16 +156,18 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     def on_model(loaded: bool) -> None:
         services[0].model_loaded(loaded)
 
-    received = folder.state / RECEIVED
-    site = Site(AtSite(folder), device=device, on_step=on_step, on_model=on_model, received=received)
+    received, at_site = folder.state / RECEIVED, AtSite(folder)
+    site = Site(at_site, device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
-    gate = Gate(folder.config, folder.state, answered)
+    accounted = account_for(folder, at_site, answered)
+    gate = Gate(folder.config, folder.state, accounted)
     services.append(SiteService(gate, name, folder.socket))
     services[0].start()
     log.info("site %s: ready at %s, training on %s", name, folder.socket, device)
     stop.wait()
     log.info("site %s: ending", name)
     services[0].stop()
+    accounted.close()
     answered.close()
 
 

@@ -35,6 +35,8 @@ REASONS = {
     "policy-rows": "has fewer training rows than its policy asks for",
     "policy-approval": "a person at the site must approve this run first (quorate site approve)",
     "policy-privacy": "asks for differential privacy, or the run's privacy does not cover the request",
+    "policy-budget": "has too little privacy budget left for this run, or none for its unit of privacy",
+    "ledger": "has a privacy ledger that is not as it was written; its people must look into it",
     "withdrawn": "was withdrawn from this run by its people",
     "bundle": "did not admit the bundle of code; both sides need the same release of quorate",
     "other-config": "knows this run id under another run configuration",

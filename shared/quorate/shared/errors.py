@@ -9,7 +9,8 @@
     │   │   └── NonFiniteUpdate           NaN or infinity in an array
     │   ├── CheckpointError               a checkpoint that is damaged or of another run
     │   ├── ProtocolError                 a message that does not parse or does not belong
-    │   └── OutputError                   the output folder cannot be used or written
+    │   ├── OutputError                   the output folder cannot be used or written
+    │   └── LedgerError                   a site's privacy ledger that is not what was written
     ├── RequestRefused           exit 1   a site says no to a request (policy, wrong run)
     ├── AuditMissing             exit 1   an adapter was not audited, or its claim is refuted
     └── QuorumNotMet             exit 3   a round had too few good updates
@@ -83,6 +84,12 @@ class OutputError(BadInput):
     """An output folder that cannot be used or written."""
 
     code = "output"
+
+
+class LedgerError(BadInput):
+    """A privacy ledger that was edited, cut short, or is older than what was noted of it elsewhere."""
+
+    code = "ledger"
 
 
 class RequestRefused(QuorateError):

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
@@ -16,6 +17,9 @@ from quorate.client.node.folder import SITE_YAML, Account, SiteFolder, accounts,
 from quorate.client.node.server_check import check_server
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import ConfigError, DataError, ModelError, QuorateError
+
+if TYPE_CHECKING:
+    from quorate.client.ledger_rows import Reservation
 
 _SOON_DAYS = 30
 
@@ -51,6 +55,7 @@ def check(folder: Path, run_path: Path | None = None) -> list[Line]:
             lines.append(_line(f"models[{index}]", lambda index=index: _model(site, index)))  # type: ignore[misc]
         for alias in site.config.data:
             lines.append(_line(f"data.{alias}", lambda alias=alias: _data(site, alias)))  # type: ignore[misc]
+        lines.append(_line("ledger", lambda: _ledger(site)[0]))
         if run_path is not None:
             lines.append(_line(f"run {run_path.name}", lambda: _run(site, run_path)))
     lines.append(_line("node.key", lambda: _node_key(site)))
@@ -160,12 +165,28 @@ def _data(site: SiteFolder, alias: str) -> str:
     return ", ".join(f"{split} {len(rows)} rows" for split, rows in splits.items())
 
 
+def _ledger(site: SiteFolder) -> tuple[str, list[Reservation]]:
+    """Check the privacy ledger; return what was found, and what was spent."""
+    from quorate.client import ledger
+    from quorate.client.ledger_check import Anchor, verify
+
+    ledger.check_anchor(site)
+    verdict = verify(site.ledger / ledger.DATABASE, Anchor(site.anchor / ledger.HEADS))
+    ledger.check(verdict.findings)
+    budgets = len(site.config.policy.privacy_budgets)
+    found = f"{budgets} privacy budgets; {len(verdict.rows)} rows in the ledger, head {verdict.head}"
+    return found, ledger.reservations(verdict.rows)
+
+
 def _run(site: SiteFolder, run_path: Path) -> str:
-    """Hold a run file against policy, data and models as the site process will."""
+    """Hold a run file against policy, data, models and privacy budgets as the site process will."""
+    from quorate.client.budgets import Budgets
     from quorate.client.policy import admit
     from quorate.client.serve import AtSite
     from quorate.shared.config.load import load_run
+    from quorate.shared.config.privacy import SitePrivacy
     from quorate.shared.messages import RequestHeader, RoundRequest
+    from quorate.shared.privacy.accounting import epsilon
 
     run = load_run(run_path)
     header = RequestHeader(
@@ -182,6 +203,11 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     at_site = AtSite(site)
     at_site.at_hand(run)
     rows = at_site.rows(run, site.connection.site)
+    budgets = Budgets(site.config, site.path, epsilon)
+    budgets.admit(run)
+    if isinstance(run.privacy, SitePrivacy):
+        spending, (_, entries) = at_site.spending(run), _ledger(site)
+        budgets.check(spending, entries, spending.over(spending.rounds))
     counts = ", ".join(f"{split} {len(each)}" for split, each in rows.items())
     later = "; a person must approve it when it begins" if site.config.policy.approve_each_run else ""
     return f"{run.name}: allowed, its labels and columns are there ({counts} rows){later}"

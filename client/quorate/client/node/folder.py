@@ -6,7 +6,9 @@ FOLDER/                 unpacked start-up kit
   ca.crt                the federation's certificate authority
   node.key, node.pub    identity (`quorate site enrol`)
   client.key, .crt      mutual TLS
+  anchor/               heads of the privacy ledger, unless site.yaml names another folder
   state/                site.sock, and what the site process keeps
+    ledger/             the privacy ledger
     bin/                the only commands that Flower finds
     logs/               one file per program
     supervisor/         lock and status
@@ -95,6 +97,21 @@ class SiteFolder:
     def state(self) -> Path:
         """What the processes write."""
         return self.path / Path(self.config.state).expanduser()
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the privacy ledger's database."""
+        return self.state / "ledger"
+
+    @property
+    def anchor(self) -> Path:
+        """Folder where the privacy ledger's heads are kept."""
+        return self.path / Path(self.config.anchor).expanduser()
+
+    @property
+    def default_anchor(self) -> bool:
+        """Whether that folder is ours to make; one that was chosen may be a disk that is not mounted."""
+        return bool(self.config.anchor == SiteConfig.model_fields["anchor"].default)
 
     @property
     def socket(self) -> Path:
@@ -194,9 +211,9 @@ def prepare_folders(site: SiteFolder) -> None:
 
     Without `users` everything belongs to whoever starts the site, and to nobody else. With them:
 
-    * site.yaml, data inside FOLDER, and STATE with all that the site process writes there, belong to the
-      site's user. STATE has the SuperNode's group and setgid: that group may walk through it to the socket,
-      but not list it.
+    * site.yaml, data inside FOLDER, FOLDER/anchor, and STATE with all that the site process writes there,
+      belong to the site's user. STATE has the SuperNode's group and setgid: that group may walk through it to
+      the socket, but not list it.
     * node.key, client.key and STATE/supernode belong to the SuperNode's user.
     * STATE/bin, STATE/logs and STATE/supervisor belong to root: nobody can put another launcher there.
 
@@ -247,6 +264,8 @@ def _owning(site: SiteFolder) -> Iterator[None]:
 def _prepare_for_one(site: SiteFolder) -> None:
     for folder in (site.state, site.logs, site.supervisor, site.supernode):
         _folder(folder, 0o700)
+    if site.default_anchor:
+        _folder(site.anchor, 0o700)
     _folder(site.bin, 0o755)
     for key in (site.node_key, site.client_key):
         if key.exists():
@@ -256,6 +275,8 @@ def _prepare_for_one(site: SiteFolder) -> None:
 def _prepare_for_two(site: SiteFolder, own: Account, supernode: Account) -> None:
     site.path.chmod(0o711)
     _folder(site.state, 0o2710, own.uid, supernode.gid)
+    if site.default_anchor:
+        _folder(site.anchor, 0o700, own.uid, own.gid)
     _folder(site.bin, 0o755, 0, 0)
     for folder in (site.logs, site.supervisor):
         _folder(folder, 0o700, 0, 0)

@@ -16,6 +16,7 @@ from quorate.deploy.commands.common import (
     print_json,
 )
 from quorate.deploy.commands.site_audit import site_audit
+from quorate.deploy.commands.site_ledger import ledger
 from quorate.deploy.commands.site_report import print_checks, print_status
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ models = typer.Typer(
     help="Base models that this site holds.\n\nExample: quorate site models import minilm.tar",
 )
 site.add_typer(models)
+site.add_typer(ledger)
 site.command("audit")(site_audit)
 FolderArgument = Annotated[
     Path,

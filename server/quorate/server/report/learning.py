@@ -11,6 +11,7 @@ from quorate.server.report.figures import DASH, count, metric_name, show
 from quorate.server.report.files import RunFiles, value_of
 from quorate.server.report.page import Cell, Chart, Section, Table
 from quorate.server.report.svg import FEDERATED, OTHER, SERIES, variable
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.messages import Split
 
 _TRAIN_LOSS = "train_loss"
@@ -170,7 +171,12 @@ def data_section(files: RunFiles) -> Section:
     if sum(totals.values()):
         section.blocks.append(_mix_chart(files, totals))
     else:
-        section.say("This task has no labels to count.", "note")
+        section.say(
+            "The sites count no labels: exact counts would tell what their privacy hides."
+            if isinstance(files.config.privacy, SitePrivacy)
+            else "This task has no labels to count.",
+            "note",
+        )
     section.blocks.append(_rows_table(files))
     if sum(totals.values()):
         section.blocks.append(_counts_table(files, totals))

@@ -50,6 +50,8 @@ def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
     picked = f"picked by `{told.metric}` on validation rows where there are any"
     if run.private_clients:
         picked = "the last: no noise hides which one validation rows would choose"
+    elif not run.evaluation.share_outcomes:
+        picked = "the last, as sites sent nothing of what it gets right and wrong on their rows"
     lines = [
         f"# {run.name} at {site}",
         "",

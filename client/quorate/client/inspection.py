@@ -8,6 +8,7 @@ from typing import Any
 from quorate.client.config import SiteConfig
 from quorate.client.inspect import Report, SiteReport, SourceReport, inspect_site, read_all
 from quorate.shared.config.run import RunConfig
+from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import BadInput, ConfigError, DataError, ModelError
 
 
@@ -28,6 +29,20 @@ class DataReport(Report):
     """What was not looked at, and why."""
 
 
+def own_source(site: SiteConfig, run: RunConfig) -> SourceConfig:
+    """Return where the rows come from that a run would read at this site.
+
+    Raises: ConfigError: site.yaml does not know the alias.
+    """
+    source = site.data.get(run.data)
+    if source is None:
+        raise ConfigError(
+            f"site.yaml has no data {run.data!r}; it has {', '.join(sorted(site.data))}. "
+            "Add it there, or tell the coordinator that `data` in the run file is wrong."
+        )
+    return source
+
+
 def inspect_own_data(site: SiteConfig, base_dir: Path, run: RunConfig) -> DataReport:
     """Look at the data that a run would read at this site.
 
@@ -37,12 +52,7 @@ def inspect_own_data(site: SiteConfig, base_dir: Path, run: RunConfig) -> DataRe
         run: its data alias, task and model.
     Raises: ConfigError: site.yaml does not know the alias.
     """
-    source = site.data.get(run.data)
-    if source is None:
-        raise ConfigError(
-            f"site.yaml has no data {run.data!r}; it has {', '.join(sorted(site.data))}. "
-            "Add it there, or tell the coordinator that `data` in the run file is wrong."
-        )
+    source = own_source(site, run)
     notes: list[str] = []
     errors: list[str] = []
     sources: list[SourceReport] = []

@@ -66,7 +66,16 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
 
 
 def check_split(run: RunConfig, split: Split) -> None:
-    """Raise RequestRefused where exact figures on training rows are asked for under privacy."""
+    """Raise RequestRefused for figures that the run promises to keep at the sites.
+
+    Those are exact figures on training rows under privacy, and all of them without share_outcomes.
+    """
+    if not run.evaluation.share_outcomes:
+        raise RequestRefused(
+            "evaluation.share_outcomes: the run promises that sites send nothing of what the model gets "
+            "right and wrong on their rows; have the coordinator not ask for it.",
+            code="policy-privacy",
+        )
     if isinstance(run.privacy, SitePrivacy) and split == "train":
         raise RequestRefused(
             "privacy: figures on training rows would be exact, and the run promises to protect these rows; "

@@ -13,6 +13,7 @@ from quorate.deploy.commands.certificates import certificates
 from quorate.deploy.commands.compare import compare
 from quorate.deploy.commands.data import data
 from quorate.deploy.commands.export import export
+from quorate.deploy.commands.forecast import forecast
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.provision import provision
 from quorate.deploy.commands.report import report
@@ -39,6 +40,7 @@ for command in (
     predict,
     rerun,
     audit,
+    forecast,
     tune,
     export,
     provision,

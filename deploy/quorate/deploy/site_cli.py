@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from quorate.deploy import program
 from quorate.deploy.commands.data_own import own_data
 from quorate.deploy.commands.export import export
+from quorate.deploy.commands.forecast_own import forecast
 from quorate.deploy.commands.predict import predict
 from quorate.deploy.commands.site import site
 
@@ -18,7 +19,7 @@ app = program.new_app(
     "A site of a federation: it keeps its data and decides what they are used for.\n\n"
     "Example: quorate site enrol ./north"
 )
-for command in (predict, export):
+for command in (predict, export, forecast):
     app.command()(command)
 app.add_typer(own_data)
 app.add_typer(site)

@@ -42,12 +42,12 @@ def measure(
     """Measure the last and the best round's model on test rows.
 
     Returns: final, best, and the best model's outcomes per site. A run that was stopped is not measured
-        again: what its rounds found on validation rows stands.
+        again: what its rounds found on validation rows stands. Nor is one whose sites share no outcomes.
     """
     if result.progress is None:
         return None, None, {}
     last, best_round = result.progress.round, result.progress.best_round or result.progress.round
-    if result.stopped is not None:
+    if result.stopped is not None or not run.config.evaluation.share_outcomes:
         return (
             Measured(round=last, validation=result.progress.metrics.validation),
             Measured(round=best_round),

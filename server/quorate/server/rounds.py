@@ -119,7 +119,7 @@ def run_round(
         state, cohort = _step(grid, run, members, state, before, round, central, books)
     validation = None
     with books.timed(run, round, "evaluate"):  # 8 evaluate
-        if round % run.config.evaluation.every == 0 or round == run.config.federation.rounds:
+        if run.config.measures_after(round):
             outcomes = evaluate_at_sites(grid, run, members, state, "validation", round, books)
             validation = summarise(run.config.task, "validation", outcomes)
     # 9 checkpoint, then record
@@ -256,9 +256,7 @@ def _finish(
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
     standing = before.standing if before else Standing()
-    if not run.config.private_clients:
-        # Under client-level privacy the last round is the result: validation rows are a site's data too, and
-        # no noise hides which round they would choose.
+    if run.config.picks_best:
         standing = standing.after(run.config, round, validation)
     early_stop = standing.stops(run.config, round)
     record = books.record(round, cohort, state.pack().content_hash, early_stop)

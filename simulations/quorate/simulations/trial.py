@@ -78,6 +78,13 @@ class Search:
                 "or made-up data (a simulation can), and run the settings found with it."
             )
 
+        if not self.base.evaluation.share_outcomes:
+            raise ConfigError(
+                "evaluation.share_outcomes: a search compares trials by what they get right on validation "
+                "rows; search with share_outcomes: true, on public or made-up data where sites must not "
+                "send that."
+            )
+
     @property
     def metric(self) -> str:
         """What is searched for: the metric that picks a run's best round."""

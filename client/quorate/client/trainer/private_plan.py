@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from quorate.shared.config.privacy import SitePrivacy
-from quorate.shared.config.run import RunConfig
+from quorate.shared.config.run import RunConfig, TrainingConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import check_delta, default_delta, epsilon
 from quorate.shared.privacy.calibration import calibrate
@@ -84,11 +84,16 @@ class PrivatePlan:
         )
 
 
+def steps_a_round(training: TrainingConfig, units: int, batch: int) -> int:
+    """Return the steps of a round: max_steps, or as many batches as make num_train_epochs passes."""
+    return training.max_steps or training.num_train_epochs * math.ceil(units / batch)
+
+
 def private_plan(run: RunConfig, units: int) -> PrivatePlan:
     """Settle the mechanism for a site with so many records or groups, at least one.
 
     The expected batch is per_device_train_batch_size * gradient_accumulation_steps units, or all of them
-    where there are fewer. A round has max_steps steps, or as many batches as make num_train_epochs passes.
+    where there are fewer.
 
     Raises: ConfigError: delta is too large for so many units; the target cannot be reached.
     """
@@ -96,7 +101,7 @@ def private_plan(run: RunConfig, units: int) -> PrivatePlan:
     assert isinstance(privacy, SitePrivacy), "only called where it is"
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     probability = min(1.0, batch / units)
-    steps = training.max_steps or training.num_train_epochs * math.ceil(units / batch)
+    steps = steps_a_round(training, units, batch)
     rounds = run.federation.rounds
     if privacy.delta is None:
         delta = default_delta(units)

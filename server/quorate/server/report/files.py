@@ -95,8 +95,8 @@ class RunFiles:
 
     @property
     def picks_best(self) -> bool:
-        """Whether validation rows pick the round that is kept; else it is the last (client-level privacy)."""
-        return not self.config.private_clients
+        """Whether validation rows pick the round that is kept; else it is the last."""
+        return self.config.picks_best
 
     @cached_property
     def best(self) -> Measured | None:

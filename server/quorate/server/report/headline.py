@@ -45,7 +45,9 @@ def _result(files: RunFiles) -> str:
         return "No round of this run was finished, so there is no federated model yet."
     if result is None:
         rounds = count(rounds_done(files), "round")
-        return f"The federated model was trained for {rounds}, but not measured: no site has rows for that."
+        shared = files.config.evaluation.share_outcomes
+        why = "no site has rows for that" if shared else "sites send no outcomes (evaluation.share_outcomes)"
+        return f"The federated model was trained for {rounds}, but not measured: {why}."
     rows = f"{count(sum(result.rows.values()), f'{result.split} row')} of {whose_rows(files, result)}"
     for metric, words in (
         ("accuracy", "gets {} of the {} right"),

@@ -37,10 +37,13 @@ def learning_section(files: RunFiles) -> Section:
         )
         section.blocks.append(_validation_chart(files, validated))
     else:
+        why = (
+            "as no site has validation rows"
+            if files.config.evaluation.share_outcomes
+            else "as the run has sites send no outcomes (evaluation.share_outcomes)"
+        )
         section.say(
-            "The model was not tested between rounds, as no site has validation rows; "
-            "the last round's model is kept.",
-            "note",
+            f"The model was not tested between rounds, {why}; the last round's model is kept.", "note"
         )
     losses = _train_losses(trained)
     if losses:

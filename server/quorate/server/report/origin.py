@@ -33,8 +33,8 @@ def _bounded(config: RunConfig) -> str:
         )
     if config.privacy is not None:
         return (
-            f"What the updates may tell of one {config.privacy.unit} is bounded (see Privacy); figures "
-            "on validation and test rows are exact, and what all rows of a site have in common is learnt."
+            f"What the updates may tell of one {config.privacy.unit} is bounded (see Privacy); any "
+            "figures on validation and test rows are exact, and what all rows of a site have in common is learnt."
         )
     return (
         "But no differential privacy was used: nothing guarantees that the adapter, or the updates the "

@@ -23,6 +23,7 @@ def privacy_section(files: RunFiles) -> Section:
         _client(section, summary.client_privacy)
     if claims := site_claims(summary):
         _sites(section, claims)
+        _beside_the_claim(section, files, summary)
     return section
 
 
@@ -47,7 +48,7 @@ def _sites_in_words(claims: Mapping[str, PrivacyClaim]) -> str:
     return (
         f"Differential privacy at the sites: for adding or removing one {unit} of a site, the updates of all "
         f"rounds, and so this adapter, are ({weakest.epsilon:.3g}, {delta:.2g})-differentially private, if "
-        "each site added the noise it says it did. That does not cover the numbers of rows, the figures on "
+        "each site added the noise it says it did. That does not cover the numbers of rows, any figures on "
         "validation and test rows, which hold no noise, nor earlier runs and choices of settings on the same "
         "data; and it holds for each site by itself, so whoever has rows at two sites is covered by the sum."
     )
@@ -59,7 +60,7 @@ def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
     unit = "training row" if first.unit == "record" else "group (all training rows that share a value)"
     section.say(_sites_in_words(claims))
     section.say(
-        "In plain words: whoever sees everything that left a site can hardly tell whether any one "
+        "In plain words: whoever sees all that training sent from a site can hardly tell whether any one "
         f"{unit} was there. The smaller epsilon, the harder; 1 is strong, 8 is common in practice, and from "
         "about 10 on little is promised. Delta is the chance that the promise fails outright."
     )
@@ -85,10 +86,44 @@ def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
     section.blocks.append(Table("What each site claims", columns, rows, hint=hint))
     section.say(
         "Under this privacy a site sends no label counts, no notes on its rows, no training loss and no "
-        "gradient norms. It still sends how many rows it has, and figures on validation and test rows. What "
-        "a data set has spent over several runs stands in the site's ledger (`quorate site ledger show`).",
+        "gradient norms. It still sends how many rows it has and, unless evaluation.share_outcomes is false, "
+        "figures on validation and test rows. What a data set has spent over several runs stands in the "
+        "site's ledger (`quorate site ledger show`).",
         "muted",
     )
+
+
+def _beside_the_claim(section: Section, files: RunFiles, summary: Summary) -> None:
+    """What the claim leaves out, and what an audit found."""
+    largest = max(site_claims(summary).values(), key=lambda claim: claim.epsilon)
+    shared = files.config.evaluation.share_outcomes
+    measured = (
+        "exact figures on validation and test rows, which the sites send"
+        if shared
+        else "(nothing on validation and test rows: the sites sent no figures on them)"
+    )
+    section.say(
+        f"The largest epsilon of a site is {largest.epsilon:.3g}. Covered: every update a site sent, and so "
+        "the adapter of every round and whatever is made from it. Not covered: how many rows a site has, the "
+        f"names of the labels, {measured}, and choosing settings by runs on the same data, each of which "
+        "costs privacy of its own. A person with several records has less protection by the record than "
+        "stands here; a group (privacy.unit: group) protects all of a person's records at one site."
+    )
+    references = summary.references
+    if references is not None:
+        section.say(
+            "The reference runs (local only, centralised) of this simulation are not covered: they used the "
+            "same rows, and figures of theirs stand on this page.",
+            "note",
+        )
+    if files.audit is None:
+        section.say("Nobody has audited this run (`quorate audit OUTPUT_FOLDER`).", "muted")
+    elif files.audit.mechanism:
+        found = max(files.audit.mechanism, key=lambda each: each.epsilon_at_least)
+        section.say(
+            f"An audit found epsilon of at least {found.epsilon_at_least:.3g} at {found.site}, where "
+            f"{found.claim.epsilon:.3g} is claimed (see What attacks on it found)."
+        )
 
 
 def _client_in_words(claim: ClientClaim) -> str:

@@ -10,7 +10,7 @@ from quorate.shared.config.base import ConfigModel
 
 if TYPE_CHECKING:
     from quorate.shared.aggregation import AggregationRule
-    from quorate.shared.config.run import EvaluationConfig
+    from quorate.shared.config.evaluation import EvaluationConfig
 
 
 class _Noise(ConfigModel):

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 
 from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.evaluation import EvaluationConfig
 from quorate.shared.config.names import Name, Sha256
 from quorate.shared.config.privacy import ClientPrivacy, PrivacyConfig
 from quorate.shared.config.sound import check_sound
@@ -189,24 +190,6 @@ class FederationConfig(ConfigModel):
     """Set aside an update that moved further than this L2 norm [parameter units]."""
 
 
-class EvaluationConfig(ConfigModel):
-    """What is measured, and against what."""
-
-    every: int = Field(1, ge=1)
-    """Evaluate on validation rows every so many rounds (and always after the last)."""
-    metric_for_best_model: str | None = None
-    """Pooled validation metric that picks the best round; the task's own when left out."""
-    early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after this many evaluated rounds in a row without an improvement of that metric; the schedule of
-    the learning rate stays that of all rounds, and reference runs keep all of them."""
-    early_stopping_threshold: float = Field(0.0, ge=0)
-    """How much the metric must improve on the best round so far to count as an improvement."""
-    references: tuple[Literal["local_only", "centralised"], ...] = ()
-    """Reference runs: each site alone, and all rows in one place, both with the same budget of steps."""
-    bootstrap_samples: int = Field(1000, ge=0)
-    """Resamples of the test rows for the 95 % intervals; 0 leaves intervals out."""
-
-
 class RunConfig(ConfigModel):
     """One run. The same file, byte for byte, in simulation and in production."""
 
@@ -241,6 +224,20 @@ class RunConfig(ConfigModel):
     def private_clients(self) -> bool:
         """Whether the server adds noise that hides whole sites."""
         return isinstance(self.privacy, ClientPrivacy)
+
+    @property
+    def picks_best(self) -> bool:
+        """Whether validation rows pick the round that is kept; else it is the last.
+
+        Under client-level privacy they do not: they are a site's data too, and no noise hides which round
+        they would choose.
+        """
+        return self.evaluation.share_outcomes and not self.private_clients
+
+    def measures_after(self, round: int) -> bool:
+        """Whether sites are asked to measure the model after `round` on their validation rows."""
+        due = round % self.evaluation.every == 0 or round == self.federation.rounds
+        return self.evaluation.share_outcomes and due
 
     @property
     def metric(self) -> str:

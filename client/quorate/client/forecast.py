@@ -1,0 +1,248 @@
+"""What a run with record- or group-level privacy will cost a site, before any of it is spent."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict
+
+from quorate.client.base_models import at_site
+from quorate.client.config import SiteConfig
+from quorate.client.data import load_splits
+from quorate.client.inspection import own_source
+from quorate.client.private import groups_of
+from quorate.client.serve import training_device
+from quorate.client.trainer.fit import SiteTask, fit
+from quorate.client.trainer.private import units_of
+from quorate.client.trainer.private_plan import steps_a_round
+from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.privacy import SitePrivacy
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import ConfigError, DataError
+from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.privacy.forecast import BYTES_PER_VALUE, Forecast, forecast
+from quorate.shared.progress import StepEvent
+from quorate.shared.selection import downloaded, moving, upload_schema
+from quorate.shared.tasks.base import Row
+
+WARM, TIMED = 1, 4
+"""Steps that are taken to measure: the first ones, which set things up, and those that are timed. A step's
+batch is drawn by coins, so single steps differ."""
+
+
+class SiteForecast(ConfigModel):
+    """One site's part of the run."""
+
+    site: str
+    """Its name."""
+    unit: Literal["record", "group"]
+    """What one difference between neighbouring data sets is."""
+    rows: int
+    """Its training rows."""
+    clipping_norm: float
+    """L2 norm to which a unit's gradient is clipped."""
+    privacy: Forecast
+    """Epsilon, noise and steps, as configured and with other settings."""
+    bytes_up: int
+    """Adapter bytes that it sends in all rounds, without headers."""
+    bytes_down: int
+    """Adapter bytes that it receives in all rounds, for training and for validation, without headers, the
+    residual factors of `fedex`, the test and the delivery of the result."""
+    minutes: float | None = None
+    """Estimate of its training in all rounds on this machine, by itself; without evaluation and transfers."""
+
+
+class RunForecast(ConfigModel):
+    """What `quorate forecast` prints."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
+
+    run: str
+    """Name of the run file."""
+    largest_epsilon: float
+    """Of the site that spends most; infinite where the noise is too little for any, which a run refuses."""
+    device: str
+    """Where steps were measured."""
+    peak_memory_bytes: int | None = None
+    """The most memory that this process held until the last step (on CUDA: that was allocated there)."""
+    sites: tuple[SiteForecast, ...]
+    """By site."""
+
+
+def site_privacy(run: RunConfig) -> SitePrivacy:
+    """Return the run's record- or group-level privacy.
+
+    Raises: ConfigError: it has none, with what to do.
+    """
+    if run.privacy is None:
+        raise ConfigError(
+            "privacy: the run has no such section, so no noise is added and there is nothing to forecast; "
+            "give it one, such as `privacy={unit: record, target_epsilon: 8}` on the command line."
+        )
+    if not isinstance(run.privacy, SitePrivacy):
+        raise ConfigError(
+            "privacy.unit client: its noise is added by the coordinator and depends on the sites that join; "
+            "a run says what it costs before round 1. A forecast is of privacy.unit record or group."
+        )
+    return run.privacy
+
+
+def forecast_sites(
+    run: RunConfig,
+    rows: Mapping[str, Sequence[Row]],
+    *,
+    measure: bool = True,
+    device: torch.device | None = None,
+) -> RunForecast:
+    """Forecast a run for sites whose training rows are at hand.
+
+    Loads the base model, for the arrays that the run trains; a few private steps of each site are taken to
+    measure time and memory, and thrown away.
+
+    Args:
+        run: the run.
+        rows: site -> training rows.
+        measure: whether to take these steps.
+        device: where to; the first visible GPU, else the CPU, when left out.
+    Raises: ConfigError: as `site_privacy` and `forecast`. DataError: a site without training rows or groups,
+        or with a row the task cannot use. ModelError: the base does not load, or does not tell rows apart.
+    """
+    privacy = site_privacy(run)
+    units = {site: _units(run, site, each) for site, each in rows.items()}
+    model = load_model(run, device=device)
+    plans = {site: _plans(run, site, privacy, each, model) for site, each in units.items()}
+    minutes: dict[str, float] = {}
+    if measure:
+        stack = AdapterStack.install(model)
+        for site, each in rows.items():
+            plan = plans[site].configured
+            seconds = _seconds_a_step(run, privacy, plan.noise_multiplier, model, stack, site, each)
+            minutes[site] = plan.steps * seconds / 60
+    up, down = _traffic(run, model)
+    return RunForecast(
+        run=run.name,
+        largest_epsilon=max(each.configured.epsilon_pld for each in plans.values()),
+        device=str(model.peft.device),
+        peak_memory_bytes=_peak_memory(model) if measure else None,
+        sites=tuple(
+            SiteForecast(
+                site=site,
+                unit=privacy.unit,
+                rows=len(rows[site]),
+                clipping_norm=privacy.max_grad_norm,
+                privacy=each,
+                bytes_up=up,
+                bytes_down=down,
+                minutes=minutes.get(site),
+            )
+            for site, each in plans.items()
+        ),
+    )
+
+
+def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: bool = True) -> RunForecast:
+    """Forecast a run for the one site whose site.yaml is given.
+
+    Args:
+        site: content of site.yaml. Its own copy of the base model is used where the run file names the hash.
+        base_dir: its folder, where relative paths start.
+        run: the coordinator's run file.
+        measure: as for `forecast_sites`.
+    Raises: as `forecast_sites`; ConfigError: site.yaml does not know the alias; ModelError: it lists no such
+        model.
+    """
+    site_privacy(run)  # before anything is read
+    source = own_source(site, run)
+    labels: tuple[str, ...] = getattr(run.task, "labels", ())
+    rows = load_splits(source, base_dir, run.task.columns, labels)["train"]
+    training = [Row(row.values, row.source, group=row.group) for row in rows]
+    here = at_site(run, site, base_dir) if run.model.sha256 is not None else run
+    device = training_device(site.device)
+    return forecast_sites(here, {"this site": training}, measure=measure, device=device)
+
+
+def _units(run: RunConfig, site: str, rows: Sequence[Row]) -> int:
+    if not rows:
+        raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
+    return len(units_of(len(rows), groups_of(run, site, rows)))
+
+
+def _plans(run: RunConfig, site: str, privacy: SitePrivacy, units: int, model: LoadedModel) -> Forecast:
+    training, schema = run.training, model.initial.schema
+    asked = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    moved = moving(run, schema, 1)
+    try:
+        return forecast(
+            privacy,
+            units=units,
+            batch=min(asked, units),  # a site with fewer units takes all of them in every step
+            steps_a_round=lambda batch: steps_a_round(training, units, batch),
+            rounds=run.federation.rounds,
+            shapes={name: shape for name, shape in schema.items() if name in moved},
+        )
+    except ConfigError as error:
+        raise ConfigError(f"site {site}: {error}") from error
+
+
+def _traffic(run: RunConfig, model: LoadedModel) -> tuple[int, int]:
+    """Return the adapter bytes that a site sends and receives in all rounds."""
+    up = down = 0
+    start = GlobalState(model.initial)
+    for round in range(1, run.federation.rounds + 1):
+        up += sum(
+            BYTES_PER_VALUE * math.prod(shape)
+            for shape in upload_schema(run, model.initial.schema, round).values()
+        )
+        down += downloaded(run, start, round).num_bytes * (1 + run.measures_after(round))
+    return up, down
+
+
+def _seconds_a_step(
+    run: RunConfig,
+    privacy: SitePrivacy,
+    noise_multiplier: float,
+    model: LoadedModel,
+    stack: AdapterStack,
+    site: str,
+    rows: Sequence[Row],
+) -> float:
+    """Return the mean time of a warm private step on the site's rows."""
+    short = run.model_copy(
+        update={
+            "training": run.training.model_copy(update={"max_steps": WARM + TIMED}),
+            "federation": run.federation.model_copy(update={"rounds": 1}),
+            "privacy": privacy.model_copy(
+                update={"target_epsilon": None, "noise_multiplier": noise_multiplier}
+            ),
+        }
+    )
+    task = run.task
+    examples = task.weigh(task.pack(task.encode(rows, model.processor)))
+    model.check_tokens(examples)
+    ended: list[float] = []
+
+    def note(_event: StepEvent) -> None:
+        if model.peft.device.type == "cuda":
+            torch.cuda.synchronize(model.peft.device)
+        ended.append(time.perf_counter())
+
+    part = SiteTask(site, examples, model.initial, groups_of(run, site, rows))
+    fit(model, stack, short, 1, [part], moving(run, model.initial, 1), note)
+    return (ended[-1] - ended[WARM - 1]) / TIMED
+
+
+def _peak_memory(model: LoadedModel) -> int:
+    """Return the most memory held so far [bytes]: of the GPU that is trained on, else of this process."""
+    if model.peft.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.peft.device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # Linux counts in KiB

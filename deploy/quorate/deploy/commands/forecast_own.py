@@ -1,0 +1,146 @@
+"""`quorate forecast` in the sites' wheel, on a site's own site.yaml alone; and printing what was forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quorate.deploy.commands.common import (
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    OverridesArgument,
+    configure_logging,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from quorate.client.forecast import RunForecast, SiteForecast
+    from quorate.shared.privacy.forecast import Plan
+
+MeasureOption = Annotated[
+    bool,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Take a few private steps at each site, thrown away afterwards, to estimate minutes and memory.",
+    ),
+]
+
+
+def forecast(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The coordinator's run file.")],
+    overrides: OverridesArgument = None,
+    site_file: Annotated[
+        Path, typer.Option("--site-file", metavar="FILE", help="This site's own site.yaml.")
+    ] = Path("site.yaml"),
+    measure: MeasureOption = True,
+    as_json: JsonOption = False,
+    log_level: LogLevelOption = LogLevel.warning,
+) -> None:
+    """Say what a run with privacy would cost this site: epsilon, noise, traffic, minutes and memory.
+
+    Nothing leaves the site.
+
+    Example: quorate forecast run.yaml --site-file site.yaml
+    """
+    configure_logging(log_level)
+    forecast_for_own(run, overrides or [], site_file, measure=measure, as_json=as_json)
+
+
+def forecast_for_own(
+    run_path: Path, overrides: Sequence[str], site_file: Path, *, measure: bool, as_json: bool
+) -> None:
+    """Print the forecast for one site.
+
+    Args:
+        run_path: the run file.
+        overrides: `key=value` of it.
+        site_file: the site's site.yaml.
+        measure: whether to take steps.
+        as_json: for machines.
+    Raises: as `forecast_own`.
+    """
+    from quorate.client.config import SiteConfig
+    from quorate.client.forecast import forecast_own
+    from quorate.shared.config.load import load_run
+    from quorate.shared.config.read import load_file
+
+    config = load_run(run_path, overrides)
+    site = load_file(SiteConfig, site_file)
+    print_forecast(forecast_own(site, site_file.parent, config, measure=measure), as_json=as_json)
+
+
+def print_forecast(found: RunForecast, *, as_json: bool) -> None:
+    """Print a forecast as one JSON object, or as a table of sites and one of other settings for each."""
+    if as_json:
+        import json
+
+        print_json(json.loads(found.model_dump_json()))  # which alone writes infinities as JSON can
+        return
+    from quorate.deploy.terminal import stdout_console
+
+    console = stdout_console()
+    for site in found.sites:
+        console.print(_settings(site))
+        for line in _facts(site):
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+    console.print(
+        f"largest epsilon of a site: {found.largest_epsilon:.3g}, for this run alone: what earlier runs on "
+        "the same rows spent comes on top",
+        markup=False,
+        soft_wrap=True,
+    )
+    if found.peak_memory_bytes is not None:
+        from rich.filesize import decimal
+
+        console.print(
+            f"memory: {decimal(found.peak_memory_bytes)} at most, with one site at a time on {found.device}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _settings(site: SiteForecast) -> object:
+    """Return the site's plan and its neighbours as a table."""
+    from rich.box import SIMPLE
+    from rich.filesize import decimal
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE, title=Text(f"{site.site}: {site.privacy.units} {site.unit}s"))
+    table.add_column("")
+    for name in ("epsilon", "noise multiplier", "chance in a step", "steps", "relative noise", "a round"):
+        table.add_column(name, justify="right")
+
+    def add(plan: Plan) -> None:
+        table.add_row(
+            plan.change,
+            f"{plan.epsilon_pld:.3g}",
+            f"{plan.noise_multiplier:.3g}",
+            f"{plan.sampling_probability:.3g}",
+            str(plan.steps),
+            f"{plan.relative_noise:.3g}",
+            decimal(plan.bytes_each_way),
+        )
+
+    add(site.privacy.configured)
+    for plan in site.privacy.alternatives:
+        add(plan)
+    return table
+
+
+def _facts(site: SiteForecast) -> list[str]:
+    from rich.filesize import decimal
+
+    plan = site.privacy.configured
+    lines = [
+        f"delta {site.privacy.delta:.2g}; epsilon by Renyi divergence {plan.epsilon_rdp:.3g}; "
+        f"{plan.trained_values:,} numbers are trained, clipped to norm {site.clipping_norm:g}",
+        f"sends {decimal(site.bytes_up)} and receives {decimal(site.bytes_down)} in {plan.rounds} rounds",
+    ]
+    if site.minutes is not None:
+        lines.append(f"about {site.minutes:.2g} minutes of training on this machine, by itself (an estimate)")
+    return lines

@@ -34,7 +34,7 @@ def _bounded(config: RunConfig) -> str:
     if config.privacy is not None:
         return (
             f"What the updates may tell of one {config.privacy.unit} is bounded (see Privacy); any "
-            "figures on validation and test rows are exact, and what all rows of a site have in common is learnt."
+            "figures on validation and test rows are exact, and what a site's rows have in common is learnt."
         )
     return (
         "But no differential privacy was used: nothing guarantees that the adapter, or the updates the "

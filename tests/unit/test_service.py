@@ -6,12 +6,14 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from loopback import wait_for
 from site_folder import RUN_ID, SITE
 
 from quorate.client.remote import CHUNK_BYTES, METHOD, RemoteSite, SiteUnavailable, chunks
@@ -136,18 +138,31 @@ def test_a_status_quotes_nothing(service: SiteService) -> None:
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_one_at_a_time_and_the_abandoned_are_not_begun(service: SiteService, turns: Turns) -> None:
+def test_one_at_a_time_and_the_abandoned_are_not_begun(
+    service: SiteService, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turns.holding = True
+    waiting: list[Future[bytes]] = []
+    submit = service._turns.submit
+
+    def noted(*arguments: Any) -> Future[bytes]:
+        waiting.append(submit(*arguments))
+        return waiting[-1]
+
+    monkeypatch.setattr(service._turns, "submit", noted)
     with grpc.insecure_channel(f"unix:{service.socket}") as channel:
         call = channel.stream_stream(METHOD)
         first = call(chunks(message(1)), timeout=60)
         assert turns.began.wait(30)
         cancelled = call(chunks(message(2)), timeout=60)
+        wait_for(lambda: len(waiting) == 2, "the second was not queued", 30)
         expiring = call(chunks(message(3)), timeout=0.5)
         with pytest.raises(grpc.RpcError) as raised:
             list(expiring)
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         cancelled.cancel()
+        # A cancellation reaches the service a moment after cancel() returns.
+        wait_for(lambda: all(each.cancelled() for each in waiting[1:]), "something still waits", 30)
         last = call(chunks(message(4)), timeout=60)
         assert turns.begun == [1]
         turns.let_go.set()

@@ -11,7 +11,7 @@ import pytest
 from quorate.deploy.cli import run
 
 pytestmark = pytest.mark.slow
-WORDS = "heart liver lung bone nerve drug trial cell gene fever cough pain rash dose scan blood"
+WORDS = "heart liver lung bone nerve drug trial cell gene fever"
 RUN = """
 name: tiny
 task: {{name: sequence_classification, labels: [cardiac, hepatic], max_length: 24}}
@@ -52,6 +52,7 @@ def test_an_audit_stands_beside_the_claim(made: Path, capsys: pytest.CaptureFixt
     assert {each["site"] for each in told["mechanism"]} == {"north", "south"} and told["refuted"] == []
     assert all(each["claim"]["epsilon"] == pytest.approx(1, rel=0.01) for each in told["mechanism"])
     assert told["membership"]["attack"]["members"] + 2 > 120
+    assert [leak["site"] for leak in told["token_leaks"]] == ["north", "south"] and told["client"] is None
     kept = json.loads((made / "audit.json").read_text())
     assert kept == {name: value for name, value in told.items() if name != "refuted"}
     report = (made / "report.html").read_text()
@@ -85,3 +86,24 @@ def test_one_site_and_what_is_wrong(made: Path, capsys: pytest.CaptureFixture[st
     (made / "adapter" / "adapter_config.json").unlink()
     assert run(["audit", "out", *FEWER]) == 2
     assert "has no adapter_config.json" in capsys.readouterr().err
+
+
+def test_site_level_privacy_is_audited_with_canary_sites(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site_level = [
+        "privacy={unit: client, target_epsilon: 1, delta: 1e-5}",
+        "aggregation={name: ffa, weighting: uniform}",
+    ]
+    assert run(["simulate", "tiny.yaml", *site_level, "-o", "central", "--log-level", "warning"]) == 0
+    capsys.readouterr()
+    assert run(["audit", "central", "--canaries", "40", "--reference-pairs", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "by 40 canary sites" in said and "nothing refutes the claim" in said
+    assert "not tried: token leak: no factor A moves" in said
+    kept = json.loads((made.parent / "central" / "audit.json").read_text())
+    assert kept["client"]["epsilon"] == pytest.approx(1, rel=0.01) and not kept["mechanism"]
+    report = (made.parent / "central" / "report.html").read_text()
+    assert "Does the noise of the server hide a site?" in report and "no factor A moves" in report
+    assert run(["audit", "central", "--canaries", "100000", "--reference-pairs", "0"]) == 2
+    assert "ask for fewer than 99998" in capsys.readouterr().err

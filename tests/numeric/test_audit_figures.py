@@ -10,10 +10,12 @@ from dp_accounting import get_epsilon_gaussian
 from scipy import integrate
 from scipy.stats import binom, norm
 
+from quorate.shared.privacy.audit import one_shot
 from quorate.shared.privacy.audit.membership import LOW_FPR, attack, auc, rmia
 from quorate.shared.privacy.audit.one_run import Guesses, guess, lower_bound, p_value
 from quorate.shared.privacy.audit.one_shot import (
     canaries,
+    chance_of_cosine,
     cosines,
     epsilon_of_gaussians,
     estimate,
@@ -103,6 +105,36 @@ def test_one_shot_finds_the_epsilon_of_the_gaussian_mechanism() -> None:
     assert found == pytest.approx(get_epsilon_gaussian(hidden, 1e-5), rel=0.15)
     fresh = canaries(count, size, drawn)
     assert estimate(cosines(fresh, released), size, 1e-5) < 0.5
+
+
+@pytest.mark.parametrize(("size", "least"), [(2, 0.3), (3, -0.4), (40, 0.2), (611, 0.05), (611, -0.01)])
+def test_the_chance_of_a_cosine_is_that_of_random_directions(size: int, least: float) -> None:
+    drawn = canaries(20_000, size, np.random.default_rng(0))
+    assert np.mean(drawn[:, 0] >= least) == pytest.approx(chance_of_cosine(least, size), abs=0.01)
+
+
+def test_a_median_cosine_refutes_what_its_definition_says() -> None:
+    """2 (e^epsilon S(t) + delta) at the bound is what confidence leaves."""
+    observed = np.array([0.1, 0.16, 0.18, 0.3, 0.4])
+    found = one_shot.lower_bound(observed, 1000, 1e-5, 0.99)
+    error = 2 * (np.exp(found) * chance_of_cosine(0.18, 1000) + 1e-5)
+    assert found > 5 and error == pytest.approx(0.01)
+    assert one_shot.lower_bound(observed, 1000, 0.006, 0.99) == 0.0, "delta alone explains it"
+    assert one_shot.lower_bound(observed / 10, 1000, 1e-5, 0.99) == 0.0
+    assert one_shot.lower_bound(np.full(5, 0.999), 10**6, 1e-5, 0.999) == 200.0
+
+
+def test_the_gaussian_mechanism_is_not_refuted_by_its_canaries() -> None:
+    """A canary alone in the sum, in many runs: refuted no oftener than the confidence says."""
+    drawn, size, noise_multiplier, runs = np.random.default_rng(0), 400, 0.6, 400
+    epsilon = get_epsilon_gaussian(noise_multiplier, 1e-5)
+    refuted = 0
+    for _ in range(runs):
+        (direction,) = canaries(1, size, drawn)
+        released = direction + noise_multiplier * drawn.standard_normal(size)
+        found = one_shot.lower_bound(cosines(direction[None], released), size, 1e-5, 0.9)
+        refuted += found > epsilon
+    assert refuted <= binom.ppf(0.999, runs, 0.1)
 
 
 def test_membership_figures_of_known_scores() -> None:

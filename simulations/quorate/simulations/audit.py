@@ -9,11 +9,13 @@ from quorate.client.predict import check_adapter_dir
 from quorate.server.report import write_report
 from quorate.server.run import RUN_FILE
 from quorate.shared.config.load import load_run
+from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.errors import ConfigError
 from quorate.shared.export import ADAPTER_DIR
 from quorate.shared.files import write_file
 from quorate.shared.privacy.audit.record import AUDIT_FILE, AuditRecord
 from quorate.shared.progress import OnStep, ignore_step
+from quorate.simulations.canary_sites import audit_clients
 from quorate.simulations.origin import reopen
 
 
@@ -25,7 +27,7 @@ def audit(
     Args:
         folder: the output folder of a simulated run that is done.
         options: how thorough.
-        site: attack this site's rows alone.
+        site: attack this site's rows alone; site-level privacy is always audited with all of them.
         on_step: told of every optimiser step.
     Raises: OutputError, DataError: as `reopen`. AdapterError: there is no adapter yet. ConfigError: no such
         site.
@@ -36,7 +38,13 @@ def audit(
         raise ConfigError(f"--site {site}: the run's sites are {', '.join(rows)}; name one of them.")
     chosen = {name: splits for name, splits in rows.items() if site in (None, name)}
     hashed = load_run(folder / RUN_FILE).content_hash
+    client = None
+    if isinstance(config.privacy, ClientPrivacy) and options.canaries:
+        client = audit_clients(
+            config, rows, count=options.canaries, confidence=options.confidence, on_step=on_step
+        )
     record = audit_result(config, hashed, folder / ADAPTER_DIR, chosen, "simulation", options, on_step)
+    record = record.model_copy(update={"client": client})
     write_file(folder / AUDIT_FILE, record.model_dump_json(indent=2) + "\n")
     write_report(folder)
     return record

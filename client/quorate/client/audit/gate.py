@@ -29,7 +29,7 @@ def check_audited(adapter_dir: Path) -> None:
         raise AuditMissing(
             f"{path}: is of another adapter than the one in {adapter_dir}; audit the run again."
         )
-    if not record.mechanism and record.membership is None:
+    if not record.attacks:
         raise AuditMissing(f"{path}: tried no attack; audit the run again without leaving parts out.")
     if record.refuted:
         raise AuditMissing(f"{path}: {'; '.join(record.refuted)}. Find out why before the adapter is used.")

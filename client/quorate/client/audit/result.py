@@ -11,6 +11,7 @@ from typing import Literal
 from quorate.client.audit.mechanism import audit_mechanism
 from quorate.client.audit.membership import Rows, membership
 from quorate.client.audit.shadow import Shadow
+from quorate.client.audit.token_leak import NotChecked, token_leaks
 from quorate.client.holdings import SiteRows
 from quorate.client.private import plan_of
 from quorate.client.trainer.sampling import few_shot
@@ -18,7 +19,7 @@ from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.export import WEIGHTS_FILE
 from quorate.shared.messages import Split
-from quorate.shared.privacy.audit.record import AuditRecord, MechanismAudit, MembershipAudit
+from quorate.shared.privacy.audit.record import AuditRecord, MechanismAudit, MembershipAudit, TokenLeak
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.tasks.base import Row
 
@@ -31,11 +32,13 @@ class Options:
         canaries: at each site, for the private training; 0 leaves that part out.
         confidence: of its bounds.
         pairs: half the number of reference adapters of the membership attack; 0 leaves that part out.
+        tokens: most tokens of each kind of the token-leak check; 0 leaves that part out.
     """
 
     canaries: int = 500
     confidence: float = 0.999
     pairs: int = 2
+    tokens: int = 500
 
 
 def audit_result(
@@ -77,12 +80,21 @@ def audit_result(
             epsilon=max((claim.epsilon for claim in claims), default=None),
             delta=max((claim.delta for claim in claims), default=0.0),
         )
+    leaks: tuple[TokenLeak, ...] = ()
+    left_out: tuple[str, ...] = ()
+    if options.tokens:
+        try:
+            leaks = token_leaks(shadow, used, tokens=options.tokens, on_step=on_step)
+        except NotChecked as why:
+            left_out = (str(why),)
     return AuditRecord(
         config_hash=config_hash,
         adapter_sha256=hashlib.sha256((adapter_dir / WEIGHTS_FILE).read_bytes()).hexdigest(),
         held_by=held_by,
         mechanism=mechanism,
         membership=attacked,
+        token_leaks=leaks,
+        left_out=left_out,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,19 @@ class Shadow:
     ) -> dict[str, Adapter]:
         """Train an adapter on each set of rows, alone, as long as the run trains a site; in shared passes.
 
+        Args: as `rounds`.
+        """
+        *_, trained = self.rounds(rows, on_step, canaries)
+        return trained
+
+    def rounds(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        on_step: OnStep = ignore_step,
+        canaries: Mapping[str, Canaries] | None = None,
+    ) -> Iterator[dict[str, Adapter]]:
+        """Yield what each set of rows, trained alone, has come to after each of the run's rounds.
+
         Args:
             rows: name -> training rows; the name decides, with the run's seed, the order of rows.
             on_step: told of every optimiser step.
@@ -85,7 +98,7 @@ class Shadow:
                 share = tasks[start : start + run.training.max_stack]
                 fitted = fit(self.model, self.stack, run, round, share, trainable, on_step)
                 trained |= {task.site: done.adapter for task, done in zip(share, fitted, strict=True)}
-        return trained
+            yield dict(trained)
 
     def losses(self, adapter: Adapter, examples: Sequence[Example]) -> Losses:
         """Return the loss of each example under an adapter, [n]."""

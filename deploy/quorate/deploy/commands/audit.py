@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.audited import CanariesOption, ConfidenceOption, ReferencesOption, print_audit
+from quorate.deploy.commands.audited import (
+    CanariesOption,
+    ConfidenceOption,
+    ReferencesOption,
+    TokensOption,
+    print_audit,
+)
 from quorate.deploy.commands.common import JsonOption, LogLevel, LogLevelOption, configure_logging
 
 
@@ -21,14 +27,16 @@ def audit(
     ] = None,
     canaries: CanariesOption = 500,
     reference_pairs: ReferencesOption = 2,
+    tokens: TokensOption = 500,
     confidence: ConfidenceOption = 0.999,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.info,
 ) -> None:
     """Attack a run's result: who was in it, and does its private training do what it claims?
 
-    Trains each site again with canaries beside its rows, and reference adapters for a membership attack;
-    writes audit.json, and the report again. Exit code 1 where a claim is refuted. An audit proves no claim:
+    Trains each site again with canaries beside its rows (or the run again, with canary sites), and reference
+    adapters for a membership attack; looks for words of the rows in an update. Writes audit.json, and the
+    report again. Exit code 1 where a claim is refuted. An audit proves no claim:
     it finds what is broken.
 
     Example: quorate audit runs/demo
@@ -41,7 +49,7 @@ def audit(
 
     tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
     try:
-        options = Options(canaries, confidence, reference_pairs)
+        options = Options(canaries, confidence, reference_pairs, tokens)
         record = audit_folder(directory, options, site=site, on_step=tracker.step)
     finally:
         tracker.close()

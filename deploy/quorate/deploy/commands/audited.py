@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 CanariesOption = Annotated[
     int,
     typer.Option(
-        "--canaries", metavar="N", min=0, help="Canaries at each site; 0 leaves the private training alone."
+        "--canaries",
+        metavar="N",
+        min=0,
+        help="Canaries at each site, or canary sites; 0 leaves what the noise claims alone.",
     ),
 ]
 ReferencesOption = Annotated[
@@ -25,6 +28,15 @@ ReferencesOption = Annotated[
         metavar="N",
         min=0,
         help="Pairs of adapters that the membership attack trains; 0 leaves it out.",
+    ),
+]
+TokensOption = Annotated[
+    int,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        min=0,
+        help="Most tokens of each kind that the token-leak check tells apart; 0 leaves it out.",
     ),
 ]
 ConfidenceOption = Annotated[
@@ -59,6 +71,12 @@ def _print_tables(record: AuditRecord) -> None:
             figures = f"{each.claim.epsilon:.3g}", f"{each.epsilon_at_least:.3g}", f"{each.confidence:.1%}"
             table.add_row(Text(each.site), *figures, right)
         console.print(table)
+    if (client := record.client) is not None:
+        typer.echo(
+            f"site-level privacy: epsilon {client.epsilon:.3g} claimed; by {client.canaries} canary sites "
+            f"{client.epsilon_estimated:.3g} estimated, and {client.epsilon_at_least:.3g} at least with "
+            f"{client.confidence:.1%} confidence"
+        )
     if record.membership is not None:
         attack, allowed = record.membership.attack, record.membership.allowed_tpr
         low, high = attack.auc_interval
@@ -69,5 +87,14 @@ def _print_tables(record: AuditRecord) -> None:
             f"training rows found at 1 % false positives: {attack.tpr_at_low_fpr:.1%} ({low:.1%} to "
             f"{high:.1%}){claimed}"
         )
+    for leak in record.token_leaks:
+        low, high = leak.attack.auc_interval
+        typer.echo(
+            f"{leak.site}: words of its rows in its update of round {leak.round}: AUC {leak.attack.auc:.3f} "
+            f"({low:.3f} to {high:.3f}); {leak.auc_before:.3f} before training"
+        )
+    for why in record.left_out:
+        typer.echo(f"not tried: {why}")
     if not record.refuted:
-        typer.echo("nothing refutes the claim" if record.mechanism else "the run claims no privacy")
+        claims = record.mechanism or record.client
+        typer.echo("nothing refutes the claim" if claims else "no claim of privacy was tried")

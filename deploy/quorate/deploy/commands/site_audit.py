@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.audited import CanariesOption, ConfidenceOption, ReferencesOption, print_audit
+from quorate.deploy.commands.audited import (
+    CanariesOption,
+    ConfidenceOption,
+    ReferencesOption,
+    TokensOption,
+    print_audit,
+)
 from quorate.deploy.commands.common import JsonOption, LogLevel, LogLevelOption, configure_logging
 
 
@@ -21,6 +27,7 @@ def site_audit(
     ] = Path(),
     canaries: CanariesOption = 500,
     reference_pairs: ReferencesOption = 2,
+    tokens: TokensOption = 500,
     confidence: ConfidenceOption = 0.999,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.info,
@@ -35,5 +42,5 @@ def site_audit(
     from quorate.client.audit.at_site import audit_received
     from quorate.client.audit.result import Options
 
-    record = audit_received(folder, run_id, Options(canaries, confidence, reference_pairs))
+    record = audit_received(folder, run_id, Options(canaries, confidence, reference_pairs, tokens))
     print_audit(record, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Section, Table
 from quorate.shared.privacy.audit.membership import LOW_FPR
-from quorate.shared.privacy.audit.record import AuditRecord, MembershipAudit
+from quorate.shared.privacy.audit.record import AuditRecord, ClientAudit, MembershipAudit, TokenLeak
 
 
 def audit_section(files: RunFiles) -> Section:
@@ -25,8 +25,14 @@ def audit_section(files: RunFiles) -> Section:
         section.say(f"A claim is refuted. {what}.", "note")
     if record.mechanism:
         section.blocks.append(_mechanism(record))
+    if record.client is not None:
+        section.blocks.append(_client(record.client))
     if record.membership is not None:
         section.blocks.append(_membership(record.membership))
+    if record.token_leaks:
+        section.blocks.append(_token_leaks(record.token_leaks))
+    for why in record.left_out:
+        section.say(f"Not tried. {why[:1].upper()}{why[1:]}.")
     return section
 
 
@@ -47,6 +53,51 @@ def _mechanism(record: AuditRecord) -> Table:
         ["Site", "Epsilon claimed", "Epsilon at least", "Confidence", "Guesses right", "Canaries"],
         rows,
         hint="Made-up units were put in by coin flips, and guessed from every noisy sum of gradients.",
+    )
+
+
+def _client(found: ClientAudit) -> Table:
+    rows = [
+        [
+            Cell(f"{found.epsilon:.3g}", small=f"delta {found.delta:g}"),
+            Cell(f"{found.epsilon_at_least:.3g}", "bad" if found.refuted else ""),
+            Cell(f"{found.confidence:.1%}"),
+            Cell(f"{found.epsilon_estimated:.3g}"),
+            Cell(f"{found.cosine * found.values**0.5:.2f}"),
+            Cell(f"{found.canaries}"),
+        ]
+    ]
+    head = ["Epsilon claimed", "Epsilon at least", "Confidence", "Epsilon estimated", "Shift", "Canary sites"]
+    return Table(
+        "Does the noise of the server hide a site?",
+        head,
+        rows,
+        hint="The run once more, with made-up sites that always send the same direction. The shift is how "
+        "far their median is from directions that nobody sent, in standard deviations of those.",
+    )
+
+
+def _token_leaks(found: tuple[TokenLeak, ...]) -> Table:
+    rows = []
+    for each in found:
+        attack = each.attack
+        rows.append(
+            [
+                Cell(each.site),
+                Cell(
+                    f"{attack.auc:.3f}", small=f"{attack.auc_interval[0]:.3f} to {attack.auc_interval[1]:.3f}"
+                ),
+                Cell(f"{each.auc_before:.3f}"),
+                Cell(f"{attack.tpr_at_low_fpr:.1%}"),
+                Cell(f"{attack.members} of {attack.members + attack.others}"),
+            ]
+        )
+    return Table(
+        "Does an update show which words it was trained on?",
+        ["Site", "Area under the ROC curve", "Before training", "Found at 1% false positives", "Tokens"],
+        rows,
+        hint=f"Tokens of the training rows against others, by their distance to what A moved by in round "
+        f"{found[0].round}. An area well above that before training is a leak.",
     )
 
 

@@ -4,6 +4,13 @@ After Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar 2023, arXiv:2302.03098
 random unit vector times the clipping norm. Its cosine with what the run released is N(0, 1/d) had it not
 taken part; the cosines of those that did are fitted by a Gaussian, and the two are as far apart as some
 epsilon allows. It is an estimate, not a bound.
+
+The same cosines give a bound, too, which is ours and blunter. Let S(t) be the chance that a uniformly random
+direction has a cosine of t or more with a vector that does not depend on it. Under (epsilon, delta)-DP with
+respect to each canary, the cosine of one that took part is t or more with a chance of at most
+e^epsilon S(t) + delta, so that is the expected share of such canaries, however they depend on each other.
+By Markov half of them reach t with a chance of at most 2 (e^epsilon S(t) + delta); the median says which t
+they reached.
 """
 
 from __future__ import annotations
@@ -42,6 +49,33 @@ def estimate(observed: NDArray[np.float64], size: int, delta: float) -> float:
         raise ValueError("a Gaussian is fitted to at least two different cosines")
     mean, deviation = float(observed.mean()), float(observed.std(ddof=1))
     return epsilon_of_gaussians(mean, deviation, 1.0 / math.sqrt(size), delta)
+
+
+def lower_bound(observed: NDArray[np.float64], size: int, delta: float, confidence: float) -> float:
+    """Return the largest epsilon that the median cosine refutes; 0.0 when it refutes none.
+
+    Args:
+        observed: [count] cosines with the released vector, of canaries that all took part.
+        size: d, the number of values of a canary; 2 or more.
+        delta: of the claim; above (1 - confidence) / 2 nothing can be refuted.
+        confidence: such as 0.999: a run that keeps its claim is refuted with at most 1 - this.
+    """
+    left = (1.0 - confidence) / 2 - delta
+    chance = chance_of_cosine(float(np.quantile(observed, 0.5, method="lower")), size)
+    if left <= chance:
+        return 0.0
+    return min(_LARGEST_EPSILON, math.log(left) - math.log(chance)) if chance > 0 else _LARGEST_EPSILON
+
+
+def chance_of_cosine(least: float, size: int) -> float:
+    """Return the chance that a uniformly random direction has this cosine or more with a fixed vector.
+
+    The square of the cosine is Beta(1/2, (size - 1) / 2).
+    """
+    from scipy.special import betainc
+
+    tail = float(betainc((size - 1) / 2, 0.5, 1.0 - min(1.0, least * least))) / 2
+    return tail if least > 0 else 1.0 - tail
 
 
 def epsilon_of_gaussians(mean: float, deviation: float, null_deviation: float, delta: float) -> float:

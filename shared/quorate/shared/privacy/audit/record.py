@@ -61,6 +61,48 @@ class MembershipAudit(ConfigModel):
         return self.allowed_tpr is not None and self.attack.tpr_interval[0] > self.allowed_tpr
 
 
+class ClientAudit(ConfigModel):
+    """The one-shot audit of site-level privacy: the run once more, with canary sites beside its own."""
+
+    epsilon: float = Field(ge=0)
+    """Claimed of the run with the canaries in it."""
+    delta: float = Field(gt=0, lt=1)
+    """Of that claim."""
+    canaries: int = Field(ge=2)
+    """Sites that sent a random direction in every round they were drawn for."""
+    values: int = Field(ge=2)
+    """Numbers that a direction has."""
+    cosine: float
+    """Median cosine of the directions with what the run moved the adapter by; 0 is expected of a direction
+    that was not sent."""
+    epsilon_estimated: float = Field(ge=0)
+    """What the cosines look like; an estimate without a confidence."""
+    confidence: float = Field(gt=0, lt=1)
+    """Of the bound."""
+    epsilon_at_least: float = Field(ge=0)
+    """Smaller epsilons are refuted with that confidence."""
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim is."""
+        return self.epsilon_at_least > self.epsilon
+
+
+class TokenLeak(ConfigModel):
+    """Whether a site's update shows which words it was trained on: the rows of dA and the inputs' vectors."""
+
+    site: str
+    """Whose update."""
+    round: int = Field(ge=1)
+    """Of a training alone, as the coordinator would see it."""
+    attack: Attack
+    """Telling tokens of the training rows from others of the vocabulary, by their distance to the rows of
+    what the first layer's A moved by."""
+    auc_before: float = Field(ge=0, le=1)
+    """The same by the rows of A before training, which has seen nothing: what common words give by
+    themselves."""
+
+
 class AuditRecord(ConfigModel):
     """An audit of one run."""
 
@@ -72,8 +114,24 @@ class AuditRecord(ConfigModel):
     """Who held the rows: all sites' at once, or one site its own."""
     mechanism: tuple[MechanismAudit, ...] = ()
     """One a site, where the run has record- or group-level privacy."""
+    client: ClientAudit | None = None
+    """Of a simulated run with site-level privacy."""
     membership: MembershipAudit | None = None
     """None where it was left out."""
+    token_leaks: tuple[TokenLeak, ...] = ()
+    """One a site, where it can be told; `left_out` says why not."""
+    left_out: tuple[str, ...] = ()
+    """Attacks that do not apply to this run, and why."""
+
+    @property
+    def attacks(self) -> int:
+        """How many attacks were tried."""
+        return (
+            len(self.mechanism)
+            + len(self.token_leaks)
+            + (self.client is not None)
+            + (self.membership is not None)
+        )
 
     @property
     def refuted(self) -> tuple[str, ...]:
@@ -84,6 +142,11 @@ class AuditRecord(ConfigModel):
             for each in self.mechanism
             if each.refuted
         ]
+        if self.client is not None and self.client.refuted:
+            found.append(
+                f"sites: epsilon is {self.client.epsilon_at_least:.3g} or more with "
+                f"{self.client.confidence:.1%} confidence, and {self.client.epsilon:.3g} is claimed"
+            )
         if self.membership is not None and self.membership.refuted:
             found.append(
                 f"membership: {self.membership.attack.tpr_at_low_fpr:.1%} of the training rows are found at "

@@ -1,0 +1,190 @@
+"""Does the server's noise keep the claim of site-level privacy? The run once more, with canary sites in it.
+
+A canary has no rows: whenever it is asked to train it answers with the same random direction, far beyond the
+clipping norm. Everything else is the run: its sites, its cohorts, the server's own rounds. The auditor sees
+what the run released in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quorate.client.site import Site, SiteRows
+from quorate.server.rounds import Result
+from quorate.server.run import Run
+from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy import ClientPrivacy
+from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import ConfigError
+from quorate.shared.messages import RoundRequest, SiteDescription, Update
+from quorate.shared.outcomes import Outcomes
+from quorate.shared.privacy.audit.one_shot import canaries, cosines, estimate, lower_bound
+from quorate.shared.privacy.audit.record import ClientAudit
+from quorate.shared.progress import OnStep, ignore_step
+from quorate.shared.seeds import rng
+from quorate.shared.selection import upload_schema
+from quorate.simulations.grid import InProcessGrid
+from quorate.simulations.runner import serve
+
+_BEYOND = 1e6
+"""A canary's norm over the first clipping norm: adaptive clipping does not grow to it."""
+
+
+class CanarySites:
+    """Answers for the sites of a run, and for canaries beside them.
+
+    Args:
+        site: answers for the run's own sites.
+        names: the canaries'.
+        run: the run with them.
+    """
+
+    def __init__(self, site: Site, names: tuple[str, ...], run: RunConfig) -> None:
+        self._site = site
+        self._names = {name: index for index, name in enumerate(names)}
+        self._run = run
+
+    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+        """Answer requests in order."""
+        own = iter(self._site.handle([each for each in requests if each.header.site not in self._names]))
+        return [self._answer(each) if each.header.site in self._names else next(own) for each in requests]
+
+    def direction(self, name: str, size: int) -> NDArray[np.float64]:
+        """Return the direction of a canary, [size], of length 1; the same each time."""
+        (drawn,) = canaries(1, size, rng(self._run.seed, "audit-canary-site", self._names[name]))
+        return np.asarray(drawn, dtype=np.float64)
+
+    def _answer(self, request: RoundRequest) -> Update:
+        if request.header.phase == "join":
+            return self._joined(request)
+        if request.header.phase == "fit":
+            return Update.reply(request, self._sent(request), num_examples=1, num_steps=1)
+        return Update.reply(request, outcomes=Outcomes())
+
+    def _joined(self, request: RoundRequest) -> Update:
+        """Join as a site of one row does, with the base model and the start that the others have."""
+        header = request.header.model_copy(update={"site": self._site.names[0]})
+        (like,) = self._site.handle([RoundRequest(header, request.arrays)])
+        told = like.header.description
+        if told is None:
+            raise ConfigError(f"site {self._site.names[0]} cannot join; see the log for why.")
+        description = SiteDescription(
+            rows={"train": 1, "validation": 0, "test": 0},
+            label_counts=self._run.task.label_counts(()),
+            model_files=told.model_files,
+            model_sha256=told.model_sha256,
+            versions=told.versions,
+        )
+        return Update.reply(request, like.arrays, description=description)
+
+    def _sent(self, request: RoundRequest) -> Adapter:
+        start = GlobalState.unpack(request.arrays).adapter
+        schema = upload_schema(self._run, start.schema, request.header.round)
+        flat = self.direction(request.header.site, _size(schema)) * _norm(self._run)
+        sent, at = {}, 0
+        for name in sorted(schema):
+            size = prod(schema[name])
+            sent[name] = (start[name] + flat[at : at + size].reshape(schema[name])).astype(np.float32)
+            at += size
+        return Adapter(sent)
+
+
+def audit_clients(
+    run: RunConfig,
+    rows: Mapping[str, SiteRows],
+    *,
+    count: int,
+    confidence: float,
+    on_step: OnStep = ignore_step,
+) -> ClientAudit:
+    """Audit the site-level privacy of a run by running it again, with canary sites.
+
+    Args:
+        run: the run, with site-level privacy.
+        rows: site -> split -> rows.
+        count: canaries; sites are drawn as often as in the run, so cohorts grow.
+        confidence: of the bound.
+        on_step: told of every optimiser step.
+    Raises: ConfigError: too few canaries, or more than delta allows sites. QuorumNotMet, BadInput: as a run.
+    """
+    privacy = run.privacy
+    assert isinstance(privacy, ClientPrivacy)
+    if count < 2:
+        raise ConfigError("--canaries: an audit of site-level privacy needs 2 or more.")
+    if privacy.delta * (len(rows) + count) >= 1:
+        raise ConfigError(
+            f"--canaries: with {count} canary sites beside {len(rows)}, privacy.delta {privacy.delta:g} is "
+            f"not below 1 / sites; ask for fewer than {round(1 / privacy.delta) - len(rows)}."
+        )
+    prefix = "canary"
+    while any(name.startswith(prefix) for name in rows):
+        prefix += "-"
+    names = tuple(f"{prefix}-{index}" for index in range(count))
+    site = Site(rows, on_step=on_step)
+    config = site.prepare(_with_canaries(run, len(rows), count))
+    handler = CanarySites(site, names, config)
+    with TemporaryDirectory(prefix="quorate-audit-") as folder:
+        result = serve(InProcessGrid(handler, [*rows, *names]), Run.open(config, Path(folder)))
+    if result.stopped is not None:
+        raise result.stopped
+    return _judged(result, config, handler, names, confidence)
+
+
+def _with_canaries(run: RunConfig, sites: int, count: int) -> RunConfig:
+    """Return the run with so many sites more, of which each is drawn as often; nothing is measured."""
+    federation = run.federation
+    wanted = federation.sites_per_round
+    if wanted is not None:
+        wanted = round(min(1.0, wanted / sites) * (sites + count))
+    return run.model_copy(
+        update={
+            "federation": federation.model_copy(update={"sites_per_round": wanted}),
+            "evaluation": run.evaluation.model_copy(update={"every": federation.rounds}),
+        }
+    )
+
+
+def _norm(run: RunConfig) -> float:
+    """Return the length of what a canary sends: as far beyond the clipping norm as the run lets pass."""
+    assert isinstance(run.privacy, ClientPrivacy)
+    most = run.federation.max_update_norm
+    far = _BEYOND * run.privacy.clipping_norm
+    return (
+        far if most is None else min(far, 0.99 * most)
+    )  # what float32 rounds must not lift it over the bound
+
+
+def _size(schema: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(prod(shape) for shape in schema.values())
+
+
+def _judged(
+    result: Result, run: RunConfig, handler: CanarySites, names: tuple[str, ...], confidence: float
+) -> ClientAudit:
+    """Hold what the run moved the adapter by against each canary's direction."""
+    claim, start = result.claim, result.members.initial
+    assert claim is not None  # the run has site-level privacy
+    moved = np.concatenate(
+        [
+            np.subtract(result.state.adapter[name], start[name], dtype=np.float64).ravel()
+            for name in sorted(upload_schema(run, start.schema, 1))
+        ]
+    )
+    found = np.array([cosines(handler.direction(name, len(moved))[None], moved)[0] for name in names])
+    return ClientAudit(
+        epsilon=claim.epsilon,
+        delta=claim.delta,
+        canaries=len(names),
+        values=len(moved),
+        cosine=float(np.median(found)),
+        epsilon_estimated=estimate(found, len(moved), claim.delta),
+        confidence=confidence,
+        epsilon_at_least=lower_bound(found, len(moved), claim.delta, confidence),
+    )

@@ -5,7 +5,7 @@
 Runs `medquad_private` for each rule, epsilon and seed, without privacy (the ceiling of each rule), and with
 all institutes' passages in one place under privacy (the ceiling of each epsilon); prints a Markdown table of
 test accuracy and macro-F1 of the last round's model, mean over seeds and range. A run that OUT holds already
-is not made again, so a table that was interrupted goes on. Needs QUORATE_DATA; four minutes of one core a run.
+is not made again, so an interrupted table goes on. Needs QUORATE_DATA; a run takes four minutes of a core.
 """
 
 from __future__ import annotations

@@ -78,20 +78,8 @@ def test_a_target_is_kept_by_every_plan() -> None:
         assert plan.noise_multiplier == calibrate(3, 1e-5, plan.sampling_probability, plan.steps)
 
 
-def test_what_was_spent_counts() -> None:
-    few = {"rounds": 3, "batch": 1025, "shapes": HEAD}  # with one neighbour alone
-    spent = [PrivacyEvent(sampling_probability=1, noise_multiplier=4, steps=1)]
-    assert (
-        make(TARGET, **few, spent=spent).configured.noise_multiplier
-        > make(TARGET, **few).configured.noise_multiplier
-    )
-    assert make(**few, spent=spent).configured.epsilon_pld > make(**few).configured.epsilon_pld
-    with pytest.raises(ConfigError, match="already spent"):
-        make(TARGET, **few, spent=spent * 20)
-
-
-def test_after_a_run_without_noise_every_plan_is_without_bound() -> None:
-    made = make(spent=[PrivacyEvent(sampling_probability=0.1, noise_multiplier=0, steps=1)])
+def test_without_noise_every_plan_is_without_bound() -> None:
+    made = make(SitePrivacy(unit="record", noise_multiplier=1e-3))
     assert {plan.epsilon_pld for plan in (made.configured, *made.alternatives)} == {math.inf}
     assert Forecast.model_validate_json(made.model_dump_json()) == made
 

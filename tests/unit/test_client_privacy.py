@@ -18,7 +18,7 @@ from tampered import SIZES, Change, Tampered, only, spoiled, untouched
 
 from quorate.client.finish import report
 from quorate.client.site import Site
-from quorate.server.client_privacy import useless
+from quorate.server.client_plan import useless
 from quorate.server.cohort import poisson_cohort
 from quorate.server.deliver import delivery
 from quorate.server.outputs import measure, write_outputs

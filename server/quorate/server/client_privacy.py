@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
-from math import prod
 
 from quorate.server.books import Books
 from quorate.server.central_noise import ClippedSum, next_norm, secret_rng
 from quorate.server.checkpoint import Progress
-from quorate.server.cohort import poisson_cohort
+from quorate.server.client_plan import client_plan, most_releases, private_cohort, useless
 from quorate.server.joining import Members
 from quorate.server.records import ClientClaim, RoundNoise
 from quorate.server.releases import (
-    ClientPlan,
     Ledger,
     Pending,
     Released,
@@ -27,10 +24,7 @@ from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import ClientPrivacy
-from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.calibration import calibrate
-from quorate.shared.privacy.client_level import count_noise, sum_multiplier
 from quorate.shared.selection import upload_schema
 
 log = logging.getLogger(__name__)
@@ -71,7 +65,7 @@ class CentralPrivacy:
         if ledger is None and done:
             raise missing_ledger(run.output_dir)
         if ledger is None:
-            ledger = Ledger(plan=_plan(run, privacy, members))
+            ledger = Ledger(plan=client_plan(run.config, members.nodes, members.initial.schema))
             ledger.write(run.output_dir)
         pending = read_released(run.output_dir, done + 1, state.pack().content_hash)
         drop_released(run.output_dir, done + 1 if pending else None)
@@ -79,14 +73,14 @@ class CentralPrivacy:
             ledger = ledger.after(pending.released)
             ledger.write(run.output_dir)
         first = done + (2 if pending else 1)
-        planned = ledger.plan.events(_most_releases(run, ledger, members, first))
+        planned = ledger.plan.events(most_releases(run.config, ledger, members.nodes, first))
         central = cls(run, privacy, ledger, epsilon(planned, privacy.delta), pending)
         central._tell()
         return central
 
     def cohort(self, members: Members, round: int) -> tuple[str, ...]:
         """Draw the sites that are asked in `round`: each by its own coin, secret where that is to count."""
-        return _cohort(self.run, self.ledger.plan, members, round)
+        return private_cohort(self.run.config, self.ledger.plan, members.nodes, round)
 
     def clipped_sum(self, state: GlobalState, before: Progress | None, round: int) -> ClippedSum:
         """Start the sum of a round's updates, with the clipping norm that the round before left."""
@@ -180,72 +174,3 @@ class CentralPrivacy:
                 self.planned_epsilon,
                 target,
             )
-
-
-def useless(plan: ClientPlan) -> str:
-    """Return the warning for a cohort that is too small for its noise."""
-    return (
-        f"privacy: the noise on the mean update is {plan.noise_on_mean:.3g} times the clipping norm (noise "
-        f"multiplier {plan.sum_multiplier:.3g}, {plan.values:,} values, {plan.expected_cohort:g} of "
-        f"{plan.sites} sites expected in a round), so noise will move the adapter further than all sites "
-        "together can. Ask more sites, train fewer values (a lower adapter.r, aggregation ffa, "
-        "training.freeze), spend a larger epsilon over fewer rounds, or protect records instead of whole "
-        "sites (privacy.unit: record)."
-    )
-
-
-def _plan(run: Run, privacy: ClientPrivacy, members: Members) -> ClientPlan:
-    """Settle the noise before anything is trained."""
-    sites = len(members.nodes)
-    if privacy.delta * sites >= 1:
-        raise ConfigError(
-            f"privacy.delta: {privacy.delta:g} is not below 1 / sites ({sites} sites): a mechanism that "
-            f"publishes one site whole would pass for private; set at most {0.1 / sites:.1g}."
-        )
-    wanted = run.config.federation.sites_per_round
-    schema = upload_schema(run.config, members.initial.schema, 1)
-    plan = ClientPlan(
-        sites=sites,
-        sampling_probability=min(1.0, wanted / sites) if wanted else 1.0,
-        noise_multiplier=1.0,
-        sum_multiplier=1.0,
-        count_deviation=None,
-        participation_hidden=privacy.participation_hidden,
-        values=sum(prod(shape) for shape in schema.values()),
-    )
-    z = privacy.noise_multiplier
-    if z is None:
-        assert privacy.target_epsilon is not None  # ClientPrivacy
-        (event,) = plan.events(_most_releases(run, Ledger(plan=plan), members, 1))
-        z = calibrate(privacy.target_epsilon, privacy.delta, event.sampling_probability, event.steps)
-    if privacy.adaptive_quantile is None:
-        return plan.model_copy(update={"noise_multiplier": z, "sum_multiplier": z})
-    deviation = count_noise(plan.expected_cohort)
-    return plan.model_copy(
-        update={
-            "noise_multiplier": z,
-            "sum_multiplier": sum_multiplier(z, deviation),
-            "count_deviation": deviation,
-        }
-    )
-
-
-def _most_releases(run: Run, ledger: Ledger, members: Members, first: int) -> int:
-    """Return the releases that the site with most of them is part of, by the last round.
-
-    Args:
-        first: the next round to be drawn.
-    """
-    plan, rounds = ledger.plan, range(first, run.config.federation.rounds + 1)
-    if plan.amplified:
-        return ledger.releases + len(rounds)
-    times = Counter({site: ledger.asked.get(site, 0) for site in {*members.nodes, *ledger.asked}})
-    for round in rounds:
-        times.update(_cohort(run, plan, members, round))
-    # At least one: a run in which nobody is drawn must still have some noise.
-    return max(*times.values(), 1)
-
-
-def _cohort(run: Run, plan: ClientPlan, members: Members, round: int) -> tuple[str, ...]:
-    seed = None if plan.participation_hidden else run.config.seed
-    return poisson_cohort(members.nodes, plan.sampling_probability, round, seed)

@@ -109,7 +109,7 @@ def private_plan(run: RunConfig, units: int) -> PrivatePlan:
         delta = privacy.delta
         check_delta(delta, units)
     if privacy.target_epsilon is not None:
-        multiplier = _calibrated(privacy.target_epsilon, delta, probability, rounds * steps)
+        multiplier = calibrate(privacy.target_epsilon, delta, probability, rounds * steps)
     else:
         assert privacy.noise_multiplier is not None, "the configuration has one of the two"
         multiplier = privacy.noise_multiplier
@@ -123,12 +123,6 @@ def private_plan(run: RunConfig, units: int) -> PrivatePlan:
         clipping_norm=privacy.max_grad_norm,
         delta=delta,
     )
-
-
-# A calibration takes seconds, and every round of a site asks for the same one.
-@lru_cache(maxsize=1024)
-def _calibrated(target: float, delta: float, probability: float, steps: int) -> float:
-    return calibrate(target, delta, probability, steps)
 
 
 @lru_cache(maxsize=1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import Accountant, epsilon
@@ -31,8 +32,21 @@ def calibrate(
     than 0.1 %. Calibrate once, for all steps of a run: noise for each round's share of epsilon would be far
     too much.
 
+    It takes seconds, and is asked for again in every round and for sites of one size: answers are kept.
+
     Raises: ConfigError: where no noise is enough, because `spent` has used the budget up; or for no steps.
     """
+    return _calibrated(target_epsilon, delta, sampling_probability, steps, tuple(spent))
+
+
+@lru_cache(maxsize=1024)
+def _calibrated(
+    target_epsilon: float,
+    delta: float,
+    sampling_probability: float,
+    steps: int,
+    spent: tuple[PrivacyEvent, ...],
+) -> float:
     if steps < 1:
         raise ConfigError(f"privacy: {steps} steps were asked for; noise is calibrated to at least 1.")
     used = epsilon(spent, delta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
@@ -41,7 +41,7 @@ class Plan(ConfigModel):
     noise_multiplier: float
     """Standard deviation of the noise over the clipping norm."""
     epsilon_pld: float
-    """After all rounds and whatever was spent before, by privacy loss distributions."""
+    """After all rounds, by privacy loss distributions."""
     epsilon_rdp: float
     """The same by Renyi divergence."""
     epsilon_prv: float | None
@@ -84,14 +84,13 @@ class _Site:
     units: int
     delta: float
     steps_a_round: Callable[[int], int]
-    spent: Sequence[PrivacyEvent]
 
     def plan(self, choice: _Choice, *, prv: bool = False) -> Plan:
         probability = choice.batch / self.units
         steps = choice.rounds * self.steps_a_round(choice.batch)
         noise = self._noise(probability, steps)
         these = PrivacyEvent(sampling_probability=probability, noise_multiplier=noise, steps=steps)
-        costs = cross_checked([*self.spent, these], self.delta, prv=prv)
+        costs = cross_checked([these], self.delta, prv=prv)
         values = sum(math.prod(shape) for shape in choice.shapes.values())
         return Plan(
             change=choice.change,
@@ -110,7 +109,7 @@ class _Site:
 
     def _noise(self, probability: float, steps: int) -> float:
         if self.privacy.target_epsilon is not None:
-            return calibrate(self.privacy.target_epsilon, self.delta, probability, steps, self.spent)
+            return calibrate(self.privacy.target_epsilon, self.delta, probability, steps)
         assert self.privacy.noise_multiplier is not None  # the section has one of the two
         return self.privacy.noise_multiplier
 
@@ -123,7 +122,6 @@ def forecast(
     steps_a_round: Callable[[int], int],
     rounds: int,
     shapes: Mapping[str, tuple[int, ...]],
-    spent: Sequence[PrivacyEvent] = (),
     prv: bool = False,
 ) -> Forecast:
     """Return what `privacy` means for a site of `units` records (or groups) before it takes a step.
@@ -135,11 +133,10 @@ def forecast(
         steps_a_round: expected batch -> steps in a round; constant where the run says `max_steps`.
         rounds: rounds of the run.
         shapes: trained array's name -> shape, as `Adapter.schema` has them, without arrays that stay frozen.
-        spent: what earlier runs did to these units.
         prv: ask Opacus too, about the configured plan.
 
     Raises:
-        ConfigError: for a batch larger than the site, a delta of 1 / units or more, a budget already spent.
+        ConfigError: for a batch larger than the site, a delta of 1 / units or more.
     """
     if not 0 < batch <= units:
         raise ConfigError(
@@ -148,7 +145,7 @@ def forecast(
         )
     delta = default_delta(units) if privacy.delta is None else privacy.delta
     check_delta(delta, units)
-    site = _Site(privacy, units, delta, steps_a_round, spent)
+    site = _Site(privacy, units, delta, steps_a_round)
     configured = _Choice("as configured", shapes, batch, rounds)
     return Forecast(
         delta=delta,

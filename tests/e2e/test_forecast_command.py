@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ledgers import answer, key
+from site_folder import write_folder
 
+from quorate.client.budgets import Budgets, protected_data
+from quorate.client.ledger import DATABASE, open_ledger
 from quorate.client.trainer.private_plan import private_plan
 from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run
@@ -30,6 +34,7 @@ privacy: {{unit: record, noise_multiplier: 1.2, delta: 1e-5}}
 SITES = "data: {notes: {source: notes.csv, partition: {by: iid, sites: [north, south]}}}\n"
 SITE = "data: {notes: {source: notes.csv, columns: {group: patient}}}\ndevice: cpu\n"
 QUIET = ("--log-level", "warning")
+KIT_LABELS = "task.labels=[cardiac, hepatic, pulmonary]"
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +116,68 @@ def test_a_site_measures_on_its_own_rows(capsys: pytest.CaptureFixture[str], fol
     assert run(["forecast", "tiny.yaml", "--site-file", "site.yaml", *QUIET]) == 0
     said = capsys.readouterr().out
     assert "minutes of training" in said and "memory: " in said and "twice the batch" in said
+
+
+@pytest.mark.parametrize("cap", [100.0, 3.0])
+def test_the_ledger_is_counted_in(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_bert: Path, cap: float
+) -> None:
+    """What the forecast says the budget will come to is what the ledger has after the run."""
+    kit = write_folder(
+        tmp_path / "kit", tiny_bert, privacy_budgets=[{"data": "notes", "max_epsilon": cap, "delta": 1e-5}]
+    )
+    protects = protected_data(kit.config, kit.path, "notes", None)
+    earlier = PrivacyEvent(sampling_probability=0.1, noise_multiplier=0.9, steps=7)
+    ledger = open_ledger(kit)
+    ledger.commit(ledger.reserve(key(1), "notes", protects, earlier), answer(1))
+    ledger.close()
+    before = {path: path.read_bytes() for path in kit.path.rglob("*") if path.is_file()}
+
+    at_site = [KIT_LABELS, "--no-measure", "--site-file", str(kit.path / "site.yaml")]
+    (site,) = forecast(capsys, *at_site)["sites"]
+    assert {path: path.read_bytes() for path in before} == before, "SQLite may add its own two files"
+    (budget,) = site["budgets"]
+    plan = site["privacy"]["configured"]
+    run_event = {name: plan[name] for name in ("sampling_probability", "noise_multiplier", "steps")}
+    assert (budget["entries"], budget["max_epsilon"]) == (1, cap)
+    assert budget["spent"] == epsilon([earlier], 1e-5)
+    assert budget["after"] == epsilon([earlier, PrivacyEvent(**run_event)], 1e-5)
+    assert max(budget["spent"], plan["epsilon_pld"]) < budget["after"] < budget["spent"] + plan["epsilon_pld"]
+    assert budget["alternatives"]["half the rounds"] < budget["after"]
+    assert budget["alternatives"].keys() == {each["change"] for each in site["privacy"]["alternatives"]}
+    if cap < budget["after"]:
+        assert "it would be" in site["refusal"] and f"may spend epsilon {cap:g}" in site["refusal"]
+    else:
+        assert site["refusal"] is None
+
+    ledger = open_ledger(kit)  # the run, a round at a time
+    one = PrivacyEvent(**{**run_event, "steps": plan["steps"] // 2})
+    for round in (1, 2):
+        ledger.commit(ledger.reserve(key(round, "this run"), "notes", protects, one), answer(round))
+    total = Budgets(kit.config, kit.path, epsilon).spent(
+        kit.config.policy.privacy_budgets[0], ledger.reservations
+    )
+    ledger.close()
+    assert epsilon(total, 1e-5) == pytest.approx(budget["after"], rel=1e-6)
+    capsys.readouterr()
+    assert run(["forecast", "tiny.yaml", *at_site]) == 0
+    assert ("this site would refuse" in capsys.readouterr().out) == (cap == 3.0)
+
+
+def test_a_damaged_ledger_is_not_forecast_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_bert: Path
+) -> None:
+    kit = write_folder(tmp_path / "kit", tiny_bert)
+    protects = protected_data(kit.config, kit.path, "notes", None)
+    ledger = open_ledger(kit)
+    ledger.reserve(
+        key(1), "notes", protects, PrivacyEvent(sampling_probability=1, noise_multiplier=9, steps=1)
+    )
+    ledger.close()
+    (kit.ledger / DATABASE).unlink()
+    at_site = [KIT_LABELS, "--no-measure", "--site-file", str(kit.path / "site.yaml")]
+    assert run(["forecast", "tiny.yaml", *at_site, *QUIET]) == 2
+    assert "the privacy ledger is not what was written" in capsys.readouterr().err
 
 
 def test_noise_for_no_epsilon_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

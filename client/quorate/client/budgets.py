@@ -87,7 +87,7 @@ def spending(
     """
     assert isinstance(run.privacy, SitePrivacy), "only asked for where it is"
     event = event_of(run)  # which finds out whether there are groups
-    protects = protected_data(site, base_dir, run.data, _group(run, site))
+    protects = protected_data(site, base_dir, run.data, group_of(run, site))
     return Spending(run.data, protects, event, run.federation.rounds)
 
 
@@ -127,7 +127,7 @@ class Budgets:
         """
         units = dict.fromkeys(budget.group for budget in self.site.policy.privacy_budgets)
         at = protected_data(self.site, self.base_dir, run.data, None)
-        known = [group for group in units if self._applying(at.model_copy(update={"group": group}))]
+        known = [group for group in units if self.applying(at.model_copy(update={"group": group}))]
         if not known:
             return
         named = ", ".join("record" if group is None else f"group ({group})" for group in known)
@@ -137,7 +137,7 @@ class Budgets:
                 "which no budget covers; have the coordinator set privacy.unit to record or group.",
                 code="policy-privacy",
             )
-        group = _group(run, self.site)
+        group = group_of(run, self.site)
         if group not in known or (run.privacy.unit == "group" and group is None):
             raise RequestRefused(
                 f"policy.privacy_budgets has budgets for data.{run.data} by {named}, the run protects by "
@@ -154,7 +154,7 @@ class Budgets:
             more: what is to come on top of them.
         Raises: RequestRefused: with rule, value and remedy.
         """
-        for budget in self._applying(spending.protects):
+        for budget in self.applying(spending.protects):
             total = self.accountant([*self.spent(budget, entries), more], budget.delta)
             if total > budget.max_epsilon:
                 now = self.accountant(self.spent(budget, entries), budget.delta)
@@ -166,7 +166,8 @@ class Budgets:
                     code="policy-budget",
                 )
 
-    def _applying(self, protects: ProtectedData) -> list[PrivacyBudget]:
+    def applying(self, protects: ProtectedData) -> list[PrivacyBudget]:
+        """Return the budgets that spending on these data counts against."""
         return [
             budget
             for budget in self.site.policy.privacy_budgets
@@ -174,7 +175,7 @@ class Budgets:
         ]
 
 
-def _group(run: RunConfig, site: SiteConfig) -> str | None:
+def group_of(run: RunConfig, site: SiteConfig) -> str | None:
     """Return the column that says whose row it is, where a run protects groups and one is mapped."""
     by_group = isinstance(run.privacy, SitePrivacy) and run.privacy.unit == "group"
     return site.data[run.data].columns.get("group") if by_group else None

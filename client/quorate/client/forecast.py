@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from quorate.client.base_models import at_site
 from quorate.client.config import SiteConfig
 from quorate.client.data import load_splits
+from quorate.client.forecast_budgets import BudgetForecast, against_budgets
 from quorate.client.inspection import own_source
 from quorate.client.private import groups_of
 from quorate.client.serve import training_device
@@ -59,6 +60,10 @@ class SiteForecast(ConfigModel):
     residual factors of `fedex`, the test and the delivery of the result."""
     minutes: float | None = None
     """Estimate of its training in all rounds on this machine, by itself; without evaluation and transfers."""
+    budgets: tuple[BudgetForecast, ...] = ()
+    """What a real site's own budgets would come to, by its ledger."""
+    refusal: str | None = None
+    """Why the site's budgets would refuse the run, where they would."""
 
 
 class RunForecast(ConfigModel):
@@ -158,7 +163,7 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
         run: the coordinator's run file.
         measure: as for `forecast_sites`.
     Raises: as `forecast_sites`; ConfigError: site.yaml does not know the alias; ModelError: it lists no such
-        model.
+        model; LedgerError: the ledger beside it is not what was written.
     """
     site_privacy(run)  # before anything is read
     source = own_source(site, run)
@@ -167,7 +172,11 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
     training = [Row(row.values, row.source, group=row.group) for row in rows]
     here = at_site(run, site, base_dir) if run.model.sha256 is not None else run
     device = training_device(site.device)
-    return forecast_sites(here, {"this site": training}, measure=measure, device=device)
+    found = forecast_sites(here, {"this site": training}, measure=measure, device=device)
+    (own,) = found.sites
+    budgets, refusal = against_budgets(run, site, base_dir, own.privacy)
+    own = own.model_copy(update={"budgets": budgets, "refusal": refusal})
+    return found.model_copy(update={"sites": (own,)})
 
 
 def _units(run: RunConfig, site: str, rows: Sequence[Row]) -> int:

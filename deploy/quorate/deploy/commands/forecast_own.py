@@ -85,11 +85,12 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
     console = stdout_console()
     for site in found.sites:
         console.print(_settings(site))
-        for line in _facts(site):
+        for line in [*_facts(site), *_budgets(site)]:
             console.print(f"  {line}", markup=False, soft_wrap=True)
+    counted = any(site.budgets for site in found.sites)
     console.print(
-        f"largest epsilon of a site: {found.largest_epsilon:.3g}, for this run alone: what earlier runs on "
-        "the same rows spent comes on top",
+        f"largest epsilon of a site: {found.largest_epsilon:.3g}, for this run alone"
+        + ("" if counted else ": what earlier runs on the same rows spent comes on top"),
         markup=False,
         soft_wrap=True,
     )
@@ -143,4 +144,19 @@ def _facts(site: SiteForecast) -> list[str]:
     ]
     if site.minutes is not None:
         lines.append(f"about {site.minutes:.2g} minutes of training on this machine, by itself (an estimate)")
+    return lines
+
+
+def _budgets(site: SiteForecast) -> list[str]:
+    lines = []
+    for budget in site.budgets:
+        unit = "record" if budget.group is None else f"group ({budget.group})"
+        lines.append(
+            f"budget of data.{budget.data} by {unit}: epsilon {budget.spent:.4g} spent in {budget.entries} "
+            f"rounds, {budget.after:.4g} with this run, of {budget.max_epsilon:g} at delta {budget.delta:g}"
+        )
+        others = ", ".join(f"{change} {after:.4g}" for change, after in budget.alternatives.items())
+        lines.append(f"with other settings: {others}")
+    if site.refusal is not None:
+        lines.append(f"this site would refuse the run: {site.refusal}")
     return lines

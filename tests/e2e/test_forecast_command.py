@@ -180,6 +180,40 @@ def test_a_damaged_ledger_is_not_forecast_from(
     assert "the privacy ledger is not what was written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "{target_epsilon: 4, participation_hidden: true}",
+        "{noise_multiplier: 0.02, adaptive_quantile: 0.5}",
+    ],
+)
+def test_site_level_privacy_claims_what_was_forecast(capsys: pytest.CaptureFixture[str], noise: str) -> None:
+    private = [
+        f"privacy={{unit: client, delta: 1e-3, {noise[1:]}",
+        "aggregation={name: fedavg, weighting: uniform}",
+        "federation.sites_per_round=1",
+    ]
+    found = forecast(capsys, *private, "--no-measure")
+    assert run(["simulate", "tiny.yaml", *private, "-o", "out", *QUIET]) == 0
+    claim, plan = json.loads(Path("out/summary.json").read_text())["client_privacy"], found["configured"]
+    assert plan["epsilon"] == pytest.approx(claim["planned_epsilon"]) and found["delta"] == claim["delta"]
+    for name in ("noise_multiplier", "sum_multiplier", "noise_on_mean", "sampling_probability"):
+        assert plan[name] == claim[name], name
+    assert (found["sites"], plan["trained_values"]) == (claim["sites"], claim["values"])
+
+    changes = {"half the rank": "adapter.r=2", "twice the rounds": "federation.rounds=4"}
+    others = {other["change"]: other for other in found["alternatives"]}
+    for change, override in changes.items():
+        there = forecast(capsys, *private, override, "--no-measure")["configured"]
+        assert {**there, "change": change} == others[change]
+    assert others["twice the sites in a round"]["expected_cohort"] == 2
+    assert run(["forecast", "tiny.yaml", *private, *QUIET]) == 0
+    said = capsys.readouterr().out
+    assert "noise on mean" in said and "minutes of training of all sites" in said
+    assert run(["forecast", "tiny.yaml", *private, "--site-file", "site.yaml", *QUIET]) == 2
+    assert "one site cannot forecast it" in capsys.readouterr().err
+
+
 def test_noise_for_no_epsilon_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = forecast(capsys, "privacy.noise_multiplier=1e-3", "--no-measure")
     assert found["largest_epsilon"] == "Infinity"
@@ -190,8 +224,8 @@ def test_noise_for_no_epsilon_is_shown(capsys: pytest.CaptureFixture[str]) -> No
     [
         ("privacy=null", "privacy: the run has no such section"),
         (
-            "privacy={unit: client, noise_multiplier: 1, delta: 1e-3}",
-            "privacy.unit client: its noise is added",
+            "privacy={unit: client, noise_multiplier: 1, delta: 1}",
+            "privacy.delta",
         ),
         ("privacy.unit=group", "does not say whose row each is"),
         ("privacy.delta=0.5", "site north: "),

@@ -95,8 +95,8 @@ def site_privacy(run: RunConfig) -> SitePrivacy:
         )
     if not isinstance(run.privacy, SitePrivacy):
         raise ConfigError(
-            "privacy.unit client: its noise is added by the coordinator and depends on the sites that join; "
-            "a run says what it costs before round 1. A forecast is of privacy.unit record or group."
+            "privacy.unit client: its noise is added by the coordinator and depends on how many sites join, "
+            "so one site cannot forecast it; the coordinator can, by a sites file (without --site-file)."
         )
     return run.privacy
 
@@ -130,14 +130,15 @@ def forecast_sites(
         stack = AdapterStack.install(model)
         for site, each in rows.items():
             plan = plans[site].configured
-            seconds = _seconds_a_step(run, privacy, plan.noise_multiplier, model, stack, site, each)
-            minutes[site] = plan.steps * seconds / 60
-    up, down = _traffic(run, model)
+            settled = {"target_epsilon": None, "noise_multiplier": plan.noise_multiplier}
+            private = run.model_copy(update={"privacy": privacy.model_copy(update=settled)})
+            minutes[site] = plan.steps * seconds_a_step(private, model, stack, site, each) / 60
+    up, down = traffic(run, model)
     return RunForecast(
         run=run.name,
         largest_epsilon=max(each.configured.epsilon_pld for each in plans.values()),
         device=str(model.peft.device),
-        peak_memory_bytes=_peak_memory(model) if measure else None,
+        peak_memory_bytes=peak_memory(model) if measure else None,
         sites=tuple(
             SiteForecast(
                 site=site,
@@ -202,7 +203,7 @@ def _plans(run: RunConfig, site: str, privacy: SitePrivacy, units: int, model: L
         raise ConfigError(f"site {site}: {error}") from error
 
 
-def _traffic(run: RunConfig, model: LoadedModel) -> tuple[int, int]:
+def traffic(run: RunConfig, model: LoadedModel) -> tuple[int, int]:
     """Return the adapter bytes that a site sends and receives in all rounds."""
     up = down = 0
     start = GlobalState(model.initial)
@@ -215,23 +216,14 @@ def _traffic(run: RunConfig, model: LoadedModel) -> tuple[int, int]:
     return up, down
 
 
-def _seconds_a_step(
-    run: RunConfig,
-    privacy: SitePrivacy,
-    noise_multiplier: float,
-    model: LoadedModel,
-    stack: AdapterStack,
-    site: str,
-    rows: Sequence[Row],
+def seconds_a_step(
+    run: RunConfig, model: LoadedModel, stack: AdapterStack, site: str, rows: Sequence[Row]
 ) -> float:
-    """Return the mean time of a warm private step on the site's rows."""
+    """Return the mean time of a warm step on the site's rows [s]."""
     short = run.model_copy(
         update={
             "training": run.training.model_copy(update={"max_steps": WARM + TIMED}),
             "federation": run.federation.model_copy(update={"rounds": 1}),
-            "privacy": privacy.model_copy(
-                update={"target_epsilon": None, "noise_multiplier": noise_multiplier}
-            ),
         }
     )
     task = run.task
@@ -249,7 +241,7 @@ def _seconds_a_step(
     return (ended[-1] - ended[WARM - 1]) / TIMED
 
 
-def _peak_memory(model: LoadedModel) -> int:
+def peak_memory(model: LoadedModel) -> int:
     """Return the most memory held so far [bytes]: of the GPU that is trained on, else of this process."""
     if model.peft.device.type == "cuda":
         return torch.cuda.max_memory_allocated(model.peft.device)

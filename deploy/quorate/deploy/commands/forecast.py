@@ -38,7 +38,8 @@ def forecast(
 ) -> None:
     """Say what a run with privacy would cost each site: epsilon, noise, traffic, minutes and memory.
 
-    Shows too what another rank, number of rounds or batch would give. For privacy of unit record or group.
+    Shows too what another rank, number of rounds or batch would give. With --site-file the site's own budgets
+    and ledger are counted in.
 
     Example: quorate forecast demo privacy='{unit: record, target_epsilon: 8}'
     """
@@ -52,9 +53,18 @@ def forecast(
     sites_path = find_sites(sites, run_path)
     from quorate.client.forecast import forecast_sites, site_privacy
     from quorate.shared.config.load import load_run, load_sites_file
+    from quorate.shared.config.privacy import ClientPrivacy
 
     config = load_run(run_path, overrides or [])
-    site_privacy(config)  # before rows are read
+    by_server = isinstance(config.privacy, ClientPrivacy)
+    if not by_server:
+        site_privacy(config)  # before rows are read
     rows = load_rows(load_sites_file(sites_path), sites_path, config)
     training = {site: splits["train"] for site, splits in rows.items()}
+    if by_server:
+        from quorate.deploy.commands.forecast_sites import print_client_forecast
+        from quorate.simulations.forecast import forecast_clients
+
+        print_client_forecast(forecast_clients(config, training, measure=measure), as_json=as_json)
+        return
     print_forecast(forecast_sites(config, training, measure=measure), as_json=as_json)

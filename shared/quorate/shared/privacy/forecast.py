@@ -158,8 +158,8 @@ def forecast(
 def _neighbours(choice: _Choice) -> list[_Choice]:
     """Return `choice` with one setting halved or doubled; odd numbers are not halved."""
     found = []
-    halved = _of_rank(choice.shapes, lambda rank: rank // 2 if rank % 2 == 0 else None)
-    doubled = _of_rank(choice.shapes, lambda rank: 2 * rank)
+    halved = of_rank(choice.shapes, lambda rank: rank // 2 if rank % 2 == 0 else None)
+    doubled = of_rank(choice.shapes, lambda rank: 2 * rank)
     if halved is not None:
         found.append(replace(choice, change="half the rank", shapes=halved))
     if doubled is not None:
@@ -172,7 +172,7 @@ def _neighbours(choice: _Choice) -> list[_Choice]:
     return found
 
 
-def _of_rank(
+def of_rank(
     shapes: Mapping[str, tuple[int, ...]], change: Callable[[int], int | None]
 ) -> dict[str, tuple[int, ...]] | None:
     """Return `shapes` with the LoRA factors' rank r changed: A is [r, d_in, ...], B is [d_out, r, ...].

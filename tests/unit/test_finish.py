@@ -53,6 +53,40 @@ def test_a_site_gets_the_very_adapter_that_the_run_exports(
     assert "north" not in text and "south" not in text
 
 
+@pytest.mark.parametrize(
+    ("privacy", "says"),
+    [
+        (None, "None is claimed: no noise was added"),
+        (
+            {"unit": "record", "target_epsilon": 5, "delta": 1e-3},
+            "This site's own claim, by noise added here: (5, 0.001)-differential privacy for each of 6 rec",
+        ),
+        (
+            {"unit": "client", "noise_multiplier": 1.5, "delta": 1e-3},
+            "For each whole site, as the coordinator claims: epsilon {epsilon:.3g}, delta 0.001",
+        ),
+    ],
+)
+def test_a_site_is_told_of_its_privacy(
+    make_run: Any, make_sites: Any, tmp_path: Path, privacy: dict[str, Any] | None, says: str
+) -> None:
+    rows = make_sites(north=9, west=6)
+    site = Site(rows, received=tmp_path / "received")
+    rule = {"name": "fedavg", "weighting": "uniform"}
+    run = Run.open(site.prepare(make_run(privacy=privacy, aggregation=rule)), tmp_path / "out")
+    grid, result, summary = finished(run, site)
+    assert deliver(grid, run, result, summary) == {}
+    text = (tmp_path / "received" / run.run_id / "report.md").read_text()
+    claimed = summary.client_privacy.epsilon if summary.client_privacy else 0.0
+    assert says.format(epsilon=claimed) in text
+
+    if privacy and privacy["unit"] == "record":  # rows that are gone at the end do not cost the result
+        rows["west"] = {}
+        assert deliver(grid, run, result, summary) == {}
+        text = (tmp_path / "received" / run.run_id / "report.md").read_text()
+        assert "could not be worked out again now" in text and "own claim" not in text
+
+
 def test_a_site_that_cannot_take_the_result_answers_with_a_code_and_the_run_stands(
     make_run: Any, make_sites: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,12 +11,19 @@ from quorate.shared.errors import ProtocolError, RequestRefused
 from quorate.shared.export import ADAPTER_DIR, adapter_files
 from quorate.shared.files import write_file, write_folder, writing
 from quorate.shared.messages import Delivery, RequestHeader
+from quorate.shared.privacy.claim import PrivacyClaim
 
 REPORT_FILE = "report.md"
 _RUN_ID = r"[0-9a-f]{16}"
 
 
-def keep_result(received: Path | None, run: RunConfig, header: RequestHeader, state: GlobalState) -> Path:
+def keep_result(
+    received: Path | None,
+    run: RunConfig,
+    header: RequestHeader,
+    state: GlobalState,
+    claim: PrivacyClaim | None = None,
+) -> Path:
     """Write `received/RUN_ID/`: `adapter/`, which PEFT loads, and report.md.
 
     Args:
@@ -24,6 +31,7 @@ def keep_result(received: Path | None, run: RunConfig, header: RequestHeader, st
         run: the run's configuration.
         header: names the run, and brings the figures.
         state: the final model.
+        claim: what the site claims for its own rows, under record- or group-level privacy.
     Returns: the folder.
     Raises: RequestRefused: this process keeps no results. ProtocolError: no run id, or no figures.
         OutputError: the folder cannot be written.
@@ -41,11 +49,11 @@ def keep_result(received: Path | None, run: RunConfig, header: RequestHeader, st
         for each in (received, folder):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_folder(folder / ADAPTER_DIR, adapter_files(run, state))
-    write_file(folder / REPORT_FILE, report(run, header.run_id, header.site, header.delivery))
+    write_file(folder / REPORT_FILE, report(run, header.run_id, header.site, header.delivery, claim))
     return folder
 
 
-def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
+def report(run: RunConfig, run_id: str, site: str, told: Delivery, claim: PrivacyClaim | None = None) -> str:
     """Return the site's report as Markdown."""
     picked = f"picked by `{told.metric}` on validation rows where there are any"
     if run.private_clients:
@@ -72,8 +80,36 @@ def report(run: RunConfig, run_id: str, site: str, told: Delivery) -> str:
             gain, low, high = told.gain
             lines += [f"The federation brought {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})."]
         lines += [""]
+    lines += _privacy(run, told, claim)
     lines += ["Try it: `quorate predict adapter TEXT`", ""]
     return "\n".join(lines)
+
+
+def _privacy(run: RunConfig, told: Delivery, claim: PrivacyClaim | None) -> list[str]:
+    """Return what is claimed for the data, by whom, and what it leaves out."""
+    if run.privacy is None:
+        said = [
+            "None is claimed: no noise was added, so treat the adapter as derived from the data of all sites."
+        ]
+    elif run.private_clients:
+        claimed = "is not known here" if told.epsilon is None else f"epsilon {told.epsilon:.3g}"
+        said = [
+            f"For each whole site, as the coordinator claims: {claimed}, delta {run.privacy.delta:g}, by "
+            "noise that it added to the sum of clipped updates. It saw every update without noise, and this "
+            "site cannot check its claim. Figures on validation and test rows hold no noise."
+        ]
+    elif claim is None:
+        said = [
+            f"For each {run.privacy.unit} of this site's training rows, by noise added here; how much could "
+            "not be worked out again now, see this site's log and `quorate site ledger show`."
+        ]
+    else:
+        said = [
+            f"This site's own claim, by noise added here: {claim.sentence}. It covers what training sent in "
+            "all rounds of this run. It does not cover numbers of rows, figures on validation and test rows, "
+            "and other runs on the same rows, which `quorate site ledger show` counts together.",
+        ]
+    return ["## Privacy", "", *said, ""]
 
 
 def _table(told: Delivery, private_clients: bool) -> list[str]:

@@ -54,10 +54,13 @@ def check_groups_apart(
 def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | None:
     """Return the mechanism at a site with these training rows; None without such privacy.
 
-    Raises: DataError: no group column where one is needed. ConfigError: delta, or an epsilon out of reach.
+    Raises: DataError: no rows, or no group column where one is needed. ConfigError: delta, or an epsilon out
+        of reach.
     """
     if not isinstance(run.privacy, SitePrivacy):
         return None
+    if not rows:
+        raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
     groups = groups_of(run, site, rows)
     try:
         return private_plan(run, len(rows) if groups is None else len(set(groups)))

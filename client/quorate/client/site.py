@@ -32,7 +32,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, RequestRefused
+from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, QuorateError, RequestRefused
 from quorate.shared.messages import BEST_ROUND, RoundRequest, Split, Update
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.privacy.claim import PrivacyClaim
@@ -283,9 +283,19 @@ class Site:
 
     def _finish(self, resident: _Resident, request: RoundRequest) -> Update:
         state = self._completed(resident, request)
-        folder = keep_result(self._received_dir, resident.run, request.header, state)
+        claim = self._claim_kept(resident.run, request.header.site)
+        folder = keep_result(self._received_dir, resident.run, request.header, state, claim)
         log.info("run %s is done; its result lies in %s", request.header.run_id, folder)
         return Update.reply(request)
+
+    def _claim_kept(self, run: RunConfig, site: str) -> PrivacyClaim | None:
+        """Return what the site claims of a run that is done, for its report."""
+        try:
+            plan = plan_of(run, site, self._used_rows(run, site, "train"))
+            return None if plan is None else plan.claim()
+        except QuorateError as error:  # rows that are gone since must not cost the site its result
+            log.warning("what the run claims for this site's rows cannot be worked out again: %s", error)
+            return None
 
     def _fit(self, resident: _Resident, requests: list[RoundRequest]) -> list[Update]:
         """Train the requests' sites as one stack: the rule's site half around the trainer."""

@@ -69,9 +69,12 @@ def delivery(summary: Summary, site: str) -> Delivery:
     told = Delivery(
         rounds=summary.rounds, best_round=measured.round if measured else 0, metric=summary.metric
     )
+    figures: dict[str, object] = {}
+    if (claim := summary.client_privacy) is not None and math.isfinite(claim.epsilon):
+        figures = {"epsilon": claim.epsilon}
     if evaluation is None:
-        return told
-    figures: dict[str, object] = {
+        return told.model_copy(update=figures)
+    figures |= {
         "split": evaluation.split,
         "sites": len(evaluation.sites),
         "own": _finite(scalars(evaluation.sites.get(site, {}))),

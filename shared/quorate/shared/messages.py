@@ -66,6 +66,8 @@ class Delivery(ConfigModel):
     """`metric` of an adapter trained on this site's rows alone, where that was measured."""
     gain: tuple[float, float, float] | None = None
     """What the federation brought: gain over `local_only`, and its 95 % interval."""
+    epsilon: float | None = Field(None, ge=0)
+    """What the coordinator claims of site-level privacy, at the run's delta; None without it."""
 
 
 class RequestHeader(ConfigModel):

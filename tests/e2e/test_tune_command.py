@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from quorate.client.private import plan_of
 from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run, load_sites_file
+from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.events import PrivacyEvent
+from quorate.simulations.sites import load_sites
 from quorate.simulations.space import load_space
 
 pytest.importorskip("optuna", reason="needs the extra `tune`")
@@ -126,7 +130,6 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, capsys: pytest.C
 
 def searched(folder: Path, out: str, rates: list[float], *overrides: str) -> Any:
     """Search over these learning rates, in this order, and return what came of it."""
-    from quorate.simulations.sites import load_sites
     from quorate.simulations.trial import Search
     from quorate.simulations.tune import tune
     from quorate.simulations.tuned import summarise
@@ -172,3 +175,37 @@ def test_a_trial_that_diverges_is_told_apart(folder: Path) -> None:
     result = searched(folder, "far", [1e6, 1e5], *far)
     assert [each.state for each in result.trials] == ["diverged", "diverged"]
     assert rounds_of(folder, "far", result.trials[0]) == 0
+
+
+@pytest.mark.slow
+def test_what_trials_spend_together_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first trial by the run file's settings; at the end by those that were tried."""
+    (folder / "space.yaml").write_text(
+        "sampler: grid\npruner: none\nspace:\n"
+        "  privacy.noise_multiplier: {type: categorical, choices: [1.0, 2.0]}\n"
+    )
+    private = "privacy={unit: record, noise_multiplier: 1.0, delta: 1e-3}"
+    assert tuned(private, "-o", "out") == 0
+    said = capsys.readouterr()
+    found = json.loads((folder / "out" / "tune.json").read_text())["spent"]
+    assert "2 of them together come to epsilon" in said.err and f"{found['epsilon']:.3g} at" in said.out
+    assert "Every trial spends privacy of its own" in (folder / "out" / "tune.html").read_text()
+
+    rows = load_sites(load_sites_file(Path("tiny.sites.yaml")), folder, load_run(Path("tiny.yaml")))
+    totals = {
+        site: epsilon(
+            [
+                PrivacyEvent(
+                    sampling_probability=4 / len(splits["train"]), noise_multiplier=noise, steps=2 * ROUNDS
+                )
+                for noise in (1.0, 2.0)
+            ],
+            1e-3,
+        )
+        for site, splits in rows.items()
+    }
+    assert found["trials"] == 2 and found["epsilon"] == pytest.approx(totals[found["site"]])
+    assert found["epsilon"] == pytest.approx(max(totals.values()))
+    single = load_run(Path("tiny.yaml"), [private])
+    alone = plan_of(single, found["site"], rows[found["site"]]["train"]).claim().epsilon
+    assert alone < found["epsilon"] < 2 * alone

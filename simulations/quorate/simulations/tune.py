@@ -20,6 +20,7 @@ from quorate.shared.errors import CheckpointError, ConfigError, DataError, Outpu
 from quorate.shared.files import write_file
 from quorate.shared.seeds import derive_seed
 from quorate.simulations.space import SpaceConfig
+from quorate.simulations.spent import spent_by
 from quorate.simulations.trial import DIVERGED, RETRY_OF, Diverged, Search, objective, trial_dir
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def tune(search: Search, *, resume: bool = False) -> Study:
         site = Site(rows, on_step=search.on_step)
         grid = search.space.grid() if search.space.sampler == "grid" else []
         wanted = min(search.space.trials, len(grid)) if grid else search.space.trials
+        if (together := spent_by(search.rows, [search.base] * wanted)) is not None:
+            search.say(f"With the run file's own settings: {together.sentence}")
         while (done := len(settled(study))) < wanted:
             waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
             if grid and not waiting:

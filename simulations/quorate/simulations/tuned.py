@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -25,10 +26,12 @@ from quorate.server.report.svg import (
     variable,
 )
 from quorate.server.run import RUN_FILE
+from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.files import write_file
 from quorate.simulations.space import Value
-from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
+from quorate.simulations.spent import SearchSpending, spent_by
+from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, TRIALS_DIR, Search, trial_dir
 from quorate.simulations.tune import settled
 
 if TYPE_CHECKING:
@@ -76,6 +79,8 @@ class Tuned(Record):
     """Field -> its share of what made trials differ (PED-ANOVA, arXiv:2304.10255), largest first."""
     trials: list[TrialRecord]
     """All of them, by number."""
+    spent: SearchSpending | None = None
+    """What all of them together spent of the sites' privacy, where the run has record- or group-level one."""
 
 
 def write_tuned(search: Search, study: Study) -> Tuned:
@@ -120,7 +125,13 @@ def summarise(search: Search, study: Study) -> Tuned:
         best=done[study.best_trial.number] if done else None,
         importances=_importances(study, list(done.values())),
         trials=trials,
+        spent=spent_by(search.rows, [load_run(path) for path in _run_files(search)]),
     )
+
+
+def _run_files(search: Search) -> list[Path]:
+    """Return the run file of every trial; of one that was cut off and run again, the second."""
+    return sorted((search.output_dir / TRIALS_DIR).glob(f"*/{RUN_FILE}"))
 
 
 def _importances(study: Study, done: list[TrialRecord]) -> dict[str, float]:
@@ -180,6 +191,8 @@ def _headline(result: Tuned) -> Headline:
         "The best of many trials looks better on the validation rows it was chosen by than it is. What it is "
         "worth, the test rows say, which no trial has seen: run best.yaml."
     ]
+    if result.spent is not None:
+        more.append(result.spent.sentence)
     tiles = [Tile(str(counted), "trials", f"{count['cut off']} more cut off and run again", strong=True)]
     tiles += [Tile(str(count[state]), state) for state in ("done", "stopped early", "diverged")]
     return Headline(text, more, tiles)

@@ -54,12 +54,16 @@ class PrivatePlan:
         """Return what one round does to the data."""
         return self._event(self.steps_per_round)
 
+    def whole_event(self) -> PrivacyEvent:
+        """Return what all rounds of the run do to the data."""
+        return self._event(self.total_steps)
+
     def claim(self) -> PrivacyClaim:
         """Return what the site says of the whole run before it starts.
 
         Raises: ConfigError: so little noise has no finite epsilon.
         """
-        spent = _spent(self._event(self.total_steps), self.delta)
+        spent = _spent(self.whole_event(), self.delta)
         if not math.isfinite(spent):
             raise ConfigError(
                 f"privacy.noise_multiplier {self.noise_multiplier:g} is too little noise for any epsilon; "

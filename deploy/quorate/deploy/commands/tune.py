@@ -112,6 +112,8 @@ def _print(result: Tuned, folder: Path) -> None:
             typer.echo(f"  {key}={value}{share}")
     else:
         typer.echo("no trial came to its end")
+    if result.spent is not None:
+        typer.echo(result.spent.sentence)
     for what, name in (("best run", "best.yaml"), ("trials", "trials.csv"), ("page", "tune.html")):
         if (folder / name).exists():
             typer.echo(f"{what:8} {folder / name}")

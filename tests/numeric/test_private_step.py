@@ -18,13 +18,14 @@ from quorate.client.trainer.clipping import ClippedSum
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.private import draw_batch, units_of
 from quorate.client.trainer.private_plan import private_plan
-from quorate.client.trainer.secret import CipherSource, SeededSource, secret_generator, with_noise
+from quorate.client.trainer.secret import secret_generator, with_noise
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.model import load_model
 from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.secret import CipherSource, SeededSource
 from quorate.shared.progress import StepEvent, ignore_step
 
 SOURCES = [SeededSource, CipherSource]

@@ -18,6 +18,7 @@ from tampered import SIZES, Change, Tampered, only, spoiled, untouched
 
 from quorate.client.finish import report
 from quorate.client.site import Site
+from quorate.server.central_noise import ClippedSum
 from quorate.server.client_plan import useless
 from quorate.server.cohort import poisson_cohort
 from quorate.server.deliver import delivery
@@ -32,6 +33,7 @@ from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
 from quorate.shared.messages import Update
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.secret import CipherSource, SecretSource, SeededSource
 
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
 PLAIN = {"unit": "client", "delta": 0.01, "noise_multiplier": 1.0}
@@ -128,6 +130,22 @@ def test_noise_is_what_the_record_says_and_never_the_same(privately: Any) -> Non
         assert noise.std() == pytest.approx(record.noise.deviation / len(SIZES), rel=0.05)
         states.append(result.state.pack().content_hash)
     assert states[0] != states[1], "one seed, two noises"
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_source_of_noise_is_the_one_asked_for(
+    privately: Any, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    drawn = []
+
+    def spied(self: ClippedSum, multiplier: float, expected: float, source: SecretSource) -> Any:
+        drawn.append(type(source))
+        return noised_mean(self, multiplier, expected, source)
+
+    noised_mean = ClippedSum.noised_mean
+    monkeypatch.setattr(ClippedSum, "noised_mean", spied)
+    privately(privacy={**PLAIN, "secure_rng": secure}, federation={"rounds": 1})
+    assert drawn == [CipherSource if secure else SeededSource]
 
 
 def test_adaptive_clipping_goes_on_where_it_was_after_a_resume(privately: Any) -> None:

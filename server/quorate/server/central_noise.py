@@ -16,7 +16,6 @@ seed, which every site knows. It is floating-point noise: what a float's last bi
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -24,14 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from quorate.shared.adapter import Adapter
+from quorate.shared.privacy.secret import SecretSource
 
 CLIPPING_RATE = 0.2
 """How fast the clipping norm follows the quantile (eta_C of arXiv:1905.03871, section 3)."""
-
-
-def secret_rng() -> np.random.Generator:
-    """Return a generator that nobody can seed again: 256 bits of the system's entropy."""
-    return np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
 
 
 @dataclass
@@ -73,30 +68,31 @@ class ClippedSum:
         for name, total in self.sums.items():
             total += factor * moved[name]
 
-    def noised_mean(self, noise_multiplier: float, expected: float, rng: np.random.Generator) -> Adapter:
+    def noised_mean(self, noise_multiplier: float, expected: float, source: SecretSource) -> Adapter:
         """Return start plus the noised sum over `expected` updates, rounded to float32.
 
         Args:
             noise_multiplier: z', standard deviation of the noise over the clipping norm.
             expected: K.
-            rng: draws the noise; `secret_rng()`, but in tests.
+            source: draws the noise.
         """
         deviation = noise_multiplier * self.clipping_norm
-        return self.start.map(
-            lambda name, start: (
-                start + (self.sums[name] + rng.normal(0.0, deviation, start.shape)) / expected
-            ).astype(np.float32)
-        )
 
-    def noised_fraction(self, deviation: float, expected: float, rng: np.random.Generator) -> float:
+        def noised(name: str, start: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            noise = deviation * source.normal(start.size).reshape(start.shape)
+            return (start + (self.sums[name] + noise) / expected).astype(np.float32)
+
+        return self.start.map(noised)
+
+    def noised_fraction(self, deviation: float, expected: float, source: SecretSource) -> float:
         """Return the noised part of updates whose norm was up to C; noise may take it out of [0, 1].
 
         Args:
             deviation: sigma_b, standard deviation of the noise on the count.
             expected: K.
-            rng: draws the noise.
+            source: draws the noise.
         """
-        return 0.5 + (self.within + float(rng.normal(0.0, deviation))) / expected
+        return 0.5 + (self.within + deviation * float(source.normal(1)[0])) / expected
 
 
 def next_norm(norm: float, fraction: float, quantile: float) -> float:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from quorate.server.books import Books
-from quorate.server.central_noise import ClippedSum, next_norm, secret_rng
+from quorate.server.central_noise import ClippedSum, next_norm
 from quorate.server.checkpoint import Progress
 from quorate.server.client_plan import client_plan, most_releases, private_cohort, useless
 from quorate.server.joining import Members
@@ -25,6 +25,7 @@ from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.secret import secret_source
 from quorate.shared.selection import upload_schema
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,12 @@ class CentralPrivacy:
 
     def noised_mean(self, total: ClippedSum, books: Books) -> Adapter:
         """Return the mean update with noise on it, and note down how: step 6 of a round."""
-        plan, rng, norm = self.ledger.plan, secret_rng(), total.clipping_norm
-        mean = total.noised_mean(plan.sum_multiplier, plan.expected_cohort, rng)
+        plan, norm = self.ledger.plan, total.clipping_norm
+        source = secret_source(self.privacy.secure_rng)
+        mean = total.noised_mean(plan.sum_multiplier, plan.expected_cohort, source)
         fraction, following = None, norm
         if self.privacy.adaptive_quantile is not None and plan.count_deviation is not None:
-            fraction = total.noised_fraction(plan.count_deviation, plan.expected_cohort, rng)
+            fraction = total.noised_fraction(plan.count_deviation, plan.expected_cohort, source)
             following = next_norm(norm, fraction, self.privacy.adaptive_quantile)
         books.noise = RoundNoise(
             clipping_norm=norm,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from quorate.client.trainer.secret import SecretSource, with_noise
+from quorate.client.trainer.secret import with_noise
+from quorate.shared.privacy.secret import SecretSource
 
 _ABOVE_ZERO = 1e-6
 """Added to a norm before it divides, as in Opacus: rounding then leaves a clipped norm below its bound."""

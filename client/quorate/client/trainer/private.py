@@ -23,11 +23,12 @@ from quorate.client.trainer.passes import Fitted, Share, SiteTask, training_mode
 from quorate.client.trainer.private_plan import PrivatePlan, private_plan
 from quorate.client.trainer.row_check import backward_by_row, check_batch_statistics, check_rows_apart
 from quorate.client.trainer.schedule import lr_factor
-from quorate.client.trainer.secret import SecretSource, secret_generator, secret_source
+from quorate.client.trainer.secret import secret_generator
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.model import LoadedModel
+from quorate.shared.privacy.secret import SecretSource, secret_source
 from quorate.shared.progress import OnStep, StepEvent
 
 Unit = list[int]

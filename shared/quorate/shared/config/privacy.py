@@ -20,6 +20,10 @@ class _Noise(ConfigModel):
     """Largest epsilon after all rounds; the noise multiplier is calibrated to it before the first step."""
     noise_multiplier: float | None = Field(None, gt=0)
     """Standard deviation of the noise over the clipping norm."""
+    secure_rng: bool = False
+    """Draw noise (and a site's batches) from AES-256 in counter mode, and each number of noise as a sum of
+    four, rather than from NumPy's PCG64. Either starts from the operating system's secret numbers, never from
+    `seed`."""
 
     @model_validator(mode="after")
     def _one_measure_of_noise(self) -> Self:
@@ -45,9 +49,6 @@ class SitePrivacy(_Noise):
     """Clip each unit's gradient to this global L2 norm (takes the place of training.max_grad_norm)."""
     max_records_per_group: int = Field(1, ge=1)
     """Rows of a sampled group that enter a batch, drawn afresh each time; for unit group alone."""
-    secure_rng: bool = False
-    """Draw noise and batches from AES-256 in counter mode, and each number of noise as a sum of four, rather
-    than from NumPy's PCG64. Either starts from the operating system's secret numbers, never from `seed`."""
 
 
 class ClientPrivacy(_Noise):

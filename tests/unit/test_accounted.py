@@ -254,6 +254,24 @@ def test_without_its_ledger_a_stored_answer_is_paid_for(world: Any, private: Any
     assert site.counts() == (1, 1) and site.steps == STEPS
 
 
+def test_no_training_beyond_the_claim(world: Any, private: Any, caplog: Any) -> None:
+    """Without any budget, too: a site said what all rounds cost, and one that diverged is one of them."""
+    site = world()
+
+    def diverge() -> None:
+        raise NonFiniteUpdate("training diverged.")
+
+    site.on_step = diverge
+    assert site.ask(request(private(2))).header.error == "non-finite"
+    site.on_step = lambda: None
+    assert site.ask(request(private(2))).header.error is None
+    assert site.ask(request(private(2), round=2)).header.error == "policy-privacy"
+    assert "has trained 2 times for the run, and its claim counts 2" in caplog.text
+    assert site.counts() == (2, 2)
+    assert site.ask(request(private(2))).header.error is None, "what was answered is given again"
+    assert site.ask(request(private(2), run_id="another")).header.error is None
+
+
 # Budgets
 
 

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from quorate.client.answered import Answered
 from quorate.client.budgets import Budgets, Spending, to_come
 from quorate.client.ledger import Ledger
-from quorate.client.ledger_rows import RequestKey
+from quorate.client.ledger_rows import RequestKey, Reservation
 from quorate.client.resident import failed
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import NonFiniteUpdate
+from quorate.shared.errors import NonFiniteUpdate, RequestRefused
 from quorate.shared.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
@@ -114,9 +114,23 @@ class Accounted:
     def _reserve(self, run: RunConfig, key: RequestKey) -> int:
         spending, ledger = self._spending_of(run), self.open()
         there = ledger.uncommitted(key, spending.protects, spending.event)
+        if there is None:
+            _check_claim(spending, ledger.reservations, key)
         more = spending.over(1 if there is None else 0)  # it counts already
         self._budgets.check(spending, ledger.reservations, more)
         return ledger.reserve(key, spending.alias, spending.protects, spending.event)
+
+
+def _check_claim(spending: Spending, entries: Sequence[Reservation], key: RequestKey) -> None:
+    """Refuse a training beyond those that the claim for this run counts, whatever the budgets allow."""
+    trained = sum(entry.request.run_id == key.run_id for entry in entries)
+    if trained >= spending.rounds:
+        raise RequestRefused(
+            f"round {key.round} of run {key.run_id}: this site has trained {trained} times for the run, and "
+            f"its claim counts {spending.rounds}; have the coordinator begin a new run, which is a claim of "
+            "its own.",
+            code="policy-privacy",
+        )
 
 
 def _was_made(update: Update) -> bool:

@@ -254,3 +254,8 @@ import quorate.shared.privacy.calibration
 assert not {"torch", "scipy", "numpy", "dp_accounting", "opacus"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_target_out_of_reach_of_any_noise_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.target_epsilon: 1e-09 at delta 1e-09 is out of reach"):
+        calibrate(1e-9, 1e-9, 0.1, 10)

@@ -91,6 +91,9 @@ def test_weights_of_tags_are_refused(make_run: Any) -> None:
         ({**RECORD, "max_records_per_group": 2}, "max_records_per_group belongs to privacy.unit group"),
         ({**RECORD, "target_epsilon": 3}, "either target_epsilon or noise_multiplier"),
         ({"unit": "record"}, "either target_epsilon or noise_multiplier"),
+        ({"unit": "record", "noise_multiplier": 1e30}, "less than or equal to 1000000"),
+        ({**RECORD, "delta": 1e-300}, "greater than or equal to 0.000000000001"),
+        ({**RECORD, "max_grad_norm": 1e30}, "less than or equal to 1000000"),
         (
             {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3},
             "privacy.unit client: aggregation.weighting examples would let a site count for more",
@@ -263,6 +266,23 @@ def test_a_delta_above_one_units_share_names_the_site(make_run: Any, make_sites:
 
 
 # Whole runs.
+
+
+def test_references_of_a_run_that_hides_sites_have_no_noise(
+    make_run: Any, make_sites: Any, tmp_path: Path
+) -> None:
+    """A site alone has nobody to hide among: its reference is that of the run without privacy."""
+    settings = {
+        "aggregation": {"name": "fedavg", "weighting": "uniform"},
+        "evaluation": {"references": ["local_only", "centralised"]},
+    }
+    client = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
+    sites = make_sites(north=9, south=7)
+    private = simulate(make_run(privacy=client, **settings), sites, tmp_path / "private").references
+    plain = simulate(make_run(**settings), sites, tmp_path / "plain").references
+    assert private is not None and plain is not None and not private.failed
+    assert private.local_only["north"].test.pooled["loss"] == plain.local_only["north"].test.pooled["loss"]
+    assert private.centralised is not None and private.centralised == plain.centralised
 
 
 @pytest.mark.parametrize("unit", ["record", "group"])

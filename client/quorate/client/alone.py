@@ -43,11 +43,13 @@ class Alone:
 def single(config: RunConfig) -> RunConfig:
     """Return the configuration for a site alone: with one site every rule reduces to training all factors.
 
-    Not so under privacy, where ffa is a choice of what gets noise: a site alone would make the same one.
+    Not so under privacy at the site, where ffa is a choice of what gets noise: a site alone would make the
+    same one. Noise of the server has nothing to hide where there is one site.
     """
     if isinstance(config.privacy, SitePrivacy) and config.aggregation.name == "ffa":
         return config
-    return config.model_copy(update={"aggregation": FedAvg()})
+    privacy = None if config.private_clients else config.privacy
+    return config.model_copy(update={"aggregation": FedAvg(), "privacy": privacy})
 
 
 def value(config: RunConfig, outcomes: Outcomes | None) -> float:

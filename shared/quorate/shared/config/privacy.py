@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from quorate.shared.aggregation import AggregationRule
     from quorate.shared.config.evaluation import EvaluationConfig
 
+LEAST_DELTA = 1e-12
+"""A smaller delta is beyond what the accountants can tell from zero."""
+
 
 class _Noise(ConfigModel):
     """How much noise: exactly one of the first two fields is given."""
 
     target_epsilon: float | None = Field(None, gt=0)
     """Largest epsilon after all rounds; the noise multiplier is calibrated to it before the first step."""
-    noise_multiplier: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, gt=0, le=1e6)
     """Standard deviation of the noise over the clipping norm."""
     secure_rng: bool = False
     """Draw noise (and a site's batches) from AES-256 in counter mode, and each number of noise as a sum of
@@ -42,10 +45,10 @@ class SitePrivacy(_Noise):
     unit: Literal["record", "group"]
     """What one difference between neighbouring data sets is: a training row, or all rows that share the value
     of the data's `group` column."""
-    delta: float | None = Field(None, gt=0, lt=1)
+    delta: float | None = Field(None, ge=LEAST_DELTA, lt=1)
     """Probability with which the claim may fail; below 1 / units of a site, else the site refuses. Left out:
     1e-5, or a tenth of 1 / units where that is smaller."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
     """Clip each unit's gradient to this global L2 norm (takes the place of training.max_grad_norm)."""
     max_records_per_group: int = Field(1, ge=1)
     """Rows of a sampled group that enter a batch, drawn afresh each time; for unit group alone."""
@@ -56,9 +59,9 @@ class ClientPrivacy(_Noise):
 
     unit: Literal["client"]
     """What one difference between neighbouring data sets is: a whole site."""
-    delta: float = Field(gt=0, lt=1)
+    delta: float = Field(ge=LEAST_DELTA, lt=1)
     """Probability with which the claim may fail; below 1 / sites."""
-    clipping_norm: float = Field(1.0, gt=0)
+    clipping_norm: float = Field(1.0, gt=0, le=1e6)
     """L2 norm that updates are clipped to; with `adaptive_quantile` only the first round's."""
     adaptive_quantile: float | None = Field(None, gt=0, lt=1)
     """Follow this quantile of the updates' norms (arXiv:1905.03871); a fixed norm when left out."""

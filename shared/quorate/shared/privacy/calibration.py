@@ -87,6 +87,11 @@ def rounds_left(
 
 
 def _used_up(target: float, delta: float, used: float) -> ConfigError:
+    if used == 0:
+        return ConfigError(
+            f"privacy.target_epsilon: {target:g} at delta {delta:g} is out of reach of any noise multiplier "
+            f"up to {MOST_NOISE:g}; raise it."
+        )
     return ConfigError(
         f"privacy: these data have already spent epsilon {used:.4g} (delta {delta:g}), so no amount of noise "
         f"keeps another step within privacy.target_epsilon {target:g}; raise that, or train on units that no "

@@ -20,7 +20,7 @@ class PrivacyClaim(ConfigModel):
     """What one difference between neighbouring data sets is."""
     units: int = Field(ge=1, le=2**53)
     """Units among the training rows; taken as public."""
-    epsilon: float = Field(gt=0)
+    epsilon: float = Field(ge=0)
     """Bound on the privacy loss, over all rounds."""
     delta: float = Field(gt=0, lt=1)
     """Probability with which the bound may fail."""

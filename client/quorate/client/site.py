@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,40 +19,25 @@ from quorate.client.alone import train_alone
 from quorate.client.description import describe
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
-from quorate.client.private import check_groups_apart, check_split, groups_of, plan_of
+from quorate.client.prepared import Prepared, Resident
+from quorate.client.private import check_split, groups_of
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.optimizers import check_optimizer
-from quorate.client.trainer.row_check import check_rows_apart
-from quorate.client.trainer.sampling import few_shot
-from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import DataError, NonFiniteUpdate, ProtocolError, QuorateError, RequestRefused
-from quorate.shared.messages import BEST_ROUND, RoundRequest, Split, Update
-from quorate.shared.model import LoadedModel, load_model
-from quorate.shared.privacy.claim import PrivacyClaim
+from quorate.shared.errors import NonFiniteUpdate, ProtocolError, RequestRefused
+from quorate.shared.messages import BEST_ROUND, RoundRequest, Update
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.selection import check_patterns, moving, uploaded
-from quorate.shared.tasks.base import Example, Row
 from quorate.shared.versions import check_versions
 
 log = logging.getLogger(__name__)
 
 __all__ = ["Site", "SiteRows"]
-
-
-@dataclass
-class _Resident:
-    """What stays loaded while requests of one run come in."""
-
-    run: RunConfig
-    model: LoadedModel
-    stack: AdapterStack
-    examples: dict[tuple[str, str, Split, int | None], list[Example]]
 
 
 class Site:
@@ -79,18 +63,15 @@ class Site:
         received: Path | None = None,
         on_model: Callable[[bool], None] = lambda loaded: None,
     ) -> None:
-        self._on_model = on_model
-        self._holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
-        self._as_given = frozenset(as_given)
-        self._device = device
+        holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
+        self._prepared = Prepared(holdings, device, as_given, on_model)
         self._received_dir = received
         self._on_step = on_step
-        self._resident: _Resident | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The sites this process answers for."""
-        return self._holdings.names
+        return self._prepared.holdings.names
 
     def handle(self, requests: list[RoundRequest]) -> list[Update]:
         """Answer requests in order. A site that fails answers with an error code; the others go on.
@@ -111,21 +92,21 @@ class Site:
         Returns: the run with its model's hash filled in.
         Raises: ModelError, DataError: naming the site.
         """
-        resident = self._load(run)
+        resident = self._prepared.load(run)
         pinned = run.model.model_copy(update={"sha256": resident.model.sha256})
         resident.run = run.model_copy(update={"model": pinned})
         check_patterns(run, resident.model.initial)
         check_optimizer(run.training, resident.model.peft.device)
         for site in self.names:
             for split in ("train", "validation", "test"):
-                self._examples(resident, site, split)
-            self._privately(resident, site)
+                self._prepared.examples(resident, site, split)
+            self._prepared.claim(resident, site)
         log.debug("prepared %d sites on %s", len(self.names), resident.model.peft.device)
         return resident.run
 
     def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
         """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
-        resident = self._load(run)
+        resident = self._prepared.load(run)
         answers = []
         for state in states:
             resident.model.set_residual(state.residual)
@@ -148,62 +129,24 @@ class Site:
             key = (str(request.header.round), residual) if stacked else (str(index),)
             groups.setdefault((resident.run.content_hash, request.header.phase, *key), []).append(index)
         for members in groups.values():
-            yield from _chunks(members, self._resident.run.training.max_stack if self._resident else 1)
+            last = self._prepared.resident
+            yield from _chunks(members, last.run.training.max_stack if last is not None else 1)
 
-    def _admit(self, request: RoundRequest) -> _Resident:
+    def _admit(self, request: RoundRequest) -> Resident:
         header = request.header
         run = RunConfig.model_validate_json(header.run_config)
         if run.content_hash != header.config_hash:
             raise ProtocolError("the configuration does not have the hash that the request names.")
         if header.site not in self.names:
             raise RequestRefused(f"this process does not answer for site {header.site!r}.")
-        resident = self._load(run)
+        resident = self._prepared.load(run)
         if header.phase == "fit":
-            self._examples(resident, header.site, "train")
+            self._prepared.examples(resident, header.site, "train")
             request.arrays.check_finite()
         return resident
 
-    def _load(self, run: RunConfig) -> _Resident:
-        """Return the base model under this run, loaded again only when the run asks for another one."""
-        run = self._holdings.at_hand(run)
-        resident = self._resident
-        if resident is None or _model_key(resident.run) != _model_key(run):
-            self._resident = None  # let go of the old base before the new one takes its memory
-            self._on_model(False)
-            started = time.monotonic()
-            model = load_model(run, device=self._device)
-            seconds = time.monotonic() - started
-            log.info("base model %s loaded in %.1f s onto %s", model.sha256[:12], seconds, model.peft.device)
-            resident = _Resident(run, model, AdapterStack.install(model), {})
-            self._on_model(True)
-        elif _rows_key(resident.run) != _rows_key(run):
-            resident.examples.clear()  # those of the run in hand alone stay in memory
-        resident.run = run
-        self._resident = resident
-        return resident
-
-    def _examples(self, resident: _Resident, site: str, split: Split) -> list[Example]:
-        few = resident.run.training.examples_per_class if split == "train" else None
-        key = (resident.run.data, site, split, few)
-        if key not in resident.examples:
-            task = resident.run.task
-            rows = self._used_rows(resident.run, site, split)
-            if split == "train" and not rows:
-                raise DataError(
-                    f"site {site} has no training rows; give it data or take it out of the sites."
-                )
-            check_groups_apart(resident.run, site, self._used_rows(resident.run, site, "train"), split, rows)
-            examples = task.encode(rows, resident.model.processor)
-            resident.model.check_tokens(examples)
-            resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
-        return resident.examples[key]
-
-    def _used_rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
-        rows = self._holdings.rows(run, site).get(split, ())
-        return few_shot(run, site, rows) if split == "train" and site not in self._as_given else rows
-
     def _answer(self, requests: list[RoundRequest]) -> list[Update]:
-        resident = self._load(RunConfig.model_validate_json(requests[0].header.run_config))
+        resident = self._prepared.load(RunConfig.model_validate_json(requests[0].header.run_config))
         phase = requests[0].header.phase
         if phase == "fit":
             return self._fit(resident, requests)
@@ -215,49 +158,37 @@ class Site:
         }[phase]
         return [one(resident, request) for request in requests]
 
-    def _join(self, resident: _Resident, request: RoundRequest) -> Update:
-        run, site = resident.run, request.header.site
+    def _join(self, resident: Resident, request: RoundRequest) -> Update:
+        run, site, prepared = resident.run, request.header.site, self._prepared
         check_versions(request.header.versions)
         check_patterns(run, resident.model.initial)
         check_optimizer(run.training, resident.model.peft.device)
-        claim = self._privately(resident, site)
+        claim = prepared.claim(resident, site)
         if claim is not None:
             log.info("%s: %s", site, claim.sentence)
         description = describe(
             run,
             resident.model,
-            {split: self._examples(resident, site, split) for split in ("train", "validation", "test")},
-            self._used_rows(run, site, "train"),
-            len(self._holdings.rows(run, site).get("train", ())),
+            {split: prepared.examples(resident, site, split) for split in ("train", "validation", "test")},
+            prepared.rows(run, site, "train"),
+            len(prepared.holdings.rows(run, site).get("train", ())),
             claim,
         )
         return Update.reply(request, resident.model.initial, description=description)
 
-    def _privately(self, resident: _Resident, site: str) -> PrivacyClaim | None:
-        """Return what the site claims for its rows, once it is sure to keep it; None without privacy.
-
-        Raises: as `plan_of`; ModelError: rows of the model cannot be told apart.
-        """
-        plan = plan_of(resident.run, site, self._used_rows(resident.run, site, "train"))
-        if plan is None:
-            return None
-        examples = self._examples(resident, site, "train")
-        check_rows_apart(resident.model, resident.stack, resident.run, examples)
-        return plan.claim()
-
-    def _evaluate(self, resident: _Resident, request: RoundRequest) -> Update:
+    def _evaluate(self, resident: Resident, request: RoundRequest) -> Update:
         started = time.monotonic()
         if request.header.split is None:
             raise ProtocolError("a request to evaluate must name a split.")
         check_split(resident.run, request.header.split)
         state = self._received(resident, request)
-        examples = self._examples(resident, request.header.site, request.header.split)
+        examples = self._prepared.examples(resident, request.header.site, request.header.split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
         )
 
-    def _alone(self, resident: _Resident, request: RoundRequest) -> Update:
+    def _alone(self, resident: Resident, request: RoundRequest) -> Update:
         started, site = time.monotonic(), request.header.site
         if resident.run.privacy is not None:
             raise RequestRefused(
@@ -267,7 +198,7 @@ class Site:
             )
         resident.model.set_residual(Adapter({}))
         train, validation, test = (
-            self._examples(resident, site, split) for split in ("train", "validation", "test")
+            self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
         )
         task = SiteTask(site, train, resident.model.initial)
         done = train_alone(
@@ -281,23 +212,14 @@ class Site:
             seconds=time.monotonic() - started,
         )
 
-    def _finish(self, resident: _Resident, request: RoundRequest) -> Update:
+    def _finish(self, resident: Resident, request: RoundRequest) -> Update:
         state = self._completed(resident, request)
-        claim = self._claim_kept(resident.run, request.header.site)
+        claim = self._prepared.claim_kept(resident.run, request.header.site)
         folder = keep_result(self._received_dir, resident.run, request.header, state, claim)
         log.info("run %s is done; its result lies in %s", request.header.run_id, folder)
         return Update.reply(request)
 
-    def _claim_kept(self, run: RunConfig, site: str) -> PrivacyClaim | None:
-        """Return what the site claims of a run that is done, for its report."""
-        try:
-            plan = plan_of(run, site, self._used_rows(run, site, "train"))
-            return None if plan is None else plan.claim()
-        except QuorateError as error:  # rows that are gone since must not cost the site its result
-            log.warning("what the run claims for this site's rows cannot be worked out again: %s", error)
-            return None
-
-    def _fit(self, resident: _Resident, requests: list[RoundRequest]) -> list[Update]:
+    def _fit(self, resident: Resident, requests: list[RoundRequest]) -> list[Update]:
         """Train the requests' sites as one stack: the rule's site half around the trainer."""
         started = time.monotonic()
         run, round = resident.run, requests[0].header.round
@@ -314,9 +236,9 @@ class Site:
             for answer in zip(requests, tasks, states, fitted, strict=True)
         ]
 
-    def _task(self, resident: _Resident, site: str, start: Adapter) -> SiteTask:
-        groups = groups_of(resident.run, site, self._used_rows(resident.run, site, "train"))
-        return SiteTask(site, self._examples(resident, site, "train"), start, groups)
+    def _task(self, resident: Resident, site: str, start: Adapter) -> SiteTask:
+        groups = groups_of(resident.run, site, self._prepared.rows(resident.run, site, "train"))
+        return SiteTask(site, self._prepared.examples(resident, site, "train"), start, groups)
 
     def _uploaded(
         self,
@@ -343,26 +265,17 @@ class Site:
             seconds=seconds,
         )
 
-    def _received(self, resident: _Resident, request: RoundRequest) -> GlobalState:
+    def _received(self, resident: Resident, request: RoundRequest) -> GlobalState:
         """Complete what was sent, and put its residual into the base."""
         state = self._completed(resident, request)
         resident.model.set_residual(state.residual)
         return state
 
-    def _completed(self, resident: _Resident, request: RoundRequest) -> GlobalState:
+    def _completed(self, resident: Resident, request: RoundRequest) -> GlobalState:
         """Complete what was sent by the seeded start."""
         state = GlobalState.unpack(resident.model.initial.updated(request.arrays))
         state.adapter.check_schema(resident.model.initial.schema)
         return state
-
-
-def _model_key(run: RunConfig) -> tuple[object, ...]:
-    return run.model, run.adapter, run.task, run.seed
-
-
-def _rows_key(run: RunConfig) -> tuple[object, ...]:
-    # Under group-level privacy rows are checked when they are made ready, so they are made ready again.
-    return run.data, run.training.examples_per_class, run.privacy
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

@@ -11,8 +11,9 @@ import pytest
 from loopback import NEEDS_NGINX
 from plain_flower import free_port, make_certificates, make_node_key, wait_until
 
-from quorate.client.node.folder import SiteFolder, prepare_folders
+from quorate.client.node.folder import SiteFolder
 from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
+from quorate.client.node.owners import prepare_folders
 from quorate.client.node.supernode import Ports, flower_programs
 from quorate.shared.errors import ConfigError
 from quorate.shared.loopback import find_nginx

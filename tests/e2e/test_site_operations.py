@@ -23,7 +23,7 @@ from other_users import interpreter
 from plain_flower import PlainServer, free_port, wait_until
 
 from quorate.client.node.access import Access
-from quorate.client.node.folder import Account
+from quorate.client.node.owners import Account
 from quorate.shared.bundle import bundle_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from quorate.client.node.access import Access
-from quorate.client.node.folder import Account
+from quorate.client.node.owners import Account
 
 
 def interpreter(folder: Path, users: tuple[Account, Account]) -> str | None:

@@ -19,8 +19,8 @@ from site_folder import write_folder
 from quorate.client.enrol import enrol
 from quorate.client.node.apart import NodeFolder, supernode_programs
 from quorate.client.node.check import _models_are_readable
-from quorate.client.node.folder import Account
 from quorate.client.node.names import SOCKET
+from quorate.client.node.owners import Account
 from quorate.shared.errors import ConfigError, ModelError
 from quorate.shared.supervised import read_status
 

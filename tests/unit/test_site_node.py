@@ -14,9 +14,10 @@ from flwr.cli.build import build_fab_from_disk
 from quorate.client.approvals import approve, is_withdrawn, note_waiting, rejoin, withdraw, withdrawn_runs
 from quorate.client.node.bundle import BundleRefused, check_bundle, check_overrides, own_bundle
 from quorate.client.node.contact import SILENT_SECONDS, Contact, silent, standing
-from quorate.client.node.folder import SiteFolder, prepare_folders
+from quorate.client.node.folder import SiteFolder
 from quorate.client.node.guard import GUARDED, REFUSING, write_commands
 from quorate.client.node.names import CONTACT, SOCKET
+from quorate.client.node.owners import prepare_folders
 from quorate.client.node.supernode import Ports, flower_environment, flower_programs, site_program
 from quorate.client.node.supervise import read_programs
 from quorate.shared.bundle import bundle_dir

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quorate.client.node.folder import Account
+from quorate.client.node.owners import Account
 
 
 @dataclass(frozen=True)

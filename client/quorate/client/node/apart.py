@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 
 from quorate.client.config import UsersConfig
-from quorate.client.node.folder import SiteFolder, check_enrolled, prepare_folders, prepare_home, socket_of
+from quorate.client.node.folder import SiteFolder, socket_of
 from quorate.client.node.forward import connecting_programs
 from quorate.client.node.guard import GUARDED, write_commands
+from quorate.client.node.owners import check_enrolled, prepare_folders, prepare_home
 from quorate.client.node.supervise import become_supervisor
 from quorate.shared.errors import ConfigError
 from quorate.shared.supervisor import Program

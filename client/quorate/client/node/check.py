@@ -13,7 +13,8 @@ from cryptography import x509
 
 import quorate.client
 from quorate.client.node.access import Access
-from quorate.client.node.folder import SITE_YAML, Account, SiteFolder, accounts, local_data
+from quorate.client.node.folder import SITE_YAML, SiteFolder, local_data
+from quorate.client.node.owners import Account, accounts
 from quorate.client.node.server_check import check_server
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import ConfigError, DataError, ModelError, QuorateError

@@ -12,7 +12,8 @@ import os
 import re
 from pathlib import Path
 
-from quorate.client.node.folder import SiteFolder, accounts
+from quorate.client.node.folder import SiteFolder
+from quorate.client.node.owners import accounts
 from quorate.client.node.supernode import Ports, flower_programs
 from quorate.shared.errors import ConfigError
 from quorate.shared.files import write_atomically

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from quorate.client.node.contact import Standing, standing
-from quorate.client.node.folder import SiteFolder, check_enrolled, prepare_folders
+from quorate.client.node.folder import SiteFolder
 from quorate.client.node.forward import connecting_programs
 from quorate.client.node.guard import write_commands
+from quorate.client.node.owners import check_enrolled, prepare_folders
 from quorate.client.node.supernode import site_program
 from quorate.client.node.supervise import become_supervisor
 from quorate.client.service import check_health

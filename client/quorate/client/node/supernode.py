@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quorate.client.node.folder import Account, SiteFolder, accounts
+from quorate.client.node.folder import SiteFolder
 from quorate.client.node.names import CONTACT, QUIET, SOCKET
+from quorate.client.node.owners import Account, accounts
 from quorate.shared.loopback import HOST
 from quorate.shared.supervisor import Program
 

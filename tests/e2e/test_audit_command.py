@@ -104,6 +104,7 @@ def test_site_level_privacy_is_audited_with_canary_sites(
     kept = json.loads((made.parent / "central" / "audit.json").read_text())
     assert kept["client"]["epsilon"] == pytest.approx(1, rel=0.01) and not kept["mechanism"]
     report = (made.parent / "central" / "report.html").read_text()
+    assert "An audit with canary sites found epsilon of at least" in report
     assert "Does the noise of the server hide a site?" in report and "no factor A moves" in report
     assert run(["audit", "central", "--canaries", "100000", "--reference-pairs", "0"]) == 2
     assert "ask for fewer than 99998" in capsys.readouterr().err

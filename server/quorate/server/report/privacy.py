@@ -21,9 +21,11 @@ def privacy_section(files: RunFiles) -> Section:
         return section
     if summary.client_privacy is not None:
         _client(section, summary.client_privacy)
+        _audited(section, files)
     if claims := site_claims(summary):
         _sites(section, claims)
         _beside_the_claim(section, files, summary)
+        _audited(section, files)
     return section
 
 
@@ -94,7 +96,7 @@ def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
 
 
 def _beside_the_claim(section: Section, files: RunFiles, summary: Summary) -> None:
-    """What the claim leaves out, and what an audit found."""
+    """What the claim leaves out."""
     largest = max(site_claims(summary).values(), key=lambda claim: claim.epsilon)
     shared = files.config.evaluation.share_outcomes
     measured = (
@@ -116,13 +118,23 @@ def _beside_the_claim(section: Section, files: RunFiles, summary: Summary) -> No
             "same rows, and figures of theirs stand on this page.",
             "note",
         )
-    if files.audit is None:
+
+
+def _audited(section: Section, files: RunFiles) -> None:
+    """What an audit shows of the claim, in a sentence."""
+    audit = files.audit
+    if audit is None:
         section.say("Nobody has audited this run (`quorate audit OUTPUT_FOLDER`).", "muted")
-    elif files.audit.mechanism:
-        found = max(files.audit.mechanism, key=lambda each: each.epsilon_at_least)
+    elif audit.mechanism:
+        found = max(audit.mechanism, key=lambda each: each.epsilon_at_least)
         section.say(
             f"An audit found epsilon of at least {found.epsilon_at_least:.3g} at {found.site}, where "
             f"{found.claim.epsilon:.3g} is claimed (see What attacks on it found)."
+        )
+    elif audit.client is not None:
+        section.say(
+            f"An audit with canary sites found epsilon of at least {audit.client.epsilon_at_least:.3g}, where "
+            f"{audit.client.epsilon:.3g} is claimed (see What attacks on it found)."
         )
 
 

@@ -133,8 +133,8 @@ def _audited(section: Section, files: RunFiles) -> None:
         )
     elif audit.client is not None:
         section.say(
-            f"An audit with canary sites found epsilon of at least {audit.client.epsilon_at_least:.3g}, where "
-            f"{audit.client.epsilon:.3g} is claimed (see What attacks on it found)."
+            f"An audit with canary sites found epsilon of at least {audit.client.epsilon_at_least:.3g}, "
+            f"where {audit.client.epsilon:.3g} is claimed (see What attacks on it found)."
         )
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_images
+import tiny_lm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -91,3 +93,15 @@ def test_the_adapters_shapes_need_no_weights(
     with pytest.raises(ModelError, match="NaN"):
         load_model(spoiled)
     assert adapter_schema(spoiled) == adapter_schema(run)
+
+
+@pytest.mark.parametrize("architecture", small_images.ARCHITECTURES)
+def test_shapes_of_convolutions_need_no_weights(tmp_path: Path, architecture: str) -> None:
+    run = small_images.make_run(small_images.save_model(tmp_path, architecture))
+    assert adapter_schema(run) == load_model(run).initial.schema
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_shapes_of_language_models_need_no_weights(tmp_path: Path, kind: str) -> None:
+    run = tiny_lm.lm_run(tiny_lm.save(tmp_path, kind))
+    assert adapter_schema(run) == load_model(run).initial.schema

@@ -88,6 +88,7 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
         for line in _facts(site):
             console.print(f"  {line}", markup=False, soft_wrap=True)
         if site.budgets:
+            console.print("  epsilon of what the ledger has and this run, composed:", highlight=False)
             console.print(_spending(site))
         if site.refusal is not None:
             said = f"  this site would refuse the run: {site.refusal}"
@@ -158,7 +159,7 @@ def _spending(site: SiteForecast) -> object:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE, title=Text(f"{site.site}: epsilon of earlier runs and this one, composed"))
+    table = Table(box=SIMPLE)
     table.add_column("")
     for budget in site.budgets:
         unit = "record" if budget.group is None else f"group ({budget.group})"
@@ -168,7 +169,8 @@ def _spending(site: SiteForecast) -> object:
     def add(what: str, figures: Iterable[str], note: str = "") -> None:
         table.add_row(what, *figures, note)
 
-    add("spent so far", (f"{each.spent:.4g} in {each.entries} rounds" for each in site.budgets))
+    add("rounds in the ledger", (str(each.entries) for each in site.budgets))
+    add("spent so far", (f"{each.spent:.4g}" for each in site.budgets))
     refused = "refused" if site.refusal else ""
     add(site.privacy.configured.change, (f"{each.after:.4g}" for each in site.budgets), refused)
     for plan in site.privacy.alternatives:

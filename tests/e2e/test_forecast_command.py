@@ -3,60 +3,26 @@
 from __future__ import annotations
 
 import json
-import random
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ledgers import answer, key
-from site_folder import write_folder
+import torch
+from forecasts import QUIET, forecast, write_tiny
+from safetensors.torch import load_file, save_file
 
-from quorate.client.budgets import Budgets, protected_data
-from quorate.client.ledger import DATABASE, open_ledger
 from quorate.client.trainer.private_plan import private_plan
 from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
 
-WORDS = "heart liver lung bone nerve drug trial cell gene fever cough pain rash dose scan blood"
-RUN = """
-name: tiny
-task: {{name: sequence_classification, labels: [cardiac, hepatic], max_length: 24}}
-data: notes
-model: {{model_name_or_path: {model}}}
-adapter: {{r: 4}}
-training: {{max_steps: 2, per_device_train_batch_size: 16, learning_rate: 1e-2}}
-federation: {{rounds: 2, grace_seconds: 0}}
-evaluation: {{bootstrap_samples: 0}}
-privacy: {{unit: record, noise_multiplier: 1.2, delta: 1e-5}}
-"""
-SITES = "data: {notes: {source: notes.csv, partition: {by: iid, sites: [north, south]}}}\n"
-SITE = "data: {notes: {source: notes.csv, columns: {group: patient}}}\ndevice: cpu\n"
-QUIET = ("--log-level", "warning")
-KIT_LABELS = "task.labels=[cardiac, hepatic, pulmonary]"
-
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A private run of two sites, and a site.yaml over the same rows, two of each patient."""
     monkeypatch.chdir(tmp_path)
-    draw = random.Random(0)
-    lines = [
-        f"{' '.join(draw.sample(WORDS.split(), 5))},{draw.choice(('cardiac', 'hepatic'))},p{row // 2}"
-        for row in range(240)
-    ]
-    (tmp_path / "notes.csv").write_text("text,label,patient\n" + "\n".join(lines) + "\n")
-    (tmp_path / "tiny.yaml").write_text(RUN.format(model=tiny_bert))
-    (tmp_path / "tiny.sites.yaml").write_text(SITES)
-    (tmp_path / "site.yaml").write_text(SITE)
+    write_tiny(tmp_path, tiny_bert)
     return tmp_path
-
-
-def forecast(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert run(["forecast", "tiny.yaml", *arguments, "--json", *QUIET]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_the_run_claims_and_sends_what_was_forecast(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,100 +84,93 @@ def test_a_site_measures_on_its_own_rows(capsys: pytest.CaptureFixture[str], fol
     assert "minutes of training" in said and "memory: " in said and "twice the batch" in said
 
 
-@pytest.mark.parametrize("cap", [100.0, 3.0])
-def test_the_ledger_is_counted_in(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_bert: Path, cap: float
-) -> None:
-    """What the forecast says the budget will come to is what the ledger has after the run."""
-    kit = write_folder(
-        tmp_path / "kit", tiny_bert, privacy_budgets=[{"data": "notes", "max_epsilon": cap, "delta": 1e-5}]
-    )
-    protects = protected_data(kit.config, kit.path, "notes", None)
-    earlier = PrivacyEvent(sampling_probability=0.1, noise_multiplier=0.9, steps=7)
-    ledger = open_ledger(kit)
-    ledger.commit(ledger.reserve(key(1), "notes", protects, earlier), answer(1))
-    ledger.close()
-    before = {path: path.read_bytes() for path in kit.path.rglob("*") if path.is_file()}
-
-    at_site = [KIT_LABELS, "--no-measure", "--site-file", str(kit.path / "site.yaml")]
-    (site,) = forecast(capsys, *at_site)["sites"]
-    assert {path: path.read_bytes() for path in before} == before, "SQLite may add its own two files"
-    (budget,) = site["budgets"]
-    plan = site["privacy"]["configured"]
-    run_event = {name: plan[name] for name in ("sampling_probability", "noise_multiplier", "steps")}
-    assert (budget["entries"], budget["max_epsilon"]) == (1, cap)
-    assert budget["spent"] == epsilon([earlier], 1e-5)
-    assert budget["after"] == epsilon([earlier, PrivacyEvent(**run_event)], 1e-5)
-    assert max(budget["spent"], plan["epsilon_pld"]) < budget["after"] < budget["spent"] + plan["epsilon_pld"]
-    assert budget["alternatives"]["half the rounds"] < budget["after"]
-    assert budget["alternatives"].keys() == {each["change"] for each in site["privacy"]["alternatives"]}
-    if cap < budget["after"]:
-        assert "it would be" in site["refusal"] and f"may spend epsilon {cap:g}" in site["refusal"]
-    else:
-        assert site["refusal"] is None
-
-    ledger = open_ledger(kit)  # the run, a round at a time
-    one = PrivacyEvent(**{**run_event, "steps": plan["steps"] // 2})
-    for round in (1, 2):
-        ledger.commit(ledger.reserve(key(round, "this run"), "notes", protects, one), answer(round))
-    total = Budgets(kit.config, kit.path, epsilon).spent(
-        kit.config.policy.privacy_budgets[0], ledger.reservations
-    )
-    ledger.close()
-    assert epsilon(total, 1e-5) == pytest.approx(budget["after"], rel=1e-6)
-    capsys.readouterr()
-    assert run(["forecast", "tiny.yaml", *at_site]) == 0
-    assert ("this site would refuse" in capsys.readouterr().out) == (cap == 3.0)
-
-
-def test_a_damaged_ledger_is_not_forecast_from(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_bert: Path
-) -> None:
-    kit = write_folder(tmp_path / "kit", tiny_bert)
-    protects = protected_data(kit.config, kit.path, "notes", None)
-    ledger = open_ledger(kit)
-    ledger.reserve(
-        key(1), "notes", protects, PrivacyEvent(sampling_probability=1, noise_multiplier=9, steps=1)
-    )
-    ledger.close()
-    (kit.ledger / DATABASE).unlink()
-    at_site = [KIT_LABELS, "--no-measure", "--site-file", str(kit.path / "site.yaml")]
-    assert run(["forecast", "tiny.yaml", *at_site, *QUIET]) == 2
-    assert "the privacy ledger is not what was written" in capsys.readouterr().err
+UNIFORM = "aggregation={name: fedavg, weighting: uniform}"
+"""Which site-level privacy needs."""
 
 
 @pytest.mark.parametrize(
-    "noise",
+    ("noise", "cohort"),
     [
-        "{target_epsilon: 4, participation_hidden: true}",
-        "{noise_multiplier: 0.02, adaptive_quantile: 0.5}",
+        ("target_epsilon: 4, participation_hidden: true", 1),
+        ("target_epsilon: 4", 1),
+        ("noise_multiplier: 0.02, adaptive_quantile: 0.5", 1),
+        ("noise_multiplier: 0.02, adaptive_quantile: 0.5, participation_hidden: true", 1),
+        ("target_epsilon: 500, adaptive_quantile: 0.5", None),
     ],
+    ids=["hidden", "seen", "adaptive", "adaptive and hidden", "adaptive to a target"],
 )
-def test_site_level_privacy_claims_what_was_forecast(capsys: pytest.CaptureFixture[str], noise: str) -> None:
-    private = [
-        f"privacy={{unit: client, delta: 1e-3, {noise[1:]}",
-        "aggregation={name: fedavg, weighting: uniform}",
-        "federation.sites_per_round=1",
-    ]
+def test_site_level_privacy_claims_what_was_forecast(
+    capsys: pytest.CaptureFixture[str], noise: str, cohort: int | None
+) -> None:
+    private = [f"privacy={{unit: client, delta: 1e-3, {noise}}}", UNIFORM]
+    private += [] if cohort is None else [f"federation.sites_per_round={cohort}"]
     found = forecast(capsys, *private, "--no-measure")
     assert run(["simulate", "tiny.yaml", *private, "-o", "out", *QUIET]) == 0
-    claim, plan = json.loads(Path("out/summary.json").read_text())["client_privacy"], found["configured"]
-    assert plan["epsilon"] == pytest.approx(claim["planned_epsilon"]) and found["delta"] == claim["delta"]
+    summary = json.loads(Path("out/summary.json").read_text())
+    claim, plan = summary["client_privacy"], found["configured"]
+    assert plan["epsilon"] == claim["planned_epsilon"] and found["delta"] == claim["delta"]
+    assert plan["epsilon"] == pytest.approx(claim["epsilon"]) and plan["releases"] <= claim["releases"]
     for name in ("noise_multiplier", "sum_multiplier", "noise_on_mean", "sampling_probability"):
         assert plan[name] == claim[name], name
     assert (found["sites"], plan["trained_values"]) == (claim["sites"], claim["values"])
+    assert (plan["sum_multiplier"] > plan["noise_multiplier"]) == ("adaptive" in noise)
+    assert ("noise on the mean update" in (found["warning"] or "")) == (plan["noise_on_mean"] > 1)
+    assert (found["device"], found["minutes"], found["peak_memory_bytes"]) == (None, None, None)
+    if cohort is None:  # nothing is left to coins, so bytes are those of the run, but for headers
+        for way in ("up", "down"):
+            assert found[f"bytes_{way}"] < summary["bytes"][way] < found[f"bytes_{way}"] + 100_000
 
-    changes = {"half the rank": "adapter.r=2", "twice the rounds": "federation.rounds=4"}
+
+def test_other_settings_of_site_level_privacy(capsys: pytest.CaptureFixture[str]) -> None:
+    private = ["privacy={unit: client, delta: 1e-3, noise_multiplier: 0.15, adaptive_quantile: 0.5}", UNIFORM]
+    found = forecast(capsys, *private, "--no-measure")
     others = {other["change"]: other for other in found["alternatives"]}
+    changes = {
+        "half the rank": "adapter.r=2",
+        "twice the rank": "adapter.r=8",
+        "half the rounds": "federation.rounds=1",
+        "twice the rounds": "federation.rounds=4",
+    }
+    assert others.keys() == changes.keys()
     for change, override in changes.items():
         there = forecast(capsys, *private, override, "--no-measure")["configured"]
         assert {**there, "change": change} == others[change]
-    assert others["twice the sites in a round"]["expected_cohort"] == 2
+    assert found["impossible"].keys() == {"half the sites in a round"}
+    assert "adaptive_quantile cannot be kept" in found["impossible"]["half the sites in a round"]
+    quorum = forecast(capsys, *private, "federation.quorum=2", "--no-measure")
+    assert "federation.quorum 2 is above" in quorum["impossible"]["half the sites in a round"]
+    one = forecast(capsys, *private, "privacy.noise_multiplier=0.05", "federation.sites_per_round=1")
+    assert one["minutes"] > 0 and one["peak_memory_bytes"] > 0 and one["device"] == "cpu"
+    (twice,) = [each for each in one["alternatives"] if each["change"] == "twice the sites in a round"]
+    assert twice["expected_cohort"] == 2
+
     assert run(["forecast", "tiny.yaml", *private, *QUIET]) == 0
     said = capsys.readouterr().out
-    assert "noise on mean" in said and "minutes of training of all sites" in said
+    for words in ("noise on mean", "minutes of training of all sites", "noise multiplier of the sum"):
+        assert words in said
+    assert "half the sites in a round cannot be had" in said and "every site takes part" in said
     assert run(["forecast", "tiny.yaml", *private, "--site-file", "site.yaml", *QUIET]) == 2
     assert "one site cannot forecast it" in capsys.readouterr().err
+
+
+def test_weights_are_left_alone_where_nothing_is_measured(
+    capsys: pytest.CaptureFixture[str], tiny_bert: Path, folder: Path
+) -> None:
+    """Weights that no run would train on do not matter then, and nothing else differs."""
+    spoiled = folder / "spoiled"
+    shutil.copytree(tiny_bert, spoiled)
+    weights = {name: tensor * torch.nan for name, tensor in load_file(spoiled / "model.safetensors").items()}
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    there = f"model.model_name_or_path={spoiled}"
+    assert run(["forecast", "tiny.yaml", there, *QUIET]) == 2
+    assert "NaN" in capsys.readouterr().err
+    for private in ([], ["privacy={unit: client, delta: 1e-3, noise_multiplier: 1}", UNIFORM]):
+        measured, quick = forecast(capsys, *private), forecast(capsys, *private, there, "--no-measure")
+        for found in (measured, quick):
+            for part in (found, *(found["sites"] if isinstance(found["sites"], list) else [])):
+                for name in ("minutes", "device", "peak_memory_bytes"):
+                    part.pop(name, None)
+        assert measured == quick
 
 
 def test_noise_for_no_epsilon_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
 
 from quorate.client.base_models import at_site
 from quorate.client.config import SiteConfig
 from quorate.client.data import load_splits
-from quorate.client.forecast_budgets import BudgetForecast, against_budgets
+from quorate.client.forecast_budgets import BudgetForecast, against_ledger
 from quorate.client.inspection import own_source
 from quorate.client.private import groups_of
 from quorate.client.serve import training_device
@@ -24,17 +25,20 @@ from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.private import units_of
 from quorate.client.trainer.private_plan import steps_a_round
 from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError, DataError
-from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.model import LoadedModel, adapter_schema, load_model
 from quorate.shared.privacy.forecast import BYTES_PER_VALUE, Forecast, forecast
 from quorate.shared.progress import StepEvent
 from quorate.shared.selection import downloaded, moving, upload_schema
 from quorate.shared.tasks.base import Row
 
+Schema = Mapping[str, tuple[int, ...]]
+"""Array's name -> shape."""
 WARM, TIMED = 1, 4
 """Steps that are taken to measure: the first ones, which set things up, and those that are timed. A step's
 batch is drawn by coins, so single steps differ."""
@@ -60,10 +64,14 @@ class SiteForecast(ConfigModel):
     residual factors of `fedex`, the test and the delivery of the result."""
     minutes: float | None = None
     """Estimate of its training in all rounds on this machine, by itself; without evaluation and transfers."""
+    ledger: str | None = None
+    """Path of the ledger that was counted in."""
     budgets: tuple[BudgetForecast, ...] = ()
-    """What a real site's own budgets would come to, by its ledger."""
+    """What the spending of a real site's data would come to, by budget."""
     refusal: str | None = None
     """Why the site's budgets would refuse the run, where they would."""
+    refused: tuple[str, ...] = ()
+    """The other settings with which they would refuse it."""
 
 
 class RunForecast(ConfigModel):
@@ -75,7 +83,7 @@ class RunForecast(ConfigModel):
     """Name of the run file."""
     largest_epsilon: float
     """Of the site that spends most; infinite where the noise is too little for any, which a run refuses."""
-    device: str
+    device: str | None = None
     """Where steps were measured."""
     peak_memory_bytes: int | None = None
     """The most memory that this process held until the last step (on CUDA: that was allocated there)."""
@@ -110,8 +118,8 @@ def forecast_sites(
 ) -> RunForecast:
     """Forecast a run for sites whose training rows are at hand.
 
-    Loads the base model, for the arrays that the run trains; a few private steps of each site are taken to
-    measure time and memory, and thrown away.
+    To measure time and memory the base model is loaded, and a few private steps of each site are taken and
+    thrown away; else its weights are left alone.
 
     Args:
         run: the run.
@@ -123,22 +131,23 @@ def forecast_sites(
     """
     privacy = site_privacy(run)
     units = {site: _units(run, site, each) for site, each in rows.items()}
-    model = load_model(run, device=device)
-    plans = {site: _plans(run, site, privacy, each, model) for site, each in units.items()}
+    model = load_model(run, device=device) if measure else None
+    schema = model.initial.schema if model else adapter_schema(run)
+    plans = {site: _plans(run, site, privacy, each, schema) for site, each in units.items()}
     minutes: dict[str, float] = {}
-    if measure:
+    if model:
         stack = AdapterStack.install(model)
         for site, each in rows.items():
             plan = plans[site].configured
             settled = {"target_epsilon": None, "noise_multiplier": plan.noise_multiplier}
             private = run.model_copy(update={"privacy": privacy.model_copy(update=settled)})
             minutes[site] = plan.steps * seconds_a_step(private, model, stack, site, each) / 60
-    up, down = traffic(run, model)
+    up, down = traffic(run, schema)
     return RunForecast(
         run=run.name,
         largest_epsilon=max(each.configured.epsilon_pld for each in plans.values()),
-        device=str(model.peft.device),
-        peak_memory_bytes=peak_memory(model) if measure else None,
+        device=str(model.peft.device) if model else None,
+        peak_memory_bytes=peak_memory(model) if model else None,
         sites=tuple(
             SiteForecast(
                 site=site,
@@ -175,8 +184,7 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
     device = training_device(site.device)
     found = forecast_sites(here, {"this site": training}, measure=measure, device=device)
     (own,) = found.sites
-    budgets, refusal = against_budgets(run, site, base_dir, own.privacy)
-    own = own.model_copy(update={"budgets": budgets, "refusal": refusal})
+    own = own.model_copy(update=vars(against_ledger(run, site, base_dir, own.privacy)))
     return found.model_copy(update={"sites": (own,)})
 
 
@@ -186,8 +194,8 @@ def _units(run: RunConfig, site: str, rows: Sequence[Row]) -> int:
     return len(units_of(len(rows), groups_of(run, site, rows)))
 
 
-def _plans(run: RunConfig, site: str, privacy: SitePrivacy, units: int, model: LoadedModel) -> Forecast:
-    training, schema = run.training, model.initial.schema
+def _plans(run: RunConfig, site: str, privacy: SitePrivacy, units: int, schema: Schema) -> Forecast:
+    training = run.training
     asked = training.per_device_train_batch_size * training.gradient_accumulation_steps
     moved = moving(run, schema, 1)
     try:
@@ -203,17 +211,21 @@ def _plans(run: RunConfig, site: str, privacy: SitePrivacy, units: int, model: L
         raise ConfigError(f"site {site}: {error}") from error
 
 
-def traffic(run: RunConfig, model: LoadedModel) -> tuple[int, int]:
-    """Return the adapter bytes that a site sends and receives in all rounds."""
-    up = down = 0
-    start = GlobalState(model.initial)
-    for round in range(1, run.federation.rounds + 1):
-        up += sum(
-            BYTES_PER_VALUE * math.prod(shape)
-            for shape in upload_schema(run, model.initial.schema, round).values()
-        )
-        down += downloaded(run, start, round).num_bytes * (1 + run.measures_after(round))
-    return up, down
+def traffic(run: RunConfig, schema: Schema, share: float = 1.0) -> tuple[int, int]:
+    """Return the adapter bytes that a site is expected to send and to receive in all rounds.
+
+    Args:
+        run: the run.
+        schema: name -> shape of the adapter's arrays.
+        share: its chance of being asked to train in a round; it is asked to measure whether it was or not.
+    """
+    up = down = 0.0
+    start = GlobalState(Adapter({name: np.zeros(shape, np.float32) for name, shape in schema.items()}))
+    for number in range(1, run.federation.rounds + 1):
+        values = sum(math.prod(shape) for shape in upload_schema(run, schema, number).values())
+        up += share * BYTES_PER_VALUE * values
+        down += (share + run.measures_after(number)) * downloaded(run, start, number).num_bytes
+    return round(up), round(down)
 
 
 def seconds_a_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -13,6 +14,7 @@ from quorate.client.ledger import DATABASE, HEADS, check, reservations
 from quorate.client.ledger_check import Anchor, verify
 from quorate.client.ledger_rows import Reservation
 from quorate.client.node.folder import CONNECTION_YAML, SiteFolder
+from quorate.client.statement import UNCAPPED_DELTA
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import RequestRefused
@@ -22,35 +24,46 @@ from quorate.shared.privacy.forecast import Forecast, Plan
 
 
 class BudgetForecast(ConfigModel):
-    """One budget of the site that the run would spend from; epsilons may be infinite."""
+    """One budget of the site that the run would spend from, or its data where none caps them.
+
+    Epsilons are of all events together, as the ledger has them, and may be infinite.
+    """
 
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     data: str
     """Data alias."""
     group: str | None
-    """Column of the groups; None: a budget by record."""
+    """Column of the groups; None: by record."""
     delta: float
-    """Of the budget; all epsilons are at this delta."""
-    max_epsilon: float
-    """The cap."""
+    """Delta of all epsilons: the budget's, or what `quorate site ledger show` takes for data without one."""
+    max_epsilon: float | None
+    """The cap; None where the data have no budget."""
     entries: int
     """Rounds of earlier runs in the ledger that count against it."""
     spent: float
     """Epsilon of these."""
     after: float
-    """Epsilon of these and of this run together, as the ledger would have it."""
+    """Epsilon of these and of this run."""
     alternatives: dict[str, float]
     """The same with other settings: change -> epsilon."""
 
 
-def against_budgets(
-    run: RunConfig, site: SiteConfig, base_dir: Path, found: Forecast
-) -> tuple[tuple[BudgetForecast, ...], str | None]:
-    """Return what the run would do to each budget of its data, and why the site would refuse it, if it would.
+@dataclass(frozen=True)
+class AgainstLedger:
+    """What a run would do to a site's ledger and budgets; the fields are those of `SiteForecast`."""
 
-    The ledger is read as `quorate site ledger verify` reads it, and may be in use; nothing is written. A
-    folder that no start-up kit was unpacked to has none, and nothing is spent.
+    ledger: str | None
+    budgets: tuple[BudgetForecast, ...]
+    refusal: str | None
+    refused: tuple[str, ...]
+
+
+def against_ledger(run: RunConfig, site: SiteConfig, base_dir: Path, found: Forecast) -> AgainstLedger:
+    """Return what the run would do to the spending of its data, and whether the site would refuse it.
+
+    The ledger is read as `quorate site ledger verify` reads it, and may be in use; no row is written. A
+    folder that no start-up kit was unpacked to has none, and its budgets are shown as if nothing was spent.
 
     Args:
         run: with record- or group-level privacy.
@@ -59,39 +72,54 @@ def against_budgets(
         found: the forecast for the site's rows.
     Raises: LedgerError: the ledger is not what was written. ConfigError: a source names an unset variable.
     """
+    here = SiteFolder.find(base_dir) if (base_dir / CONNECTION_YAML).is_file() else None
+    entries = _entries(here) if here else []
     budgets = Budgets(site, base_dir, epsilon)
-    entries = _entries(base_dir)
     protects = protected_data(site, base_dir, run.data, group_of(run, site))
-    forecasts = tuple(
-        BudgetForecast(
-            data=budget.data,
-            group=budget.group,
-            delta=budget.delta,
-            max_epsilon=budget.max_epsilon,
-            entries=len(counted),
-            spent=epsilon(counted, budget.delta),
-            after=epsilon([*counted, _event(found.configured)], budget.delta),
-            alternatives={
-                plan.change: epsilon([*counted, _event(plan)], budget.delta) for plan in found.alternatives
-            },
-        )
-        for budget in budgets.applying(protects)
-        for counted in [budgets.spent(budget, entries)]
+    applying = budgets.applying(protects)
+    forecasts = [
+        _forecast((each.data, each.group, each.delta, each.max_epsilon), budgets.spent(each, entries), found)
+        for each in applying
+    ]
+    if here and not applying:
+        spent = [entry.event for entry in entries if protects.shares_units_with(entry.protects)]
+        forecasts.append(_forecast((run.data, protects.group, UNCAPPED_DELTA, None), spent, found))
+
+    def refusal(plan: Plan) -> str | None:
+        try:
+            budgets.admit(run)
+            budgets.check(Spending(run.data, protects, _event(plan), 1), entries, _event(plan))
+        except RequestRefused as refused:
+            return str(refused)
+        return None
+
+    return AgainstLedger(
+        ledger=str(here.ledger / DATABASE) if here else None,
+        budgets=tuple(forecasts),
+        refusal=refusal(found.configured),
+        refused=tuple(plan.change for plan in found.alternatives if refusal(plan) is not None),
     )
-    event = _event(found.configured)
-    try:
-        budgets.admit(run)
-        budgets.check(Spending(run.data, protects, event, 1), entries, event)
-    except RequestRefused as refused:
-        return forecasts, str(refused)
-    return forecasts, None
 
 
-def _entries(base_dir: Path) -> Sequence[Reservation]:
-    if not (base_dir / CONNECTION_YAML).is_file():
-        return ()
-    folder = SiteFolder.find(base_dir)
-    verdict = verify(folder.ledger / DATABASE, Anchor(folder.anchor / HEADS))
+def _forecast(
+    budget: tuple[str, str | None, float, float | None], spent: Sequence[PrivacyEvent], found: Forecast
+) -> BudgetForecast:
+    """Return the forecast of a budget, given as its data, group, delta and cap."""
+    data, group, delta, max_epsilon = budget
+    return BudgetForecast(
+        data=data,
+        group=group,
+        delta=delta,
+        max_epsilon=max_epsilon,
+        entries=len(spent),
+        spent=epsilon(spent, delta),
+        after=epsilon([*spent, _event(found.configured)], delta),
+        alternatives={plan.change: epsilon([*spent, _event(plan)], delta) for plan in found.alternatives},
+    )
+
+
+def _entries(site: SiteFolder) -> list[Reservation]:
+    verdict = verify(site.ledger / DATABASE, Anchor(site.anchor / HEADS))
     check(verdict.findings)
     return reservations(verdict.rows)
 

@@ -68,10 +68,19 @@ def load_base(run: RunConfig) -> Base:
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
             f"{run.model.sha256}; get the right model or correct model.sha256."
         )
-    model, drawn = _load_weights(folder, run)
-    if run.adapter.head is not None:
-        build_head(model, run.adapter.head, run.task)
+    model, drawn = _read(folder, run, **quantised_kwargs(run))
+    check_finite(folder, model)
     return Base(model, _load_processor(folder, run, model), files, sha256, drawn)
+
+
+def load_empty(run: RunConfig) -> tuple[nn.Module, frozenset[str]]:
+    """Return the run's base model without values (on torch's meta device, never quantised), and `Base.drawn`.
+
+    It costs neither time nor memory, whatever the model's size. Its files' hashes are not looked at.
+
+    Raises: ModelError: there is no model, or it cannot be loaded.
+    """
+    return _read(resolve_model(run.model.model_name_or_path, run.model.revision), run, device_map="meta")
 
 
 def load_tokenizer(run: RunConfig) -> Any:
@@ -97,11 +106,14 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _load_weights(folder: Path, run: RunConfig) -> tuple[nn.Module, frozenset[str]]:
-    """Return the model, and the names of parameters that were drawn because the files do not hold them."""
+def _read(folder: Path, run: RunConfig, **where: Any) -> tuple[nn.Module, frozenset[str]]:
+    """Return the model with the run's head, and the names of parameters that the files do not hold.
+
+    `where` says in what form and where to, as `from_pretrained` takes it.
+    """
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of a new head is news to nobody here
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    task, quantised = run.task, quantised_kwargs(run)
+    task = run.task
     auto = getattr(transformers, task.auto_class)
     try:
         model, loading = auto.from_pretrained(
@@ -114,7 +126,7 @@ def _load_weights(folder: Path, run: RunConfig) -> tuple[nn.Module, frozenset[st
             ignore_mismatched_sizes=True,  # a checkpoint's own head gives way to the run's
             **task.model_kwargs(),
             **task.kwargs_for(transformers.PretrainedConfig.get_config_dict(folder)[0]),
-            **quantised,
+            **where,
         )
     except Exception as error:  # whatever transformers stumbles over in files that it does not expect
         raise ModelError(
@@ -122,7 +134,8 @@ def _load_weights(folder: Path, run: RunConfig) -> tuple[nn.Module, frozenset[st
             "again, or name a model that has this head."
         ) from error
     assert isinstance(model, nn.Module)
-    check_finite(folder, model)
+    if run.adapter.head is not None:
+        build_head(model, run.adapter.head, task)
     mismatched = {name for name, *_shapes in loading["mismatched_keys"]}
     return model, frozenset(mismatched | set(loading["missing_keys"]))
 

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
-from quorate.shared.base_model import default_device, load_base
+from quorate.shared.base_model import default_device, load_base, load_empty
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
 from quorate.shared.patterns import check_cost
@@ -127,15 +127,32 @@ def load_model(run: RunConfig, *, device: torch.device | None = None) -> LoadedM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.seed, "initial-adapter"))
         base = load_base(run)
-        peft = attach_lora(base.model, run.adapter, run.task)
-        _check_drawn_is_saved(peft, base.drawn, run)
-    if run.training.gradient_checkpointing and not checkpoint_layers(peft):
-        raise ModelError(
-            f"training.gradient_checkpointing: {type(base.model).__name__} has no layers that transformers "
-            "can checkpoint; set it to false."
-        )
+        peft = _adapted(base.model, base.drawn, run)
     placed(peft.eval(), run, device or default_device())
     return LoadedModel(peft, base.processor, base.files, base.sha256, adapter_of(peft))
+
+
+def adapter_schema(run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Return what `load_model(run).initial.schema` would be, without the base model's weights.
+
+    Raises: ModelError: as `load_empty`, or the model cannot be adapted as asked.
+    """
+    with torch.random.fork_rng(devices=[]):
+        peft = _adapted(*load_empty(run), run)
+    state = get_peft_model_state_dict(peft)
+    return {name: tuple(state[name].shape) for name in sorted(state)}
+
+
+def _adapted(base: nn.Module, drawn: frozenset[str], run: RunConfig) -> PeftModel:
+    """Return the base with the run's adapter, after the checks that need no weights."""
+    peft = attach_lora(base, run.adapter, run.task)
+    _check_drawn_is_saved(peft, drawn, run)
+    if run.training.gradient_checkpointing and not checkpoint_layers(peft):
+        raise ModelError(
+            f"training.gradient_checkpointing: {type(base).__name__} has no layers that transformers "
+            "can checkpoint; set it to false."
+        )
+    return peft
 
 
 def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel:

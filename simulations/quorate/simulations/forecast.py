@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from math import prod
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
-from quorate.client.forecast import peak_memory, seconds_a_step
+from quorate.client.forecast import Schema, peak_memory, seconds_a_step, traffic
 from quorate.client.trainer.private_plan import steps_a_round
 from quorate.client.trainer.stack import AdapterStack
-from quorate.server.client_plan import client_plan, most_releases
-from quorate.server.releases import Ledger
+from quorate.server.client_plan import client_plan, most_releases, useless
+from quorate.server.releases import ClientPlan, Ledger
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
-from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.model import LoadedModel, adapter_schema, load_model
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.forecast import BYTES_PER_VALUE, of_rank
-from quorate.shared.selection import upload_schema
 from quorate.shared.tasks.base import Row
-
-Schema = Mapping[str, tuple[int, ...]]
 
 
 class ClientPlanForecast(ConfigModel):
@@ -68,11 +65,22 @@ class ClientForecast(ConfigModel):
     """Probability with which the claim may fail."""
     clipping_norm: float
     """L2 norm to which updates are clipped in round 1."""
+    participation_hidden: bool
+    """Whether nobody but the server learns who is drawn, so that the chance of not being drawn counts."""
     configured: ClientPlanForecast
     """As the run file says."""
+    warning: str | None
+    """What the server will warn of before round 1: noise that no update comes through."""
     alternatives: tuple[ClientPlanForecast, ...]
     """Rank, rounds and sites in a round, each halved and doubled, where that is possible."""
-    device: str
+    impossible: dict[str, str]
+    """Other settings that a run would refuse: change -> why."""
+    bytes_up: int
+    """Adapter bytes that all sites are expected to send in all rounds, without headers."""
+    bytes_down: int
+    """Adapter bytes that they receive in all rounds, for training and for validation, without headers, the
+    test and the delivery of the result."""
+    device: str | None = None
     """Where steps were measured."""
     minutes: float | None = None
     """Estimate of all expected sites' training in all rounds on this machine, one site after the other;
@@ -88,41 +96,49 @@ def forecast_clients(
     measure: bool = True,
     device: torch.device | None = None,
 ) -> ClientForecast:
-    """Forecast a run with site-level privacy. Loads the base model, for the arrays that the run trains.
+    """Forecast a run with site-level privacy.
 
     Args:
         run: the run.
         rows: site -> training rows.
-        measure: whether to take a few steps of the largest site, thrown away, for minutes and memory.
+        measure: whether to load the base model and take a few steps of the largest site, thrown away, for
+            minutes and memory.
         device: where to; the first visible GPU, else the CPU, when left out.
     Raises: ConfigError: delta is too large for so many sites, or the noise asked for cannot be had.
         DataError: a row the task cannot use. ModelError: the base does not load.
     """
-    privacy = run.privacy
+    privacy, names = run.privacy, rows.keys()
     assert isinstance(privacy, ClientPrivacy), "only called where it is"
-    model = load_model(run, device=device)
-    configured = _plan("as configured", run, rows.keys(), model.initial.schema)
+    model = load_model(run, device=device) if measure else None
+    schema = model.initial.schema if model else adapter_schema(run)
+    plan = client_plan(run, names, schema)
+    configured = _shown("as configured", run, names, plan)
     minutes = None
-    if measure:
+    if model:
         minutes = configured.rounds * configured.sampling_probability * _seconds_of_all(run, rows, model) / 60
+    alternatives, impossible = _others(run, names, schema)
+    up, down = traffic(run, schema, plan.sampling_probability)
     return ClientForecast(
         run=run.name,
         sites=len(rows),
         delta=privacy.delta,
         clipping_norm=privacy.clipping_norm,
+        participation_hidden=privacy.participation_hidden,
         configured=configured,
-        alternatives=tuple(_others(run, rows.keys(), model.initial.schema)),
-        device=str(model.peft.device),
+        warning=useless(plan) if plan.noise_on_mean > 1 else None,
+        alternatives=alternatives,
+        impossible=impossible,
+        bytes_up=len(rows) * up,
+        bytes_down=len(rows) * down,
+        device=str(model.peft.device) if model else None,
         minutes=minutes,
-        peak_memory_bytes=peak_memory(model) if measure else None,
+        peak_memory_bytes=peak_memory(model) if model else None,
     )
 
 
-def _plan(change: str, run: RunConfig, names: Collection[str], schema: Schema) -> ClientPlanForecast:
+def _shown(change: str, run: RunConfig, names: Collection[str], plan: ClientPlan) -> ClientPlanForecast:
     assert isinstance(run.privacy, ClientPrivacy), "as above"
-    plan = client_plan(run, names, schema)
     releases = most_releases(run, Ledger(plan=plan), names, 1)
-    sent = sum(prod(shape) for shape in upload_schema(run, schema, 1).values())
     return ClientPlanForecast(
         change=change,
         rounds=run.federation.rounds,
@@ -134,33 +150,43 @@ def _plan(change: str, run: RunConfig, names: Collection[str], schema: Schema) -
         epsilon=epsilon(plan.events(releases), run.privacy.delta),
         noise_on_mean=plan.noise_on_mean,
         trained_values=plan.values,
-        bytes_each_way=BYTES_PER_VALUE * sent,
+        bytes_each_way=BYTES_PER_VALUE * plan.values,
     )
 
 
-def _others(run: RunConfig, names: Collection[str], schema: Schema) -> Iterator[ClientPlanForecast]:
-    """Yield the plan with one setting halved or doubled, where the run could have it so."""
-    cohort = min(run.federation.sites_per_round or len(names), len(names))
-    choices: list[tuple[str, RunConfig, Schema | None]] = [
-        ("half the rank", run, of_rank(schema, lambda rank: rank // 2 if rank % 2 == 0 else None)),
-        ("twice the rank", run, of_rank(schema, lambda rank: 2 * rank)),
-    ]
-    for what, field, number, most in (
-        ("rounds", "rounds", run.federation.rounds, None),
-        ("sites in a round", "sites_per_round", cohort, len(names)),
-    ):
-        for how, changed in (("half", number // 2 if number % 2 == 0 else 0), ("twice", 2 * number)):
-            if 0 < changed <= (most or changed):
-                federation = run.federation.model_copy(update={field: changed})
-                other = run.model_copy(update={"federation": federation})
-                choices.append((f"{how} the {what}", other, schema))
-    for change, other, shapes in choices:
-        if shapes is None:
-            continue
+def _others(
+    run: RunConfig, names: Collection[str], schema: Schema
+) -> tuple[tuple[ClientPlanForecast, ...], dict[str, str]]:
+    """Return the plans with one setting halved or doubled, and why others cannot be had."""
+    plans, impossible = [], {}
+    for change, federation, shapes in _changes(run, len(names), schema):
         try:
-            yield _plan(change, other, names, shapes)
-        except ConfigError:  # such as a cohort too small for adaptive clipping: not to be had, so not shown
-            continue
+            other = RunConfig.model_validate(
+                {**dict(run), "federation": {**dict(run.federation), **federation}}
+            )
+            plans.append(_shown(change, other, names, client_plan(other, names, shapes)))
+        except ValidationError as error:  # such as a quorum above the sites in a round
+            impossible[change] = error.errors()[0]["msg"].removeprefix("Value error, ")
+        except ConfigError as error:  # such as too few sites in a round for adaptive clipping
+            impossible[change] = str(error)
+    return tuple(plans), impossible
+
+
+def _changes(run: RunConfig, sites: int, schema: Schema) -> Iterator[tuple[str, dict[str, int], Schema]]:
+    """Yield what is changed, in words, and federation settings and shapes that do it."""
+    for how, rank in (("half", lambda r: r // 2 if r % 2 == 0 else None), ("twice", lambda r: 2 * r)):
+        shapes = of_rank(schema, rank)
+        if shapes is not None:
+            yield f"{how} the rank", {}, shapes
+    rounds, cohort = run.federation.rounds, min(run.federation.sites_per_round or sites, sites)
+    for what, field, number, most in (
+        ("rounds", "rounds", rounds, math.inf),
+        ("sites in a round", "sites_per_round", cohort, sites),
+    ):
+        if number % 2 == 0:
+            yield f"half the {what}", {field: number // 2}, schema
+        if 2 * number <= most:
+            yield f"twice the {what}", {field: 2 * number}, schema
 
 
 def _seconds_of_all(run: RunConfig, rows: Mapping[str, Sequence[Row]], model: LoadedModel) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,9 +85,15 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
     console = stdout_console()
     for site in found.sites:
         console.print(_settings(site))
-        for line in [*_facts(site), *_budgets(site)]:
+        for line in _facts(site):
             console.print(f"  {line}", markup=False, soft_wrap=True)
-    counted = any(site.budgets for site in found.sites)
+        if site.budgets:
+            console.print("  epsilon of what the ledger has and this run, composed:", highlight=False)
+            console.print(_spending(site))
+        if site.refusal is not None:
+            said = f"  this site would refuse the run: {site.refusal}"
+            console.print(said, markup=False, soft_wrap=True)
+    counted = any(site.ledger for site in found.sites)
     console.print(
         f"largest epsilon of a site: {found.largest_epsilon:.3g}, for this run alone"
         + ("" if counted else ": what earlier runs on the same rows spent comes on top"),
@@ -147,16 +153,29 @@ def _facts(site: SiteForecast) -> list[str]:
     return lines
 
 
-def _budgets(site: SiteForecast) -> list[str]:
-    lines = []
+def _spending(site: SiteForecast) -> object:
+    """Return what the ledger would have, with the run and with its neighbours, as a table."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE)
+    table.add_column("")
     for budget in site.budgets:
         unit = "record" if budget.group is None else f"group ({budget.group})"
-        lines.append(
-            f"budget of data.{budget.data} by {unit}: epsilon {budget.spent:.4g} spent in {budget.entries} "
-            f"rounds, {budget.after:.4g} with this run, of {budget.max_epsilon:g} at delta {budget.delta:g}"
-        )
-        others = ", ".join(f"{change} {after:.4g}" for change, after in budget.alternatives.items())
-        lines.append(f"with other settings: {others}")
-    if site.refusal is not None:
-        lines.append(f"this site would refuse the run: {site.refusal}")
-    return lines
+        table.add_column(Text(f"data.{budget.data} by {unit}"), justify="right")
+    table.add_column("")
+
+    def add(what: str, figures: Iterable[str], note: str = "") -> None:
+        table.add_row(what, *figures, note)
+
+    add("rounds in the ledger", (str(each.entries) for each in site.budgets))
+    add("spent so far", (f"{each.spent:.4g}" for each in site.budgets))
+    refused = "refused" if site.refusal else ""
+    add(site.privacy.configured.change, (f"{each.after:.4g}" for each in site.budgets), refused)
+    for plan in site.privacy.alternatives:
+        refused = "refused" if plan.change in site.refused else ""
+        add(plan.change, (f"{each.alternatives[plan.change]:.4g}" for each in site.budgets), refused)
+    add("cap", ("none" if each.max_epsilon is None else f"{each.max_epsilon:g}" for each in site.budgets))
+    add("at delta", (f"{each.delta:g}" for each in site.budgets))
+    return table

@@ -44,15 +44,41 @@ def print_client_forecast(found: ClientForecast, *, as_json: bool) -> None:
         add(plan)
     console = stdout_console()
     console.print(table)
+    for line in _facts(found):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _facts(found: ClientForecast) -> list[str]:
+    from rich.filesize import decimal
+
+    plan = found.configured
     lines = [
-        f"delta {found.delta:.2g}; {found.configured.trained_values:,} numbers are trained, updates clipped "
-        f"to norm {found.clipping_norm:g} in round 1",
-        "noise on mean: of the mean update, over the clipping norm; above 1 it drowns what sites send",
+        f"delta {found.delta:.2g}; {plan.trained_values:,} numbers are trained, updates clipped to norm "
+        f"{found.clipping_norm:g} in round 1"
     ]
+    if plan.sampling_probability == 1:
+        lines.append("every site takes part in every round")
+    else:
+        seen = "in secret" if found.participation_hidden else "for all to see"
+        lines.append(f"each site is drawn for a round with chance {plan.sampling_probability:.3g}, {seen}")
+    if plan.sum_multiplier != plan.noise_multiplier:
+        lines.append(
+            f"noise multiplier of the sum: {plan.sum_multiplier:.4g}, as adaptive clipping needs noise on a "
+            "count too"
+        )
+    lines.append(
+        f"the sites send {decimal(found.bytes_up)} and receive {decimal(found.bytes_down)} in "
+        f"{plan.rounds} rounds, all of them together"
+    )
     if found.minutes is not None and found.peak_memory_bytes is not None:
         lines.append(
             f"about {found.minutes:.2g} minutes of training of all sites, one by one on {found.device} (an "
             f"estimate); memory: {decimal(found.peak_memory_bytes)} at most"
         )
-    for line in lines:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+    lines += [f"{change} cannot be had: {why}" for change, why in found.impossible.items()]
+    lines.append(
+        "noise on mean: of the mean update, over the clipping norm; above 1 it drowns what sites send"
+    )
+    if found.warning is not None:
+        lines.append(found.warning)
+    return lines

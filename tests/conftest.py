@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before anything imports transformers or flwr: tests never ask the outside.
 os.environ.update(HF_HUB_OFFLINE="1", FLWR_TELEMETRY_ENABLED="0", TOKENIZERS_PARALLELISM="false")
 # A thread per core makes tiny models slow, and dozens of times slower where the cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes says nothing on shared cores.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 
 WORDS = tuple(
     [

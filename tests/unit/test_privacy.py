@@ -16,6 +16,7 @@ from quorate.client.data import load_splits
 from quorate.client.mapping import LoadedRow
 from quorate.client.site import Site
 from quorate.deploy.cli import run as run_command
+from quorate.server import client_plan
 from quorate.server.joining import request
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
@@ -283,6 +284,22 @@ def test_references_of_a_run_that_hides_sites_have_no_noise(
     assert private is not None and plain is not None and not private.failed
     assert private.local_only["north"].test.pooled["loss"] == plain.local_only["north"].test.pooled["loss"]
     assert private.centralised is not None and private.centralised == plain.centralised
+
+
+def test_a_run_in_which_no_coin_came_up_ends_with_a_report(
+    make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_plan, "poisson_cohort", lambda *_: ())
+    privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3, "participation_hidden": True}
+    run = make_run(
+        privacy=privacy,
+        aggregation={"name": "fedavg", "weighting": "uniform"},
+        federation={"rounds": 2, "sites_per_round": 1},
+    )
+    summary = simulate(run, make_sites(north=9, south=7), tmp_path / "out")
+    assert summary.status == "done" and summary.client_privacy is not None
+    assert summary.client_privacy.releases == 2, "noise alone is a release as well: nobody may tell"
+    assert "0 of the answers counted" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("unit", ["record", "group"])

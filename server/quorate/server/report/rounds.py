@@ -31,7 +31,8 @@ def participation_section(files: RunFiles) -> Section:
             f"{counted:,} of the answers counted. "
             f"A round needs {count(federation.quorum, 'good update')} (the quorum)."
         )
-        section.blocks.append(_chart(files))
+        if asked:  # where sites are drawn by coins, no coin may ever have come up
+            section.blocks.append(_chart(files))
         section.blocks.append(_table(files))
     if excluded:
         section.blocks.append(_exclusions(excluded))

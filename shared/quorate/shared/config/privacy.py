@@ -48,7 +48,7 @@ class SitePrivacy(_Noise):
     delta: float | None = Field(None, ge=LEAST_DELTA, lt=1)
     """Probability with which the claim may fail; below 1 / units of a site, else the site refuses. Left out:
     1e-5, or a tenth of 1 / units where that is smaller."""
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e20)
     """Clip each unit's gradient to this global L2 norm (takes the place of training.max_grad_norm)."""
     max_records_per_group: int = Field(1, ge=1)
     """Rows of a sampled group that enter a batch, drawn afresh each time; for unit group alone."""
@@ -61,7 +61,7 @@ class ClientPrivacy(_Noise):
     """What one difference between neighbouring data sets is: a whole site."""
     delta: float = Field(ge=LEAST_DELTA, lt=1)
     """Probability with which the claim may fail; below 1 / sites."""
-    clipping_norm: float = Field(1.0, gt=0, le=1e6)
+    clipping_norm: float = Field(1.0, gt=0, le=1e20)
     """L2 norm that updates are clipped to; with `adaptive_quantile` only the first round's."""
     adaptive_quantile: float | None = Field(None, gt=0, lt=1)
     """Follow this quantile of the updates' norms (arXiv:1905.03871); a fixed norm when left out."""

@@ -139,9 +139,9 @@ def _check_units(spending: Spending, entries: Sequence[Reservation], run_id: str
     """Refuse a run whose rounds would not all be the mechanism that the site's claim for it is of."""
     if any(entry.request.run_id == run_id and entry.event != spending.event for entry in entries):
         raise RequestRefused(
-            f"run {run_id}: rounds before had another number of training rows (or groups) here, and the claim "
-            "of this site was for those; put the data back, or have the coordinator begin a new run, which is "
-            "a claim of its own.",
+            f"run {run_id}: rounds before had another number of training rows (or groups) here, and this "
+            "site's claim was for those; put the data back, or have the coordinator begin a new run, which "
+            "is a claim of its own.",
             code="policy-privacy",
         )
 

@@ -77,6 +77,16 @@ def site_log(federation: Loopback, site: str) -> str:
     return "\n".join(path.read_text() for path in (federation.folder / site / "state").rglob("*.log"))
 
 
+def newest_at_the_coordinator(federation: Loopback) -> tuple[dict[str, Any], dict[str, str]]:
+    """The status of the newest run, as the coordinator sees it, and the code of each site it refused."""
+    listed = federation.quorate("runs", "list", "--federation", NAME, "--json").stdout
+    run_dir = federation.home / "state" / "runs" / json.loads(listed)["runs"][0]["id"]
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (refused,) = (each["sites"] for each in events if each["event"] == "refused")
+    codes = {site: each["code"] for site, each in refused.items()}
+    return json.loads((run_dir / "status.json").read_text()), codes
+
+
 def test_a_private_run_from_forecast_to_audit(federation: Loopback) -> None:
     folder = federation.folder
     asked = ("forecast", "tiny.yaml", "--no-measure", "--site-file", "north/site.yaml", "--json")
@@ -112,7 +122,11 @@ def test_a_private_run_from_forecast_to_audit(federation: Loopback) -> None:
     (forecast,) = json.loads(federation.quorate(*asked).stdout)["sites"]
     assert forecast["budgets"][0]["after"] > CAP and "it would be" in forecast["refusal"]
     ended = federation.quorate("run", "tiny.yaml", "--federation", NAME, "-o", "again", code=3)
-    assert "the run needs 2 sites, 0 of 2 can take part" in ended.stderr + ended.stdout
+    why = "the run needs 2 sites, 0 of 2 can take part (north: has too little privacy budget left for this"
+    assert why in ended.stderr
+    status, refused = newest_at_the_coordinator(federation)
+    assert (status["state"], status["exit_code"]) == ("quorum-not-met", 3) and why in status["message"]
+    assert refused == dict.fromkeys(NAMES, "policy-budget")
     for name in NAMES:
         assert f"data.notes may spend epsilon {CAP:g}" in site_log(federation, name)
         assert account(federation, name)["entries"] == 2
@@ -121,6 +135,7 @@ def test_a_private_run_from_forecast_to_audit(federation: Loopback) -> None:
     open_run = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"privacy": None}
     (folder / "open.yaml").write_text(yaml.safe_dump(open_run))
     federation.quorate("run", "open.yaml", "--federation", NAME, "-o", "open", code=3)
+    assert newest_at_the_coordinator(federation)[1] == dict.fromkeys(NAMES, "policy-privacy")
     assert "no noise" in site_log(federation, "north")
     for name in NAMES:
         verified = federation.quorate("site", "ledger", "verify", name)

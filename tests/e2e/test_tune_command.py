@@ -179,15 +179,22 @@ def test_a_trial_that_diverges_is_told_apart(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_what_trials_spend_together_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the first trial by the run file's settings; at the end by those that were tried."""
+    """Before the first trial by the run file's settings; at the end by those that were tried.
+
+    A trial that was cut off and run again counts twice: both trained, each with noise of its own.
+    """
     (folder / "space.yaml").write_text(
         "sampler: grid\npruner: none\nspace:\n"
         "  privacy.noise_multiplier: {type: categorical, choices: [1.0, 2.0]}\n"
     )
     private = "privacy={unit: record, noise_multiplier: 1.0, delta: 1e-3}"
-    assert tuned(private, "-o", "out") == 0
+    killed_in(folder / "out/trials/001/checkpoint-1", private, "-o", "out")
+    capsys.readouterr()
+    assert tuned(private, "-o", "out", "--resume") == 0
     said = capsys.readouterr()
-    found = json.loads((folder / "out" / "tune.json").read_text())["spent"]
+    result = json.loads((folder / "out" / "tune.json").read_text())
+    found, noises = result["spent"], [each["values"]["privacy.noise_multiplier"] for each in result["trials"]]
+    assert len(noises) == 3 and set(noises) == {1.0, 2.0}
     assert "2 of them together come to epsilon" in said.err and f"{found['epsilon']:.3g} at" in said.out
     assert "Every trial spends privacy of its own" in (folder / "out" / "tune.html").read_text()
 
@@ -198,14 +205,14 @@ def test_what_trials_spend_together_is_told(folder: Path, capsys: pytest.Capture
                 PrivacyEvent(
                     sampling_probability=4 / len(splits["train"]), noise_multiplier=noise, steps=2 * ROUNDS
                 )
-                for noise in (1.0, 2.0)
+                for noise in noises
             ],
             1e-3,
         )
         for site, splits in rows.items()
     }
-    assert found["trials"] == 2 and found["epsilon"] == pytest.approx(totals[found["site"]])
+    assert found["trials"] == 3 and found["epsilon"] == pytest.approx(totals[found["site"]])
     assert found["epsilon"] == pytest.approx(max(totals.values()))
     single = load_run(Path("tiny.yaml"), [private])
     alone = plan_of(single, found["site"], rows[found["site"]]["train"]).claim().epsilon
-    assert alone < found["epsilon"] < 2 * alone
+    assert alone < found["epsilon"] < 3 * alone

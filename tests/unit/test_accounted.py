@@ -272,6 +272,23 @@ def test_no_training_beyond_the_claim(world: Any, private: Any, caplog: Any) -> 
     assert site.ask(request(private(2), run_id="another")).header.error is None
 
 
+def test_no_training_on_other_rows_than_the_claim_is_of(world: Any, private: Any, caplog: Any) -> None:
+    """Fewer rows are drawn oftener: what rounds cost together is then no longer what the site said."""
+    site = world()
+    assert site.ask(request(private(2), "join", 0)).header.error is None
+    assert site.ask(request(private(2))).header.error is None
+    path = site.folder.path / "notes.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:46]))
+    site.restart()
+    assert site.ask(request(private(2), "join", 0)).header.error == "policy-privacy"
+    assert site.ask(request(private(2), round=2)).header.error == "policy-privacy"
+    assert "another number of training rows" in caplog.text
+    assert site.counts() == (1, 1)
+    assert site.ask(request(private(2))).header.error is None, "what was answered is given again"
+    assert site.ask(request(private(2), "join", 0, run_id="another")).header.error is None
+    assert site.ask(request(private(2), run_id="another")).header.error is None
+
+
 # Budgets
 
 

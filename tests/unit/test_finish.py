@@ -79,6 +79,7 @@ def test_a_site_is_told_of_its_privacy(
     text = (tmp_path / "received" / run.run_id / "report.md").read_text()
     claimed = summary.client_privacy.epsilon if summary.client_privacy else 0.0
     assert says.format(epsilon=claimed) in text
+    assert ("by privacy loss distributions" in text) == ("all rounds of this run" in text) == bool(privacy)
 
     if privacy and privacy["unit"] == "record":  # rows that are gone at the end do not cost the result
         rows["west"] = {}

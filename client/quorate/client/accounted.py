@@ -86,6 +86,7 @@ class Accounted:
     def _check_whole_run(self, run: RunConfig, run_id: str) -> None:
         """Refuse a run that would have to stop in the middle for want of budget."""
         spending, entries = self._spending_of(run), self.open().reservations
+        _check_units(spending, entries, run_id)
         self._budgets.check(spending, entries, to_come(spending, entries, run_id))
 
     def _fit(self, run: RunConfig, request: RoundRequest) -> Update:
@@ -115,6 +116,7 @@ class Accounted:
         spending, ledger = self._spending_of(run), self.open()
         there = ledger.uncommitted(key, spending.protects, spending.event)
         if there is None:
+            _check_units(spending, ledger.reservations, key.run_id)
             _check_claim(spending, ledger.reservations, key)
         more = spending.over(1 if there is None else 0)  # it counts already
         self._budgets.check(spending, ledger.reservations, more)
@@ -129,6 +131,17 @@ def _check_claim(spending: Spending, entries: Sequence[Reservation], key: Reques
             f"round {key.round} of run {key.run_id}: this site has trained {trained} times for the run, and "
             f"its claim counts {spending.rounds}; have the coordinator begin a new run, which is a claim of "
             "its own.",
+            code="policy-privacy",
+        )
+
+
+def _check_units(spending: Spending, entries: Sequence[Reservation], run_id: str) -> None:
+    """Refuse a run whose rounds would not all be the mechanism that the site's claim for it is of."""
+    if any(entry.request.run_id == run_id and entry.event != spending.event for entry in entries):
+        raise RequestRefused(
+            f"run {run_id}: rounds before had another number of training rows (or groups) here, and this "
+            "site's claim was for those; put the data back, or have the coordinator begin a new run, which "
+            "is a claim of its own.",
             code="policy-privacy",
         )
 

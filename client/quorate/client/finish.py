@@ -15,6 +15,7 @@ from quorate.shared.privacy.claim import PrivacyClaim
 
 REPORT_FILE = "report.md"
 _RUN_ID = r"[0-9a-f]{16}"
+_ACCOUNTANT = "Epsilon is by privacy loss distributions (arXiv:1906.00868)."
 
 
 def keep_result(
@@ -95,8 +96,10 @@ def _privacy(run: RunConfig, told: Delivery, claim: PrivacyClaim | None) -> list
         claimed = "is not known here" if told.epsilon is None else f"epsilon {told.epsilon:.3g}"
         said = [
             f"For each whole site, as the coordinator claims: {claimed}, delta {run.privacy.delta:g}, by "
-            "noise that it added to the sum of clipped updates. It saw every update without noise, and this "
-            "site cannot check its claim. Figures on validation and test rows hold no noise."
+            "noise that it added to the sum of clipped updates. It covers the adapters of all rounds of this "
+            "run. It does not cover the coordinator, which saw every update without noise, figures on "
+            "validation and test rows, and other runs on the same sites. This site cannot check the claim. "
+            f"{_ACCOUNTANT}"
         ]
     elif claim is None:
         said = [
@@ -107,7 +110,8 @@ def _privacy(run: RunConfig, told: Delivery, claim: PrivacyClaim | None) -> list
         said = [
             f"This site's own claim, by noise added here: {claim.sentence}. It covers what training sent in "
             "all rounds of this run. It does not cover numbers of rows, figures on validation and test rows, "
-            "and other runs on the same rows, which `quorate site ledger show` counts together.",
+            "and other runs on the same rows, which `quorate site ledger show` counts together. "
+            f"{_ACCOUNTANT}"
         ]
     return ["## Privacy", "", *said, ""]
 

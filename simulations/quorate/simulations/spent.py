@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from quorate.client.private import plan_of
 from quorate.client.site import SiteRows
+from quorate.client.trainer.private_plan import PrivatePlan
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.records import Record
 from quorate.shared.config.run import RunConfig
+from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.tasks.base import Row
 
 
 class SearchSpending(Record):
@@ -35,19 +38,15 @@ class SearchSpending(Record):
 
 
 def spent_by(rows: Mapping[str, SiteRows], trials: Sequence[RunConfig]) -> SearchSpending | None:
-    """Return what these runs spend together; None without record- or group-level privacy.
+    """Return what these runs spend together; None where none has record- or group-level privacy.
 
     Args:
         rows: site -> split -> rows.
         trials: their runs.
-    Raises: ConfigError, DataError: as `plan_of`.
     """
     found = []
     for site, splits in rows.items():
-        train = splits.get("train", ())
-        plans = [
-            plan for run in trials if (plan := plan_of(run, site, few_shot(run, site, train))) is not None
-        ]
+        plans = [plan for run in trials if (plan := _plan(run, site, splits.get("train", ()))) is not None]
         if plans:
             delta = max(plan.delta for plan in plans)
             events = [plan.whole_event() for plan in plans]
@@ -56,3 +55,14 @@ def spent_by(rows: Mapping[str, SiteRows], trials: Sequence[RunConfig]) -> Searc
         return None
     total, site, count, delta = max(found)
     return SearchSpending(site=site, trials=count, epsilon=total, delta=delta)
+
+
+def _plan(run: RunConfig, site: str, train: Sequence[Row]) -> PrivatePlan | None:
+    """Return what a site does in a trial; None where it adds no noise, or is refused when it joins."""
+    try:
+        plan = plan_of(run, site, few_shot(run, site, train))
+        if plan is not None:
+            plan.claim()
+        return plan
+    except (ConfigError, DataError):  # the trial says why, and trains on nothing of this site
+        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -26,12 +25,12 @@ from quorate.server.report.svg import (
     variable,
 )
 from quorate.server.run import RUN_FILE
-from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
+from quorate.shared.config.run import RunConfig
 from quorate.shared.files import write_file
 from quorate.simulations.space import Value
 from quorate.simulations.spent import SearchSpending, spent_by
-from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, TRIALS_DIR, Search, trial_dir
+from quorate.simulations.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
 from quorate.simulations.tune import settled
 
 if TYPE_CHECKING:
@@ -125,13 +124,20 @@ def summarise(search: Search, study: Study) -> Tuned:
         best=done[study.best_trial.number] if done else None,
         importances=_importances(study, list(done.values())),
         trials=trials,
-        spent=spent_by(search.rows, [load_run(path) for path in _run_files(search)]),
+        spent=spent_by(search.rows, _begun(search, study)),
     )
 
 
-def _run_files(search: Search) -> list[Path]:
-    """Return the run file of every trial; of one that was cut off and run again, the second."""
-    return sorted((search.output_dir / TRIALS_DIR).glob(f"*/{RUN_FILE}"))
+def _begun(search: Search, study: Study) -> list[RunConfig]:
+    """Return the run of every trial that may have trained: also of those that were cut off.
+
+    What is run again draws noise of its own, and so costs privacy again.
+    """
+    return [
+        search.config(each.params)
+        for each in study.get_trials(deepcopy=False)
+        if each.state.is_finished() and set(each.params) == set(search.space.space)
+    ]
 
 
 def _importances(study: Study, done: list[TrialRecord]) -> dict[str, float]:

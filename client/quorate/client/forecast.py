@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -19,18 +18,18 @@ from quorate.client.config import SiteConfig
 from quorate.client.data import load_splits
 from quorate.client.forecast_budgets import BudgetForecast, against_ledger
 from quorate.client.inspection import own_source
-from quorate.client.private import groups_of
+from quorate.client.private import check_some, groups_of
 from quorate.client.serve import training_device
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.private import units_of
 from quorate.client.trainer.private_plan import steps_a_round
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapter import Adapter, num_values
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import ConfigError, DataError
+from quorate.shared.errors import ConfigError
 from quorate.shared.model import LoadedModel, adapter_schema, load_model
 from quorate.shared.privacy.forecast import BYTES_PER_VALUE, Forecast, forecast
 from quorate.shared.progress import StepEvent
@@ -189,8 +188,7 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
 
 
 def _units(run: RunConfig, site: str, rows: Sequence[Row]) -> int:
-    if not rows:
-        raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
+    check_some(site, rows)
     return len(units_of(len(rows), groups_of(run, site, rows)))
 
 
@@ -222,7 +220,7 @@ def traffic(run: RunConfig, schema: Schema, share: float = 1.0) -> tuple[int, in
     up = down = 0.0
     start = GlobalState(Adapter({name: np.zeros(shape, np.float32) for name, shape in schema.items()}))
     for number in range(1, run.federation.rounds + 1):
-        values = sum(math.prod(shape) for shape in upload_schema(run, schema, number).values())
+        values = num_values(upload_schema(run, schema, number))
         up += share * BYTES_PER_VALUE * values
         down += (share + run.measures_after(number)) * downloaded(run, start, number).num_bytes
     return round(up), round(down)

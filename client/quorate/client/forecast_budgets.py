@@ -10,8 +10,7 @@ from pydantic import ConfigDict
 
 from quorate.client.budgets import Budgets, Spending, group_of, protected_data
 from quorate.client.config import SiteConfig
-from quorate.client.ledger import DATABASE, HEADS, check, reservations
-from quorate.client.ledger_check import Anchor, verify
+from quorate.client.ledger import DATABASE, check, reservations, verify_of
 from quorate.client.ledger_rows import Reservation
 from quorate.client.node.folder import CONNECTION_YAML, SiteFolder
 from quorate.client.statement import UNCAPPED_DELTA
@@ -88,7 +87,7 @@ def against_ledger(run: RunConfig, site: SiteConfig, base_dir: Path, found: Fore
     def refusal(plan: Plan) -> str | None:
         try:
             budgets.admit(run)
-            budgets.check(Spending(run.data, protects, _event(plan), 1), entries, _event(plan))
+            budgets.check(Spending(run.data, protects, plan.event, 1), entries, plan.event)
         except RequestRefused as refused:
             return str(refused)
         return None
@@ -113,21 +112,12 @@ def _forecast(
         max_epsilon=max_epsilon,
         entries=len(spent),
         spent=epsilon(spent, delta),
-        after=epsilon([*spent, _event(found.configured)], delta),
-        alternatives={plan.change: epsilon([*spent, _event(plan)], delta) for plan in found.alternatives},
+        after=epsilon([*spent, found.configured.event], delta),
+        alternatives={plan.change: epsilon([*spent, plan.event], delta) for plan in found.alternatives},
     )
 
 
 def _entries(site: SiteFolder) -> list[Reservation]:
-    verdict = verify(site.ledger / DATABASE, Anchor(site.anchor / HEADS))
+    verdict = verify_of(site)
     check(verdict.findings)
     return reservations(verdict.rows)
-
-
-def _event(plan: Plan) -> PrivacyEvent:
-    """Return what all rounds of a plan do."""
-    return PrivacyEvent(
-        sampling_probability=plan.sampling_probability,
-        noise_multiplier=plan.noise_multiplier,
-        steps=plan.steps,
-    )

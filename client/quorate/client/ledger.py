@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from quorate.client.ledger_check import Anchor, against_heads, stored_rows, verify
+from quorate.client.ledger_check import Anchor, Verdict, against_heads, stored_rows, verify
 from quorate.client.ledger_rows import (
     BEFORE_ALL,
     Commit,
@@ -209,6 +209,11 @@ def open_ledger(site: SiteFolder) -> Ledger:
     if site.default_anchor:
         make_folder(site.anchor)
     return Ledger(site.ledger, site.anchor / HEADS)
+
+
+def verify_of(site: SiteFolder, noted: str | None = None) -> Verdict:
+    """Check a site's ledger, where its folder and site.yaml say; it may be in use."""
+    return verify(site.ledger / DATABASE, Anchor(site.anchor / HEADS), noted)
 
 
 def check_anchor(site: SiteFolder) -> None:

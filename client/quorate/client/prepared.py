@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from quorate.client.holdings import Holdings
-from quorate.client.private import check_groups_apart, plan_of
+from quorate.client.private import check_groups_apart, check_some, plan_of
 from quorate.client.trainer.row_check import check_rows_apart
 from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import DataError, QuorateError
+from quorate.shared.errors import QuorateError
 from quorate.shared.messages import Split
 from quorate.shared.model import LoadedModel, load_model
 from quorate.shared.privacy.claim import PrivacyClaim
@@ -93,10 +93,8 @@ class Prepared:
         if key not in resident.examples:
             task = resident.run.task
             rows = self.rows(resident.run, site, split)
-            if split == "train" and not rows:
-                raise DataError(
-                    f"site {site} has no training rows; give it data or take it out of the sites."
-                )
+            if split == "train":
+                check_some(site, rows)
             check_groups_apart(resident.run, site, self.rows(resident.run, site, "train"), split, rows)
             examples = task.encode(rows, resident.model.processor)
             resident.model.check_tokens(examples)

@@ -51,6 +51,12 @@ def check_groups_apart(
         )
 
 
+def check_some(site: str, training: Sequence[Row]) -> None:
+    """Raise DataError for a site without training rows."""
+    if not training:
+        raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
+
+
 def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | None:
     """Return the mechanism at a site with these training rows; None without such privacy.
 
@@ -59,8 +65,7 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
     """
     if not isinstance(run.privacy, SitePrivacy):
         return None
-    if not rows:
-        raise DataError(f"site {site} has no training rows; give it data or take it out of the sites.")
+    check_some(site, rows)
     groups = groups_of(run, site, rows)
     try:
         return private_plan(run, len(rows) if groups is None else len(set(groups)))

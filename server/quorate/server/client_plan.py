@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from math import prod
 
 from quorate.server.cohort import poisson_cohort
+from quorate.server.records import USELESS
 from quorate.server.releases import ClientPlan, Ledger
+from quorate.shared.adapter import num_values
 from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
@@ -40,7 +41,7 @@ def client_plan(run: RunConfig, names: Collection[str], schema: Mapping[str, tup
         sum_multiplier=1.0,
         count_deviation=None,
         participation_hidden=privacy.participation_hidden,
-        values=sum(prod(shape) for shape in upload_schema(run, schema, 1).values()),
+        values=num_values(upload_schema(run, schema, 1)),
     )
     z = privacy.noise_multiplier
     if z is None:
@@ -84,8 +85,10 @@ def private_cohort(run: RunConfig, plan: ClientPlan, names: Collection[str], rou
     return poisson_cohort(names, plan.sampling_probability, round, seed)
 
 
-def useless(plan: ClientPlan) -> str:
-    """Return the warning for a cohort that is too small for its noise."""
+def useless(plan: ClientPlan) -> str | None:
+    """Return the warning for a cohort that is too small for its noise; None where it is not."""
+    if plan.noise_on_mean <= USELESS:
+        return None
     return (
         f"privacy: the noise on the mean update is {plan.noise_on_mean:.3g} times the clipping norm (noise "
         f"multiplier {plan.sum_multiplier:.3g}, {plan.values:,} values, {plan.expected_cohort:g} of "

@@ -165,8 +165,8 @@ class CentralPrivacy:
             plan.noise_multiplier,
             plan.noise_on_mean,
         )
-        if plan.noise_on_mean > 1:
-            log.warning(useless(plan))
+        if (warning := useless(plan)) is not None:
+            log.warning(warning)
         # Calibration ends just below the target; a hair above is its tolerance.
         if target is not None and self.planned_epsilon > target * 1.001:
             log.warning(

@@ -195,6 +195,10 @@ class Answer(Record):
     """The answer with the adapter of the best round."""
 
 
+USELESS = 1.0
+"""From this noise on the mean over the clipping norm, noise moves the adapter further than all sites can."""
+
+
 class ClientClaim(Record):
     """Client-level differential privacy: what released adapters tell of whether a site took part at all."""
 

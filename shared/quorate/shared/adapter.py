@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +143,11 @@ class Adapter(Mapping[str, Array]):
 def _shown(name: str) -> str:
     """Return a name for a message: what a site sent may be long, or hold a terminal's control characters."""
     return name if len(name) <= 200 and name.isprintable() else f"{name[:100]!r}..."
+
+
+def num_values(schema: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many numbers arrays of these shapes hold together."""
+    return sum(prod(shape) for shape in schema.values())
 
 
 def is_lora_a(name: str) -> bool:

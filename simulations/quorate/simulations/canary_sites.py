@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quorate.client.site import Site, SiteRows
 from quorate.server.rounds import Result
 from quorate.server.run import Run
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapter import Adapter, num_values
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.config.run import RunConfig
@@ -50,6 +50,7 @@ class CanarySites:
         self._site = site
         self._names = {name: index for index, name in enumerate(names)}
         self._run = run
+        self._like: Update | None = None
 
     def handle(self, requests: list[RoundRequest]) -> list[Update]:
         """Answer requests in order."""
@@ -70,8 +71,10 @@ class CanarySites:
 
     def _joined(self, request: RoundRequest) -> Update:
         """Join as a site of one row does, with the base model and the start that the others have."""
-        header = request.header.model_copy(update={"site": self._site.names[0]})
-        (like,) = self._site.handle([RoundRequest(header, request.arrays)])
+        if self._like is None:  # all canaries are alike
+            header = request.header.model_copy(update={"site": self._site.names[0]})
+            (self._like,) = self._site.handle([RoundRequest(header, request.arrays)])
+        like = self._like
         told = like.header.description
         if told is None:
             raise ConfigError(f"site {self._site.names[0]} cannot join; see the log for why.")
@@ -87,7 +90,7 @@ class CanarySites:
     def _sent(self, request: RoundRequest) -> Adapter:
         start = GlobalState.unpack(request.arrays).adapter
         schema = upload_schema(self._run, start.schema, request.header.round)
-        flat = self.direction(request.header.site, _size(schema)) * _norm(self._run)
+        flat = self.direction(request.header.site, num_values(schema)) * _norm(self._run)
         sent, at = {}, 0
         for name in sorted(schema):
             size = prod(schema[name])
@@ -159,10 +162,6 @@ def _norm(run: RunConfig) -> float:
     return (
         far if most is None else min(far, 0.99 * most)
     )  # what float32 rounds must not lift it over the bound
-
-
-def _size(schema: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(prod(shape) for shape in schema.values())
 
 
 def _judged(

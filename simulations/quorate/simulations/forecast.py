@@ -125,7 +125,7 @@ def forecast_clients(
         clipping_norm=privacy.clipping_norm,
         participation_hidden=privacy.participation_hidden,
         configured=configured,
-        warning=useless(plan) if plan.noise_on_mean > 1 else None,
+        warning=useless(plan),
         alternatives=alternatives,
         impossible=impossible,
         bytes_up=len(rows) * up,

@@ -10,6 +10,7 @@ steps, the optimiser's own scaling and noise blur it: the check says how much is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -77,14 +78,15 @@ def _first_factors(shadow: Shadow) -> list[str]:
     ids = torch.arange(min(8, embeddings.num_embeddings)).repeat(2, 1)
     ids[1] = ids[1].flip(0)
     ids[1, -1] = ids[0, -1]  # the same token, at the same place, in another text
-    same = []
-    for name in (name for name in factors if (layer_index(name) or 0) == first):
-        one, other = _inputs(shadow, name, ids)[:, -1]
-        if torch.linalg.norm(one - other) < _SAME * torch.linalg.norm(one):
-            same.append(name)
+    inputs = _inputs(shadow, [name for name in factors if (layer_index(name) or 0) == first], ids)
+    same = [name for name, each in inputs.items() if _alike(*each[:, -1])]
     if not same:
         raise NotChecked("token leak: the first adapted layer sees tokens mixed with their context")
     return same
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return bool(torch.linalg.norm(one - other) < _SAME * torch.linalg.norm(one))
 
 
 def _leak(
@@ -100,8 +102,7 @@ def _leak(
     members, others, places = _tokens(shadow, site, rows, most)
     asked = torch.tensor([*members, *others])
     by_update, by_start = np.zeros(len(asked)), np.zeros(len(asked))
-    for name in names:
-        inputs = _inputs(shadow, name, asked[:, None].expand(-1, places))
+    for name, inputs in _inputs(shadow, names, asked[:, None].expand(-1, places)).items():
         by_update += _distances(inputs, after[name] - before[name])
         by_start += _distances(inputs, before[name])
     n = len(members)
@@ -132,25 +133,29 @@ def _tokens(shadow: Shadow, site: str, rows: Sequence[Row], most: int) -> tuple[
     return members, others, min(PLACES, max(len(each.features["input_ids"]) for each in examples))
 
 
-def _inputs(shadow: Shadow, name: str, ids: Tensor) -> Tensor:
-    """Return what the layer of factor `name` is given for texts of token ids, [texts, places, size]."""
+def _inputs(shadow: Shadow, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+    """Return what the layer of each factor is given for texts of token ids: name -> [texts, places, size]."""
     model, size = shadow.model.peft, shadow.run.training.per_device_eval_batch_size
     shadow.stack.load([shadow.model.initial], ())
     shadow.stack.layout.sites = (0,)
-    given: list[Tensor] = []
+    given: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(_module: object, arguments: tuple[Tensor, ...]) -> None:
-        given.append(arguments[0].detach().float().cpu())
+    def keep(name: str, _module: object, arguments: tuple[Tensor, ...]) -> None:
+        given[name].append(arguments[0].detach().float().cpu())
 
-    hook = model.get_submodule(name.removesuffix(LORA_A)).register_forward_pre_hook(keep)
+    hooks = [
+        model.get_submodule(name.removesuffix(LORA_A)).register_forward_pre_hook(partial(keep, name))
+        for name in names
+    ]
     try:
         with torch.inference_mode():
             for some in torch.split(ids, size):
                 some = some.to(model.device)
                 model(input_ids=some, attention_mask=torch.ones_like(some))
     finally:
-        hook.remove()
-    return torch.cat(given)
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(each) for name, each in given.items()}
 
 
 def _distances(inputs: Tensor, rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -169,10 +169,9 @@ def _data(site: SiteFolder, alias: str) -> str:
 def _ledger(site: SiteFolder) -> tuple[str, list[Reservation]]:
     """Check the privacy ledger; return what was found, and what was spent."""
     from quorate.client import ledger
-    from quorate.client.ledger_check import Anchor, verify
 
     ledger.check_anchor(site)
-    verdict = verify(site.ledger / ledger.DATABASE, Anchor(site.anchor / ledger.HEADS))
+    verdict = ledger.verify_of(site)
     ledger.check(verdict.findings)
     budgets = len(site.config.policy.privacy_budgets)
     found = f"{budgets} privacy budgets; {len(verdict.rows)} rows in the ledger, head {verdict.head}"

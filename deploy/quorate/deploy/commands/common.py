@@ -7,11 +7,14 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quorate.deploy.terminal import stderr_console
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 class LogLevel(StrEnum):
@@ -75,6 +78,11 @@ def configure_logging(level: LogLevel) -> None:
     # Deprecations inside other libraries are for us, who see them as errors in the tests, not for the user.
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(chosen if chosen <= logging.DEBUG else logging.ERROR)
+
+
+def print_model(content: BaseModel) -> None:
+    """Print a model as one JSON object on stdout, with infinities as the model writes them."""
+    print_json(json.loads(content.model_dump_json()))  # model_dump has no say about infinities
 
 
 def print_json(content: dict[str, Any]) -> None:

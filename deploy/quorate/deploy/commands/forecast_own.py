@@ -14,10 +14,12 @@ from quorate.deploy.commands.common import (
     LogLevelOption,
     OverridesArgument,
     configure_logging,
-    print_json,
+    print_model,
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from quorate.client.forecast import RunForecast, SiteForecast
     from quorate.shared.privacy.forecast import Plan
 
@@ -76,9 +78,7 @@ def forecast_for_own(
 def print_forecast(found: RunForecast, *, as_json: bool) -> None:
     """Print a forecast as one JSON object, or as a table of sites and one of other settings for each."""
     if as_json:
-        import json
-
-        print_json(json.loads(found.model_dump_json()))  # which alone writes infinities as JSON can
+        print_model(found)
         return
     from quorate.deploy.terminal import stdout_console
 
@@ -110,20 +110,12 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
         )
 
 
-def _settings(site: SiteForecast) -> object:
+def _settings(site: SiteForecast) -> Table:
     """Return the site's plan and its neighbours as a table."""
-    from rich.box import SIMPLE
     from rich.filesize import decimal
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=SIMPLE, title=Text(f"{site.site}: {site.privacy.units} {site.unit}s"))
-    table.add_column("")
-    for name in ("epsilon", "noise multiplier", "chance in a step", "steps", "relative noise", "a round"):
-        table.add_column(name, justify="right")
-
-    def add(plan: Plan) -> None:
-        table.add_row(
+    def row(plan: Plan) -> tuple[str, ...]:
+        return (
             plan.change,
             f"{plan.epsilon_pld:.3g}",
             f"{plan.noise_multiplier:.3g}",
@@ -133,9 +125,31 @@ def _settings(site: SiteForecast) -> object:
             decimal(plan.bytes_each_way),
         )
 
-    add(site.privacy.configured)
-    for plan in site.privacy.alternatives:
-        add(plan)
+    return settings_table(
+        f"{site.site}: {site.privacy.units} {site.unit}s",
+        ("epsilon", "noise multiplier", "chance in a step", "steps", "relative noise", "a round"),
+        map(row, (site.privacy.configured, *site.privacy.alternatives)),
+    )
+
+
+def settings_table(title: str, figures: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """Return a table of settings and what follows from each.
+
+    Args:
+        title: above it.
+        figures: heads of the columns after the first.
+        rows: a setting in words, and its figures.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE, title=Text(title))
+    table.add_column("")
+    for name in figures:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -153,7 +167,7 @@ def _facts(site: SiteForecast) -> list[str]:
     return lines
 
 
-def _spending(site: SiteForecast) -> object:
+def _spending(site: SiteForecast) -> Table:
     """Return what the ledger would have, with the run and with its neighbours, as a table."""
     from rich.box import SIMPLE
     from rich.table import Table

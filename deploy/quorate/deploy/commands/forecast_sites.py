@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
-from quorate.deploy.commands.common import print_json
+from quorate.deploy.commands.common import print_model
+from quorate.deploy.commands.forecast_own import settings_table
 
 if TYPE_CHECKING:
     from quorate.simulations.forecast import ClientForecast, ClientPlanForecast
@@ -14,22 +14,14 @@ if TYPE_CHECKING:
 def print_client_forecast(found: ClientForecast, *, as_json: bool) -> None:
     """Print it as one JSON object, or as a table of other settings and a few lines."""
     if as_json:
-        print_json(json.loads(found.model_dump_json()))  # which alone writes infinities as JSON can
+        print_model(found)
         return
-    from rich.box import SIMPLE
     from rich.filesize import decimal
-    from rich.table import Table
-    from rich.text import Text
 
     from quorate.deploy.terminal import stdout_console
 
-    table = Table(box=SIMPLE, title=Text(f"{found.run}: {found.sites} sites"))
-    table.add_column("")
-    for name in ("epsilon", "noise multiplier", "sites in a round", "releases", "noise on mean", "a round"):
-        table.add_column(name, justify="right")
-
-    def add(plan: ClientPlanForecast) -> None:
-        table.add_row(
+    def row(plan: ClientPlanForecast) -> tuple[str, ...]:
+        return (
             plan.change,
             f"{plan.epsilon:.3g}",
             f"{plan.noise_multiplier:.3g}",
@@ -39,9 +31,11 @@ def print_client_forecast(found: ClientForecast, *, as_json: bool) -> None:
             decimal(plan.bytes_each_way),
         )
 
-    add(found.configured)
-    for plan in found.alternatives:
-        add(plan)
+    table = settings_table(
+        f"{found.run}: {found.sites} sites",
+        ("epsilon", "noise multiplier", "sites in a round", "releases", "noise on mean", "a round"),
+        map(row, (found.configured, *found.alternatives)),
+    )
     console = stdout_console()
     console.print(table)
     for line in _facts(found):

@@ -138,13 +138,11 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _verified(folder: Path, head: str | None = None) -> tuple[SiteFolder, Verdict]:
-    from quorate.client.ledger import DATABASE, HEADS
-    from quorate.client.ledger_check import Anchor
-    from quorate.client.ledger_check import verify as check
+    from quorate.client.ledger import verify_of
     from quorate.client.node.folder import SiteFolder
 
     site = SiteFolder.find(folder)
-    return site, check(site.ledger / DATABASE, Anchor(site.anchor / HEADS), head)
+    return site, verify_of(site, head)
 
 
 def _as_json(verdict: Verdict) -> dict[str, object]:

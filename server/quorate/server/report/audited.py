@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Section, Table
-from quorate.shared.privacy.audit.membership import LOW_FPR
+from quorate.shared.privacy.audit.membership import LOW_FPR, Attack
 from quorate.shared.privacy.audit.record import AuditRecord, ClientAudit, MembershipAudit, TokenLeak
 
 
@@ -84,9 +84,7 @@ def _token_leaks(found: tuple[TokenLeak, ...]) -> Table:
         rows.append(
             [
                 Cell(each.site),
-                Cell(
-                    f"{attack.auc:.3f}", small=f"{attack.auc_interval[0]:.3f} to {attack.auc_interval[1]:.3f}"
-                ),
+                _area(attack),
                 Cell(f"{each.auc_before:.3f}"),
                 Cell(f"{attack.tpr_at_low_fpr:.1%}"),
                 Cell(f"{attack.members} of {attack.members + attack.others}"),
@@ -101,13 +99,18 @@ def _token_leaks(found: tuple[TokenLeak, ...]) -> Table:
     )
 
 
+def _area(attack: Attack) -> Cell:
+    low, high = attack.auc_interval
+    return Cell(f"{attack.auc:.3f}", small=f"{low:.3f} to {high:.3f}")
+
+
 def _membership(found: MembershipAudit) -> Table:
     attack = found.attack
     allowed = found.allowed_tpr
     rows = [
         [
             Cell("Area under the ROC curve"),
-            Cell(f"{attack.auc:.3f}", small=f"{attack.auc_interval[0]:.3f} to {attack.auc_interval[1]:.3f}"),
+            _area(attack),
             Cell("0.500"),
             Cell(""),
         ],

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quorate.server.records import Evaluation, Worth
+from quorate.server.records import USELESS, Evaluation, Worth
 from quorate.server.report import figures
 from quorate.server.report.figures import count, listed, metric_in_sentence, show, show_gain, show_interval
 from quorate.server.report.files import RunFiles, interval_of, value_of
 from quorate.server.report.page import Headline, Tile
-from quorate.server.report.privacy import USELESS
 
 FEW_ROWS = 200
 """Below this many test rows the reader is told that the interval is wide."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quorate.server.records import ClientClaim, Summary
+from quorate.server.records import USELESS, ClientClaim, Summary
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Section, Table
 from quorate.shared.privacy.claim import PrivacyClaim
-
-USELESS = 1.0
-"""From this noise on the mean over the clipping norm, noise moves the adapter further than all sites can."""
 
 
 def privacy_section(files: RunFiles) -> Section:

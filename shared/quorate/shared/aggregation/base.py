@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapter import Adapter, num_values
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import AdapterError
 
@@ -139,4 +138,4 @@ class Aggregator(ConfigModel):
 
     def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
         """Return the bytes the accumulator holds for a cohort of this size; float64 sums by default."""
-        return 8 * sum(prod(shape) for shape in self.upload_schema(schema, 1).values())
+        return 8 * num_values(self.upload_schema(schema, 1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
 
-from quorate.shared.adapter import is_lora_a, is_lora_b
+from quorate.shared.adapter import is_lora_a, is_lora_b, num_values
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.errors import ConfigError
@@ -52,6 +52,15 @@ class Plan(ConfigModel):
     """Adapter bytes that the site sends in a round, and as many that it receives, without headers (and
     without the residual factors that `fedex` sends down)."""
 
+    @property
+    def event(self) -> PrivacyEvent:
+        """What all rounds do to the units."""
+        return PrivacyEvent(
+            sampling_probability=self.sampling_probability,
+            noise_multiplier=self.noise_multiplier,
+            steps=self.steps,
+        )
+
 
 class Forecast(ConfigModel):
     """A site's plan and its neighbours, at one delta."""
@@ -91,7 +100,7 @@ class _Site:
         noise = self._noise(probability, steps)
         these = PrivacyEvent(sampling_probability=probability, noise_multiplier=noise, steps=steps)
         costs = cross_checked([these], self.delta, prv=prv)
-        values = sum(math.prod(shape) for shape in choice.shapes.values())
+        values = num_values(choice.shapes)
         return Plan(
             change=choice.change,
             trained_values=values,

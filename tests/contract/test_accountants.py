@@ -19,7 +19,7 @@ ROUNDING = 5e-4
 """Relative: epsilons are upper bounds, each with an excess of its own of about 1e-4."""
 
 accountants = pytest.mark.parametrize("accountant", get_args(Accountant))
-fast = settings(max_examples=6, deadline=None)
+fast = settings(max_examples=6)
 
 probabilities = st.floats(0.005, 0.3)
 multipliers = st.floats(0.7, 4)

@@ -5,7 +5,6 @@ It must end where the simulation of the same run file ends, byte for byte, which
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from loopback import NAME, NEEDS_NGINX, Loopback, processes, wait_for
+from loopback import NAME, NEEDS_NGINX, Loopback, pin_model, processes, wait_for
 from tiny_runs import LABELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), NEEDS_NGINX]
@@ -49,22 +48,16 @@ def federation(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Ite
     folder = tmp_path_factory.mktemp("federation")
     for seed, name in enumerate(NAMES):
         write_rows(folder / f"{name}.csv", seed)
-    digest = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "tiny.yaml").write_text(RUN.replace("MODEL", str(tiny_bert)).replace("HASH", digest))
+    models = pin_model(folder, RUN, tiny_bert)
     sites = {"sites": [{"name": name, "source": f"{name}.csv"} for name in NAMES]}
     (folder / "tiny.sites.yaml").write_text(yaml.safe_dump({"data": {"notes": sites}}))
     loopback = Loopback(
         folder,
         {name: {"notes": {"source": str(folder / f"{name}.csv")}} for name in NAMES},
-        [{"path": str(tiny_bert), "sha256": digest}],
+        models,
     )
-    try:
-        loopback.start()
+    with loopback.running():
         yield loopback
-    finally:
-        loopback.stop()
-        left = processes("", f"QUORATE_HOME={folder / 'home'}")
-        assert not left, f"processes are left over: {left}"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from loopback import NAME, NEEDS_NGINX, Loopback, processes, wait_for
+from loopback import NAME, NEEDS_NGINX, Loopback, pin_model, wait_for
 from tiny_runs import LABELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), NEEDS_NGINX]
@@ -36,23 +35,17 @@ def federation(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Ite
     for name in NAMES:
         rows = [f"{name} {words} {n},{label}" for n in range(12) for label, words in LABELS.items()]
         (folder / f"{name}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    digest = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "tiny.yaml").write_text(RUN.replace("MODEL", str(tiny_bert)).replace("HASH", digest))
+    models = pin_model(folder, RUN, tiny_bert)
     sites = {"sites": [{"name": name, "source": f"{name}.csv"} for name in NAMES]}
     (folder / "tiny.sites.yaml").write_text(yaml.safe_dump({"data": {"notes": sites}}))
     loopback = Loopback(
         folder,
         {name: {"notes": {"source": str(folder / f"{name}.csv")}} for name in NAMES},
-        [{"path": str(tiny_bert), "sha256": digest}],
+        models,
         server={"mutual_tls": True},
     )
-    try:
-        loopback.start()
+    with loopback.running():
         yield loopback
-    finally:
-        loopback.stop()
-        left = processes("", f"QUORATE_HOME={folder / 'home'}")
-        assert not left, f"processes are left over: {left}"
 
 
 def site_status(federation: Loopback, site: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from loopback import NAME, NEEDS_NGINX, Loopback, processes
+from loopback import NAME, NEEDS_NGINX, Loopback, pin_model
 from tiny_runs import LABELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), NEEDS_NGINX]
@@ -44,12 +43,11 @@ def federation(tmp_path: Path, tiny_bert: Path) -> Iterator[Loopback]:
     """Two sites with a budget that one run fits into and two do not."""
     for seed, name in enumerate(NAMES):
         write_rows(tmp_path / f"{name}.csv", seed)
-    digest = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
-    (tmp_path / "tiny.yaml").write_text(RUN.replace("MODEL", str(tiny_bert)).replace("HASH", digest))
+    models = pin_model(tmp_path, RUN, tiny_bert)
     loopback = Loopback(
         tmp_path,
         {name: {"notes": {"source": str(tmp_path / f"{name}.csv")}} for name in NAMES},
-        [{"path": str(tiny_bert), "sha256": digest}],
+        models,
         site={
             "policy": {
                 "require_privacy": True,
@@ -57,13 +55,8 @@ def federation(tmp_path: Path, tiny_bert: Path) -> Iterator[Loopback]:
             }
         },
     )
-    try:
-        loopback.start()
+    with loopback.running():
         yield loopback
-    finally:
-        loopback.stop()
-        left = processes("", f"QUORATE_HOME={tmp_path / 'home'}")
-        assert not left, f"processes are left over: {left}"
 
 
 def account(federation: Loopback, site: str) -> dict[str, Any]:

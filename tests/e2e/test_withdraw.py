@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import NAME, NEEDS_NGINX, Loopback, wait_for
+from loopback import NAME, NEEDS_NGINX, Loopback, pin_model, wait_for
 from tiny_runs import LABELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), NEEDS_NGINX]
@@ -34,14 +33,10 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
         f"{word} {n % 7},{label}" for n in range(20) for label, own in LABELS.items() for word in own.split()
     ]
     (tmp_path / "notes.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
-    digest = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
-    (tmp_path / "tiny.yaml").write_text(RUN.replace("MODEL", str(tiny_bert)).replace("HASH", digest))
+    models = pin_model(tmp_path, RUN, tiny_bert)
     data = {"notes": {"source": str(tmp_path / "notes.csv")}}
-    federation = Loopback(
-        tmp_path, {"north": data, "south": data}, [{"path": str(tiny_bert), "sha256": digest}]
-    )
-    try:
-        federation.start()
+    federation = Loopback(tmp_path, {"north": data, "south": data}, models)
+    with federation.running():
         running = federation.run_in_background("run", "tiny.yaml", "--federation", NAME, "-o", "out")
         try:
             runs = federation.home / "state" / "runs"
@@ -66,5 +61,3 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
         federation.quorate("site", "withdraw", run_dir.name, "--folder", "north", "--undo")
         status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
         assert status["withdrawn"] == []
-    finally:
-        federation.stop()

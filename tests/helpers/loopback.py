@@ -5,6 +5,7 @@ Everything goes through the commands that people type; only site.yaml is written
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,17 @@ class Loopback:
         for name in self.sites:
             self.quorate("site", "start", name)
 
+    @contextmanager
+    def running(self) -> Iterator[Loopback]:
+        """Run while the block does; afterwards no process is left."""
+        try:
+            self.start()
+            yield self
+        finally:
+            self.stop()
+            left = processes("", f"QUORATE_HOME={self.folder / 'home'}")
+            assert not left, f"processes are left over: {left}"
+
     def stop(self) -> None:
         """Stop every site, then the server."""
         for name in self.sites:
@@ -159,6 +172,13 @@ class Loopback:
                     f"--- {path.relative_to(self.folder)}\n{path.read_text(errors='replace')[-3000:]}"
                 )
         return "\n".join(tails)
+
+
+def pin_model(folder: Path, run: str, model: Path) -> list[dict[str, str]]:
+    """Write tiny.yaml with MODEL and HASH filled in; return the `models:` section of a site that holds it."""
+    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "tiny.yaml").write_text(run.replace("MODEL", str(model)).replace("HASH", digest))
+    return [{"path": str(model), "sha256": digest}]
 
 
 def wait_for(found: Callable[[], Any], otherwise: str, seconds: float = 120) -> Any:

@@ -19,7 +19,7 @@ LAYER, HEAD = "base_model.model.encoder.query", "base_model.model.classifier.wei
 SHAPES = {LAYER + LORA_A: (3, 5), LAYER + LORA_B: (7, 3), HEAD: (2, 7)}
 LINEAR = [rule(weighting="uniform") for rule in RULES if rule.linear]
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 norms = st.sampled_from([1e-3, 1.0, 40.0])
 scales = st.lists(st.sampled_from([0.0, 1e-4, 1.0, 1e3, 1e30, math.nan]), min_size=1, max_size=6)
 

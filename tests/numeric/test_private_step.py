@@ -126,7 +126,7 @@ def test_stacked_sites_take_steps_of_their_own(make_run: Any, make_sites: Any) -
 # What one unit can do.
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_removing_one_unit_moves_the_sum_by_at_most_the_clipping_norm(data: Any) -> None:
     """Whatever the gradients (infinite ones too) and however the rows are cut into passes."""

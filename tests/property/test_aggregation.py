@@ -20,7 +20,7 @@ scales = st.sampled_from([1e-6, 1e-2, 1.0, 1e3])
 rules = st.sampled_from([rule() for rule in RULES])
 cohorts = st.lists(st.integers(1, 100_000), min_size=1, max_size=6)
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 def cohort(

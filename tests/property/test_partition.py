@@ -13,7 +13,7 @@ from quorate.shared.errors import DataError
 from quorate.shared.messages import Split
 from quorate.simulations.partition import partition
 
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 WARDS = ("A", "B-2", "St. Mary")
 

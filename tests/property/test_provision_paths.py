@@ -23,7 +23,7 @@ wild = st.one_of(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(name=wild, sites=st.lists(wild, min_size=1, max_size=3))
 def test_every_path_stays_inside(name: str, sites: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(os, "fsync"):

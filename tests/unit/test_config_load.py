@@ -254,7 +254,7 @@ def test_a_problem_is_one_line_whatever_a_key_holds(tmp_path: Path) -> None:
     assert "a\\x85b: there is no such field" in line
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_is_written_is_a_run_or_a_list_of_problems(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -33,12 +33,14 @@ class Resident:
         model: its base model.
         stack: the adapters on it.
         examples: (data alias, site, split, rows of each label) -> examples.
+        readings: which reading of the rows they were made of.
     """
 
     run: RunConfig
     model: LoadedModel
     stack: AdapterStack
     examples: dict[tuple[str, str, Split, int | None], list[Example]]
+    readings: int = 0
 
 
 class Prepared:
@@ -88,6 +90,10 @@ class Prepared:
 
         Raises: DataError: no training rows, or one that the task cannot use. ModelError.
         """
+        self.holdings.rows(resident.run, site)  # which reads them again where that is due
+        if resident.readings != self.holdings.readings:
+            resident.examples.clear()
+            resident.readings = self.holdings.readings
         few = resident.run.training.examples_per_class if split == "train" else None
         key = (resident.run.data, site, split, few)
         if key not in resident.examples:

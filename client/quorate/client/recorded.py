@@ -51,9 +51,8 @@ class Recorded:
         except OutputError as error:
             update = failed(request, error)
         log.info(
-            "run %.66r%s, round %d, %s%s: %s, in %.1f s",
-            header.run_id,
-            f" ({asked.name})" if asked else "",
+            "run %s, round %d, %s%s: %s, in %.1f s",
+            f"{asked.run_id} ({asked.name})" if asked else repr(header.run_id)[:66],
             header.round,
             header.phase,
             f" on {header.split}" if header.split else "",

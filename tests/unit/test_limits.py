@@ -1,4 +1,4 @@
-"""Limits of a site: rounds and steps before anything is read, minutes at a step, runs and minutes by the day."""
+"""Limits of a site: rounds and steps before a row is read, minutes at a step, runs and minutes by the day."""
 
 from __future__ import annotations
 

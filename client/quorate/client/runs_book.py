@@ -25,6 +25,8 @@ DATABASE = "runs.db"
 KEEP, KEEP_REFUSED = 1000, 200
 TICK_SECONDS = 5.0
 _HOUR, _DAY = 3600, 86400
+_BUSY_SECONDS = 30.0
+"""How long somebody may be reading before a line cannot be written."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, config_hash TEXT NOT NULL, name TEXT NOT NULL, federation TEXT NOT NULL,
@@ -91,7 +93,9 @@ class RunsBook:
         with self._usable():
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             # Made in one thread and used in another, but never in two at a time.
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, check_same_thread=False, isolation_level=None
+            )
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(_SCHEMA)
 
@@ -179,7 +183,7 @@ class RunsBook:
 
     def seconds_since(self, moment: float) -> float:
         """Return how long was worked in the hours since (POSIX time) [s]."""
-        return self._count("SELECT coalesce(sum(seconds), 0) FROM work WHERE hour > ?", int(moment // _HOUR))
+        return self._count("SELECT coalesce(sum(seconds), 0) FROM work WHERE hour >= ?", int(moment // _HOUR))
 
     def _count(self, query: str, value: str | float) -> float:
         with self._usable():

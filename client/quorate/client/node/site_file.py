@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from quorate.client.node.folder import SITE_YAML, SiteFolder
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.errors import ConfigError
 from quorate.shared.files import holder
 
 AT_START = ("device", "users", "state", "anchor")
@@ -58,6 +59,17 @@ def standing(site: SiteFolder) -> SiteFileState | None:
         return SiteFileState(state="restart", fields=in_use.at_start)
     same = sha256_of((site.path / SITE_YAML).read_bytes()) == in_use.sha256
     return SiteFileState(state="in use" if same else "changed")
+
+
+def check_process(site: SiteFolder) -> str:
+    """Say whether a running process works by site.yaml as it is now.
+
+    Raises: ConfigError: some of it waits for a start.
+    """
+    running = standing(site)
+    if running is not None and running.state == "restart":
+        raise ConfigError(f"{SITE_YAML}: {running.said}.")
+    return "none runs now" if running is None else running.said
 
 
 def sha256_of(content: bytes) -> str:

@@ -27,7 +27,7 @@ def site_runs(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="The folder that the start-up kit unpacked to.", readable=False
+            metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False
         ),
     ] = Path(),
     run_id: Annotated[

@@ -45,10 +45,10 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
         running = federation.run_in_background("run", "tiny.yaml", "--federation", NAME, "-o", "out")
         try:
 
-            def trained() -> list[dict[str, Any]]:
-                return [each for each in seen_at("north", federation) if each["trained"]]
+            def measured() -> list[dict[str, Any]]:
+                return [each for each in seen_at("north", federation) if "outcomes" in each["left"]]
 
-            (seen,) = wait_for(trained, "no round", 400)  # its people look, and need nobody else to
+            (seen,) = wait_for(measured, "no round", 400)  # its people look, and need nobody else to
             run_id = seen["run_id"]
             assert (seen["name"], seen["federation"], seen["rounds"]) == ("tiny", NAME, 4)
             assert seen["rows"] and seen["left"]["arrays"]

@@ -75,6 +75,7 @@ def test_a_rule_that_is_tightened_holds_for_the_next_round(site: Any, pinned: An
         (lambda content: content.update(models=[]), "policy-model"),
         (lambda content: content["policy"].update(data=[]), "policy-data"),
         (lambda content: content["policy"].update(tasks=["causal_lm"]), "policy-task"),
+        (lambda content: content["policy"].update(aggregation=["ffa"]), "policy-aggregation"),
         (lambda content: content["policy"].update(min_rows=10_000), "policy-rows"),
         (lambda content: content["policy"].update(require_privacy=True), "policy-privacy"),
         (lambda content: content["policy"].update(approve_each_run=True), "policy-approval"),

@@ -33,6 +33,7 @@ from quorate.client.limits import Limited
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import check_rows, check_steps
 from quorate.client.private import groups_of, plan_of
+from quorate.client.received import BaseLimits
 from quorate.client.recorded import Recorded
 from quorate.client.resident import Handler
 from quorate.client.runs_book import DATABASE as RUNS
@@ -123,6 +124,12 @@ class AtSite:
             return plan.event()
 
         return spending(run, self.folder.config, self.folder.path, event_of)
+
+    @property
+    def base_limits(self) -> BaseLimits:
+        """How far site.yaml lets a rule move the base model."""
+        policy = self.folder.config.policy
+        return BaseLimits(policy.max_residual_rank, policy.max_base_change)
 
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run with the folder of its base model here."""

@@ -63,7 +63,7 @@ def contact(federation: Loopback, site: str) -> str:
 
 def refusals(federation: Loopback) -> list[str]:
     """Lines of the server's nginx on requests of a certificate with another site's key."""
-    log = (federation.home / "state" / "logs" / "nginx-access.log").read_text()
+    log = (federation.home / "state" / "logs" / "nginx.log").read_text()
     return [line for line in log.splitlines() if re.search(r" 403 POST ", line)]
 
 

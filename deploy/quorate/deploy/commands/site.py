@@ -226,7 +226,10 @@ def approve(run_id: RunIdArgument, folder: FolderOption = Path()) -> None:
     from quorate.client.approvals import approve as let_in
 
     configuration = let_in(_find(folder).state, run_id)
-    typer.echo(f"approved run {run_id}, as {configuration} says; the coordinator can resume it now.")
+    typer.echo(
+        f"approved run {run_id}, as {configuration} says. The run asks again by itself; where the coordinator "
+        "has given it up, it goes on with `quorate run --resume`."
+    )
 
 
 @site.command("withdraw")

@@ -128,7 +128,9 @@ def _once_approved(
             return
         names = ", ".join(answers.sites[node] for node in without)
         if names != said:
-            word = f"waiting for approval at {names}: their people must give `quorate site approve {run.run_id}`"
+            word = (
+                f"waiting for approval at {names}: their people must give `quorate site approve {run.run_id}`"
+            )
             run.tell("phase", 0, word)
             said = names
         time.sleep(min(APPROVAL_SECONDS, left))

@@ -1,8 +1,8 @@
 """Writes what programs say to their log files: a time before each line, files of bounded size and number.
 
-`python -I -S log_keeper.py FD=FILE ...` reads the pipes that it has inherited until nobody can write to them any
-more. The supervisor keeps both ends of each pipe open, so that this process may be killed and started anew
-without any program's noticing; and where the supervisor is killed, what its programs say last is still written.
+`python -I -S log_keeper.py FD=FILE ...` reads the pipes that it has inherited until nobody can write to them
+any more. The supervisor keeps both ends of each pipe open, so that this process may be killed and started
+anew without any program's noticing; where the supervisor is killed, its programs' last words are written.
 
     FILE               written to now
     FILE.1 ... FILE.4  what it held before, the newest first

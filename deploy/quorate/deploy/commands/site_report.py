@@ -54,6 +54,11 @@ def print_status(found: SiteStatus) -> None:
         since = f" since {found.server.since:%Y-%m-%d %H:%M:%S} UTC" if found.server.since else ""
         typer.echo(f"server {found.server.address}: {found.server.state}{detail}{since}")
         typer.echo(f"base model: {'loaded' if found.base_model_loaded else 'none loaded yet'}")
+        if found.server.state == "refused":
+            typer.echo(
+                "The coordinator has not admitted this node key, or has revoked it (`quorate site check` "
+                "tells). After a crash it is refused too, which passes within a minute."
+            )
     print_lines(found.checks)
     for run_id in found.waiting:
         typer.echo(f"run {run_id} waits for your word: `quorate site approve {run_id}`")

@@ -11,10 +11,15 @@ import pytest
 
 
 @contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """Mount a file system of `size` bytes at `folder`; skips the test where this may not be done."""
+def small_disk(folder: Path, size: int, files: int = 2**20) -> Iterator[Path]:
+    """Mount a file system of this size at `folder`; skips the test where that may not be done.
+
+    Args:
+        size: in bytes.
+        files: as many it has room for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "quorate-test", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={files}", "quorate-test", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:

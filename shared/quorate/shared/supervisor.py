@@ -11,8 +11,9 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,11 +69,15 @@ class Supervisor:
     Args:
         state_dir: holds the lock and status.json.
         programs: started in this order, stopped in the reverse one.
+        beside: called in a thread of its own while they run; it ends with this process.
     """
 
-    def __init__(self, state_dir: Path, programs: Sequence[Program]) -> None:
+    def __init__(
+        self, state_dir: Path, programs: Sequence[Program], beside: Callable[[], None] | None = None
+    ) -> None:
         self._state_dir = state_dir
         self._kept = [_Kept(program) for program in programs]
+        self._beside = beside
         self._stopping = False
         self._unwritten = self._failing = False
 
@@ -88,6 +93,8 @@ class Supervisor:
         with _alone(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
             before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
             try:
+                if self._beside is not None:  # not earlier: what it says goes to the log too
+                    threading.Thread(target=self._beside, daemon=True).start()
                 while not self._stopping:
                     logs.tend()
                     if any([kept.tend(logs) for kept in self._kept]):  # each of them, not up to the first

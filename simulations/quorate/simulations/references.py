@@ -153,7 +153,7 @@ def _measure(
 ) -> dict[str, Outcomes] | None:
     """Return an adapter's test outcomes on every site's rows; None, and `whose` in `failed`, if one fails."""
     asking = Run(single(run.config), run.output_dir, run.run_id)
-    asked = [request(asking, 0, "evaluate", name, candidate.adapter, "test") for name in rows]
+    asked = [request(asking, candidate.round, "evaluate", name, candidate.adapter, "test") for name in rows]
     wrong: dict[str, Exclusion] = {}
     answers = _answers(site, asked, wrong)
     if wrong:

@@ -20,7 +20,6 @@ from quorate.shared.looks import Line, check_days, line
 SERVER, CERTIFICATE, ADMISSION = "server", "server certificate", "admission"
 """Names of the lines on the server."""
 _SECONDS = 15.0
-_PATH = "/v1/fleet/pull-messages"
 _AHEAD_SECONDS, _BEHIND_SECONDS = 5, 300
 """How far this machine's clock may be off before Flower takes its signatures for stale."""
 
@@ -101,7 +100,9 @@ def _ask(site: SiteFolder, *, signed: bool, seconds: float) -> Answer:
         with httpx.Client(
             verify=context, timeout=seconds, trust_env=proxied, event_hooks={"response": [note]}
         ) as client:
-            reply = knock(site, client) if signed else client.post(f"https://{server}{_PATH}")
+            reply = (
+                knock(site, client) if signed else client.get(f"https://{server}/")
+            )  # 404, and no line in its log
     except httpx.ProxyError as error:
         raise Unreached(f"{server}: the proxy {through} refused ({error}); ask its people.") from error
     except httpx.ConnectError as error:

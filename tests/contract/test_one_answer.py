@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import Status, SubStatus
+from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -228,6 +230,16 @@ def test_a_program_that_ends_without_an_answer_or_in_the_middle_of_it(
     sending.join(30)
     assert supernode.answered() == [(asked.metadata.message_id, LOST)]
     assert not supernode.store and not supernode.state.msg_store  # type: ignore[attr-defined]
+
+
+def test_a_run_of_a_kind_that_is_refused_does_not_keep_the_site_waiting(supernode: SuperNode) -> None:
+    agent = replace(Run.create_empty(RUN), primary_task_type=TaskType.AGENT_APP)
+    supernode.state.store_run(agent)
+    asked = message("asked")
+    assert supernode.take(asked, confirmed) == RUN
+    supernode.send()
+    assert supernode.answered() == [(asked.metadata.message_id, LOST)]
+    assert not supernode.state.get_tasks()
 
 
 def test_nothing_is_taken_where_there_is_nothing(supernode: SuperNode) -> None:

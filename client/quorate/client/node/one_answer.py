@@ -4,8 +4,8 @@ The SuperNode takes a message, waits for any answer, sends it, and takes the nex
 
 * where the run ends between a message and its receipt: the message stays, a program answers it later, and
   that answer is sent in place of the next one. From then on the site is one answer behind, for ever;
-* where a message cannot be stored, or its program ends without an answer or in the middle of one: nobody
-  answers, or the SuperNode waits for ever.
+* where a message cannot be stored, or its program ends without an answer or in the middle of one, or is one
+  that does not run here: nobody answers, or the SuperNode waits for ever.
 
 Here, what is left of an earlier message is gone before the next one is taken; only an answer to the message
 at hand is sent, when all of it is there; and where none can come any more, the server is told so, and asks
@@ -24,6 +24,7 @@ from typing import Any
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode, Status, SubStatus
+from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store.object_store import NoObjectInStoreError
 
@@ -151,8 +152,12 @@ class _Noting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
 
-    def create_task(self, *given: Any, **named: Any) -> int | None:
-        return self._noted.created(self._state.create_task(*given, **named))
+    def create_task(self, *, task_type: str, **named: Any) -> int | None:
+        # The commands of every other type refuse to start (`guard`): one that waits for them waits for ever.
+        if task_type != TaskType.CLIENT_APP:
+            log.error("refused a message of type %s: a site answers ClientApp messages alone", task_type)
+            return None
+        return self._noted.created(self._state.create_task(task_type=task_type, **named))
 
 
 class _Answering:

@@ -6,6 +6,7 @@ The server's end of the connection is a handful of functions, as Flower gives th
 from __future__ import annotations
 
 import importlib
+import random
 import subprocess
 import sys
 import threading
@@ -230,6 +231,51 @@ def test_a_program_that_ends_without_an_answer_or_in_the_middle_of_it(
     sending.join(30)
     assert supernode.answered() == [(asked.metadata.message_id, LOST)]
     assert not supernode.store and not supernode.state.msg_store  # type: ignore[attr-defined]
+
+
+def test_whatever_goes_wrong_with_one_message_the_next_has_its_own_answer(supernode: SuperNode) -> None:
+    chance = random.Random(15)
+    for number in range(300):
+        lost, following = message(f"lost {number}"), message(f"following {number}")
+        failure = chance.choice([None, RunNotRunningException(), RuntimeError("HTTP 500")])
+        where = chance.choice(["pull", "confirm"])
+        program = chance.choice(["none", "claims", "answers in part", "answers", "ends"])
+
+        def works(failure: Any = failure, program: str = program, lost: Message = lost) -> None:
+            if program != "none":
+                task, _ = supernode.claim()
+                if program.startswith("answers"):
+                    supernode.answer(lost, 1 if program == "answers in part" else None)
+                if program == "ends" or failure is None:
+                    supernode.state.finish_task(task, SubStatus.FAILED, "killed")
+            elif failure is None:
+                supernode.claim()
+                supernode.answer(lost)
+            if failure is not None:
+                raise failure
+
+        def pulls(_: int, key: str, lost: Message = lost, works: Any = works) -> bytes:
+            works()
+            return get_all_nested_objects(lost)[key].deflate()
+
+        fails_at_pull = where == "pull" and failure is not None
+        supernode.take(
+            lost, confirmed if fails_at_pull else lambda *_: works(), pulls if fails_at_pull else None
+        )
+        supernode.send()
+        if chance.random() < 0.5:
+            supernode.answer(lost)  # one that was let in a moment before its token was worth nothing
+        assert supernode.take(following, confirmed) == RUN
+        if chance.random() < 0.5:
+            supernode.answer(lost)
+        supernode.claim()
+        supernode.answer(following)
+        supernode.send()
+        asked = [each.metadata.reply_to_message_id for each in supernode.sent]
+        assert asked == [lost.metadata.message_id, following.metadata.message_id], (number, where, program)
+        assert not supernode.sent[1].has_error()
+        assert supernode.sent[0].has_error() == (failure is not None or program not in ("none", "answers"))
+        supernode.sent.clear()
 
 
 def test_a_run_of_a_kind_that_is_refused_does_not_keep_the_site_waiting(supernode: SuperNode) -> None:

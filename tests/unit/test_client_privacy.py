@@ -34,6 +34,7 @@ from quorate.shared.messages import Update
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.privacy.secret import CipherSource, SecretSource, SeededSource
+from quorate.shared.privacy.shown import at_most
 
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
 PLAIN = {"unit": "client", "delta": 0.01, "noise_multiplier": 1.0}

@@ -63,7 +63,7 @@ def test_a_site_gets_the_very_adapter_that_the_run_exports(
         ),
         (
             {"unit": "client", "noise_multiplier": 1.5, "delta": 1e-3},
-            "For each whole site, as the coordinator claims: epsilon {epsilon:.3g}, delta 0.001",
+            "For each whole site, as the coordinator claims: epsilon {epsilon}, delta 0.001",
         ),
     ],
 )

@@ -161,7 +161,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     answered = Answered(folder.state / ANSWERS_FILE, site)
     accounted = account_for(folder, at_site, answered)
     gate = Gate(folder.config, folder.state, accounted)
-    services.append(SiteService(gate, name, folder.socket))
+    grid = folder.config.policy.answer_grid_seconds
+    services.append(SiteService(gate, name, folder.socket, grid=grid))
     services[0].start()
     log.info("site %s: ready at %s, training on %s", name, folder.socket, device)
     stop.wait()

@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -53,13 +54,23 @@ class SiteService:
         site: this site's name; a request for another one is refused.
         socket: where to listen; a dead process's socket is replaced.
         max_bytes: largest message that is read.
+        grid: answers leave at whole multiples of so many seconds after their request came; 0: at once.
     Raises: ConfigError: another process has the socket, or it cannot be made.
     """
 
-    def __init__(self, handler: Handler, site: str, socket: Path, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        site: str,
+        socket: Path,
+        *,
+        max_bytes: int = MAX_BYTES,
+        grid: float = 0.0,
+    ) -> None:
         self._handler = handler
         self._site = site
         self._max_bytes = max_bytes
+        self._grid = grid
         self._stopping = threading.Event()
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="site")
         self._health = health.HealthServicer()
@@ -113,20 +124,24 @@ class SiteService:
         data = self._read(incoming, context)
         if data is None:
             return
+        came = time.monotonic()
         try:
             future = self._turns.submit(self._work, data)
         except RuntimeError:  # shut down
             context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
-        settled = threading.Event()
+        settled, gone = threading.Event(), threading.Event()
         future.add_done_callback(lambda _: settled.set())
 
         def abandoned() -> None:
             future.cancel()  # does nothing once it has begun
+            gone.set()
             settled.set()
 
         if not context.add_callback(abandoned):
             abandoned()
         settled.wait()
+        if self._grid and not self._stopping.is_set():
+            gone.wait(-(time.monotonic() - came) % self._grid)
         if not context.is_active():
             return
         yield from chunks(self._outcome(future, context))

@@ -20,7 +20,7 @@ from quorate.client.description import describe
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.prepared import Prepared, Resident
-from quorate.client.private import check_split, groups_of
+from quorate.client.private import check_split, groups_of, told_seconds
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
@@ -185,7 +185,10 @@ class Site:
         examples = self._prepared.examples(resident, request.header.site, request.header.split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
-            request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
+            request,
+            outcomes=outcomes,
+            num_examples=len(examples),
+            seconds=told_seconds(resident.run, time.monotonic() - started),
         )
 
     def _alone(self, resident: Resident, request: RoundRequest) -> Update:
@@ -230,7 +233,7 @@ class Site:
         ]
         trainable = moving(run, resident.model.initial, round)
         fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
-        seconds = (time.monotonic() - started) / len(requests)
+        seconds = told_seconds(run, (time.monotonic() - started) / len(requests))
         return [
             self._uploaded(run, *answer, seconds)
             for answer in zip(requests, tasks, states, fitted, strict=True)

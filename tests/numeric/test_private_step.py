@@ -428,7 +428,7 @@ def test_a_dropout_generator_starts_from_more_than_a_seed_of_32_bits() -> None:
 
 
 def test_private_training_leaves_no_global_generator_seeded(make_run: Any, monkeypatch: Any) -> None:
-    """The base's own dropout is refused; were anything to draw from the global generator, no seed is known."""
+    """The base's own dropout is refused; were anything to draw from the global generator, none is known."""
     run = make_run(privacy={"unit": "record", "noise_multiplier": 1.0})
     model = load_model(run)
     stack = AdapterStack.install(model)

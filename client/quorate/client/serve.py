@@ -25,6 +25,7 @@ from quorate.client.answered import Answered
 from quorate.client.base_models import at_site as model_at_site
 from quorate.client.budgets import Budgets, Spending, spending
 from quorate.client.data import load_splits
+from quorate.client.device_errors import LOST_EXIT
 from quorate.client.holdings import SiteRows
 from quorate.client.ledger import DATABASE, HEADS, open_ledger
 from quorate.client.node.folder import SiteFolder
@@ -138,9 +139,10 @@ def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Acco
     return accounted
 
 
-def serve(folder: SiteFolder, stop: threading.Event) -> None:
-    """Answer requests until `stop` is set.
+def serve(folder: SiteFolder, stop: threading.Event) -> int:
+    """Answer requests until `stop` is set, or the device is lost.
 
+    Returns: the exit code.
     Raises: ConfigError, OutputError: the process cannot begin.
     """
     name = folder.connection.site
@@ -162,7 +164,13 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     accounted = account_for(folder, at_site, answered)
     gate = Gate(folder.config, folder.state, accounted)
     grid = folder.config.policy.answer_grid_seconds
-    services.append(SiteService(gate, name, folder.socket, grid=grid))
+    lost = threading.Event()
+
+    def on_lost() -> None:
+        lost.set()
+        stop.set()
+
+    services.append(SiteService(gate, name, folder.socket, grid=grid, on_lost=on_lost))
     services[0].start()
     log.info("site %s: ready at %s, training on %s", name, folder.socket, device)
     stop.wait()
@@ -170,6 +178,7 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     services[0].stop()
     accounted.close()
     answered.close()
+    return LOST_EXIT if lost.is_set() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,11 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     os.umask(0o077)
     try:
-        serve(SiteFolder.find(options.folder), stop)
+        return serve(SiteFolder.find(options.folder), stop)
     except QuorateError as error:
         log.error("%s", error)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

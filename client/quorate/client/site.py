@@ -17,6 +17,7 @@ import torch
 
 from quorate.client.alone import train_alone
 from quorate.client.description import describe
+from quorate.client.device_errors import in_smaller_stacks, of_device
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.prepared import Prepared, Resident
@@ -80,10 +81,7 @@ class Site:
         """
         answers: dict[int, Update] = {}
         for group in self._groups(requests, answers):
-            try:
-                answers.update(zip(group, self._answer([requests[i] for i in group]), strict=True))
-            except Exception as error:  # any failure must reach the coordinator as a code, and no further
-                answers.update({i: failed(requests[i], error) for i in group})
+            answers.update(in_smaller_stacks(self._answer, requests, group))
         return [answers[i] for i in range(len(requests))]
 
     def prepare(self, run: RunConfig) -> RunConfig:
@@ -121,8 +119,8 @@ class Site:
         for index, request in enumerate(requests):
             try:
                 resident = self._admit(request)
-            except Exception as error:  # as above
-                answers[index] = failed(request, error)
+            except Exception as error:  # any failure must reach the coordinator as a code, and no further
+                answers[index] = failed(request, of_device(error) or error)
                 continue
             stacked = request.header.phase == "fit"
             residual = GlobalState.unpack(request.arrays).residual.content_hash

@@ -18,16 +18,16 @@ def with_noise(source: SecretSource, total: Tensor, std: float) -> Tensor:
 
 
 _WORDS, _WORDS_AT = 624, 24
-"""Words of the Mersenne Twister, and the byte at which they begin in torch's state of a generator on the CPU: 8
-bytes each, of which it uses 4 (ATen/CPUGeneratorImpl.cpp)."""
+"""Words of the Mersenne Twister, and the byte at which they begin in torch's state of a generator on the CPU:
+8 bytes each, of which it uses 4 (ATen/CPUGeneratorImpl.cpp)."""
 
 
 def secret_generator(device: torch.device) -> torch.Generator:
     """Return a generator of torch for dropout that starts from the operating system's secret numbers.
 
     Masks must not be known beforehand: which row gets which mask depends on the rows before it in the batch.
-    On the CPU torch's own seeding takes 32 bits, so there the whole state is drawn; on a GPU (Philox) it takes
-    all 64.
+    On the CPU torch's own seeding takes 32 bits, so there the whole state is drawn; on a GPU (Philox) it
+    takes all 64.
     """
     if device.type != "cpu":
         return torch.Generator(device).manual_seed(secrets.randbits(64))

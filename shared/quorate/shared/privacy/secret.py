@@ -2,9 +2,9 @@
 
 Nothing here derives from the run's seed, which everybody in the run knows. A generator of torch on the CPU is
 no secret either: it takes 32 bits of its seed, which anyone can try out (`manual_seed(5)` and
-`manual_seed(5 + 2**32)` draw the same numbers). So numbers are drawn from the key stream of AES-256 in counter
-mode, which cannot be told from chance even by someone who sees part of it, or, with `secure_rng: false`, by
-NumPy's PCG64 from 128 bits of the operating system's.
+`manual_seed(5 + 2**32)` draw the same numbers). So numbers are drawn from the key stream of AES-256 in
+counter mode, which cannot be told from chance even by someone who sees part of it, or, with `secure_rng:
+false`, by NumPy's PCG64 from 128 bits of the operating system's.
 """
 
 from __future__ import annotations

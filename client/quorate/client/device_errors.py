@@ -60,8 +60,8 @@ def of_device(error: BaseException) -> QuorateError | None:
 
 _REMEDY = (
     "too little memory for this pass; have the coordinator lower training.per_device_train_batch_size (and "
-    "raise training.gradient_accumulation_steps), or set training.gradient_checkpointing, or train on another "
-    "device."
+    "raise training.gradient_accumulation_steps), or set training.gradient_checkpointing, or train on "
+    "another device."
 )
 
 

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 Floats = npt.NDArray[np.float64]
+_CHUNK = 8192
+"""Normal numbers made at a time: what lies between stays in a processor's cache."""
 
 
 class SecretSource(ABC):
@@ -71,6 +73,10 @@ class CipherSource(SecretSource):
 
     def normal(self, count: int) -> Floats:
         """Return standard normal numbers, [count]."""
+        parts = [self._normal(min(_CHUNK, count - at)) for at in range(0, count, _CHUNK)]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    def _normal(self, count: int) -> Floats:
         radius = np.sqrt(-2 * np.log1p(-self.uniform(2 * (count + 1))))
         angle = 2 * math.pi * self.uniform(2 * (count + 1))
         cosines, sines = (radius * np.cos(angle)).reshape(2, -1), (radius * np.sin(angle)).reshape(2, -1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from quorate.client.received import BaseLimits
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import Split
 from quorate.shared.tasks.base import Row
@@ -26,6 +27,11 @@ class Holdings(Protocol):
 
         Raises: DataError: they cannot be read. RequestRefused: the site does not give them for this run.
         """
+        ...
+
+    @property
+    def base_limits(self) -> BaseLimits:
+        """How far a rule may move the base model here."""
         ...
 
     def at_hand(self, run: RunConfig) -> RunConfig:
@@ -54,6 +60,11 @@ class InMemory:
     def rows(self, run: RunConfig, site: str) -> SiteRows:
         """Return the site's rows."""
         return self.of[site]
+
+    @property
+    def base_limits(self) -> BaseLimits:
+        """Return no limits: whoever simulates is coordinator and sites at once."""
+        return BaseLimits()
 
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run as it is."""

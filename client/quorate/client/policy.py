@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_waiting
 from quorate.client.config import PolicyConfig, SiteConfig
+from quorate.client.received import check_header
 from quorate.client.resident import Handler, failed
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import AdapterConfig, RunConfig
@@ -91,8 +92,7 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
         raise ProtocolError("the run id is not made of letters, digits, dashes and underscores alone.")
     if is_withdrawn(state, run_id):
         raise _withdrawn(run_id)
-    if request.header.phase == "fit" and not 1 <= request.header.round <= run.federation.rounds:
-        raise ProtocolError(f"a request to train round {request.header.round} of {run.federation.rounds}.")
+    check_header(run, request.header)
     _allowed("policy.tasks", "task", run.task.name, policy.tasks, "policy-task")
     aliases = tuple(alias for alias in site.data if policy.data is None or alias in policy.data)
     _allowed("policy.data" if policy.data is not None else "data", "data", run.data, aliases, "policy-data")
@@ -103,6 +103,7 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
             "policy.max_rank in site.yaml, or have the coordinator lower adapter.r.",
             code="policy-rank",
         )
+    _allowed("policy.aggregation", "rule", run.aggregation.name, policy.aggregation, "policy-aggregation")
     _trained_whole(run.adapter, policy)
     if policy.require_privacy and not isinstance(run.privacy, SitePrivacy):
         raise RequestRefused(

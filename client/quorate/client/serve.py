@@ -31,6 +31,7 @@ from quorate.client.ledger import DATABASE, HEADS, open_ledger
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import Gate, check_rows
 from quorate.client.private import plan_of
+from quorate.client.received import BaseLimits
 from quorate.client.service import SiteService
 from quorate.client.site import Site
 from quorate.shared.base_model import default_device
@@ -97,6 +98,12 @@ class AtSite:
             return plan.event()
 
         return spending(run, self.folder.config, self.folder.path, event_of)
+
+    @property
+    def base_limits(self) -> BaseLimits:
+        """How far site.yaml lets a rule move the base model."""
+        policy = self.folder.config.policy
+        return BaseLimits(policy.max_residual_rank, policy.max_base_change)
 
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run with the folder of its base model here."""

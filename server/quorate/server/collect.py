@@ -30,6 +30,8 @@ REASONS = {
     "policy-data": "its policy does not allow this data alias, or it holds no such data",
     "policy-model": "its policy does not list the base model's sha256, or the run does not name it",
     "policy-rank": "its policy allows no adapter of this rank",
+    "policy-aggregation": "its policy does not allow this aggregation rule",
+    "policy-base": "its policy lets no rule change its base model so far",
     "policy-modules-to-save": "its policy does not allow a part of the model to be trained whole",
     "policy-head": "its policy allows no head with so many hidden units",
     "policy-rows": "has fewer training rows than its policy asks for",

@@ -15,6 +15,7 @@ from quorate.server.records import Evaluation, Measured, Summary
 _ENDINGS = {
     "done": "done",
     "interrupted": "interrupted; go on with --resume",
+    "diverged": "failed, no site can measure the model of its last round",
     "quorum-not-met": "stopped, too few sites; mend them and go on with --resume",
 }
 

@@ -34,7 +34,7 @@ from quorate.server.status import RunStatus
 from quorate.server.trackers import configured_trackers
 from quorate.shared.bundle import RUN_KEY
 from quorate.shared.config.load import load_run
-from quorate.shared.errors import ConfigError, OutputError, QuorateError, QuorumNotMet
+from quorate.shared.errors import ConfigError, ModelDiverged, OutputError, QuorateError, QuorumNotMet
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,9 @@ def main(grid: Grid, context: Context) -> None:
         except QuorumNotMet as error:
             status(state="quorum-not-met", exit_code=error.exit_code, message=str(error)).write(run_dir)
             raise
+        except ModelDiverged as error:
+            status(state="diverged", exit_code=error.exit_code, message=str(error)).write(run_dir)
+            raise
         except QuorateError as error:
             message = f"{type(error).__name__}: {error}"
             status(state="failed", exit_code=error.exit_code, message=message).write(run_dir)
@@ -140,8 +143,8 @@ def main(grid: Grid, context: Context) -> None:
 def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
     """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
 
-    Raises: QuorateError: it cannot be carried out. QuorumNotMet, KeyboardInterrupt: it ended early, and what
-        finished rounds gave is written.
+    Raises: QuorateError: it cannot be carried out. QuorumNotMet, ModelDiverged, KeyboardInterrupt: it ended
+        early, and what finished rounds gave is written.
     """
     run_dir = folder.runs / run_id
     config = load_run(run_dir / RUN_FILE)

@@ -14,6 +14,8 @@ from quorate.shared.tasks import Task
 
 _LARGEST = 1e100
 """No figure of a working site is beyond this; sums over sites stay finite, and charts can be drawn."""
+MOST_ROWS = 10**9
+"""Nor holds a site more rows in a split: training on them once would take days."""
 _MOST = 2**53
 """Nor any count; sums over a thousand sites fit an int64."""
 

@@ -75,6 +75,15 @@ class PhaseBegan(_Event):
     """The step that begins."""
 
 
+class Waiting(_Event):
+    """Tracker.waiting."""
+
+    event: Literal["waiting"] = "waiting"
+    """Kind of event."""
+    sites: dict[str, float]
+    """Site -> seconds since it was asked, without an answer."""
+
+
 class RoundDone(_Event):
     """Tracker.round: the round is on disk."""
 
@@ -108,7 +117,7 @@ class Said(_Event):
     """What was said."""
 
 
-Event = Started | Refused | PhaseBegan | RoundDone | Finished | Said
+Event = Started | Refused | PhaseBegan | Waiting | RoundDone | Finished | Said
 _PARSER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
@@ -149,6 +158,10 @@ class EventsTracker:
     def phase(self, round: int, name: str) -> None:
         """Append that a step begins."""
         self.append(PhaseBegan(round=round, name=name))
+
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """Append who is being waited for."""
+        self.append(Waiting(sites=dict(sites)))
 
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Append a finished round."""
@@ -260,6 +273,8 @@ def replay(event: Event, tracker: Tracker, output_dir: Path | None = None) -> No
             tracker.refused(event.sites)
         case PhaseBegan():
             tracker.phase(event.round, event.name)
+        case Waiting():
+            tracker.waiting(event.sites)
         case RoundDone():
             tracker.round(event.record, event.metrics)
         case Finished():

@@ -23,8 +23,8 @@ TENSORBOARD_DIR = "tensorboard"
 class Tracker(Protocol):
     """What the round loop tells. Calls come in this order: start, then per round phases and round, finish.
 
-    `refused` comes before `start`, only where there are such sites. `phase` also comes before `start` (sites
-    join, round 0) and after the last round (test, outputs).
+    `refused` comes before `start`, only where there are such sites. `phase` and `waiting` also come before
+    `start` (sites join, round 0) and after the last round (test, outputs).
     """
 
     def refused(self, sites: Mapping[str, Exclusion]) -> None:
@@ -42,6 +42,9 @@ class Tracker(Protocol):
 
     def phase(self, round: int, name: str) -> None:
         """Take note that a step of `round` begins."""
+
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """Take note of who is being waited for: site -> seconds since it was asked. Told now and then."""
 
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Take note of a finished round, which is on disk already."""
@@ -98,6 +101,9 @@ class TensorboardTracker:
 
     def phase(self, round: int, name: str) -> None:
         """Phases are in the record's seconds; there is nothing to plot yet."""
+
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """There is nothing to plot of it."""
 
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's scalars and flush, so that a run that is killed later has them."""

@@ -35,6 +35,7 @@ from quorate.server.trackers import configured_trackers
 from quorate.shared.bundle import RUN_KEY
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import ConfigError, ModelDiverged, OutputError, QuorateError, QuorumNotMet
+from quorate.shared.files import open_to_append, writing
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,12 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _logging_to(path: Path, events: EventsTracker) -> Iterator[None]:
-    """Append our log to a file, and warnings to the events: this process has no terminal."""
+    """Append our log to a file, and warnings to the events: this process has no terminal.
+
+    For its owner alone: it names sites that were asked.
+    """
+    with writing(path):
+        os.close(open_to_append(path, private=True))
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours, handlers = logging.getLogger("quorate"), (handler, EventsHandler(events))

@@ -60,15 +60,20 @@ class Progress(Record):
         return Standing(self.best_round, self.best_value, self.rounds_without_improvement, self.best_sites)
 
 
-def save_checkpoint(output_dir: Path, state: GlobalState, progress: Progress, keep: int) -> Path:
-    """Write the checkpoint of a finished round, then drop old ones but the last `keep` and the best."""
+def save_checkpoint(
+    output_dir: Path, state: GlobalState, progress: Progress, keep: int, *, private: bool = False
+) -> Path:
+    """Write the checkpoint of a finished round, then drop old ones but the last `keep` and the best.
+
+    `private` for its owner alone: it says who was drawn.
+    """
     folder = output_dir / f"checkpoint-{progress.round}"
     files = {
         _STATE: state.pack().to_bytes(),
         _PROGRESS: progress.model_dump_json(indent=1).encode(),
     }
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
-    write_folder(folder, {**files, _SUMS: sums.encode()})
+    write_folder(folder, {**files, _SUMS: sums.encode()}, private=private)
     drop_checkpoints(output_dir, progress, keep)
     return folder
 

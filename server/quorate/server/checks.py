@@ -54,6 +54,10 @@ def check_measured(task: Task, update: Update, rows: int) -> None:
         raise ProtocolError("sent a loss or a sum that no evaluation gives.")
     if outcomes.units > _MOST or any(abs(each) > _MOST for value in outcomes.values for each in value):
         raise ProtocolError("sent counts that no evaluation gives.")
+    measured = max(outcomes.rows, outcomes.units)
+    # Rounding may take a loss that is 0 a hair below it.
+    if not -1e-6 * measured <= outcomes.loss_sum <= task.largest_loss * measured:
+        raise ProtocolError("sent a loss that this task does not have.")
     task.check_outcomes(outcomes)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError
 from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord, Summary
 from quorate.server.trackers import Tracker
 from quorate.shared.config.run import RunConfig
-from quorate.shared.files import writing
+from quorate.shared.files import open_to_append, writing
 from quorate.shared.messages import SiteDescription
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class EventsTracker:
         """Append one event. A single unbuffered write: a kill of this process leaves the line or nothing."""
         line = event.model_dump_json().encode() + b"\n"
         with writing(self._path):
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = open_to_append(self._path, private=True)
             try:
                 size = os.fstat(descriptor).st_size
                 if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a full disk, or the power went

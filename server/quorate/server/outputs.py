@@ -155,14 +155,19 @@ def _summary(
             excluded.setdefault(site, {})[record.round] = why
     down = sum(sum(record.bytes_down.values()) for record in records)
     up = sum(sum(record.bytes_up.values()) for record in records)
+    stopped = result.early
+    if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
+        stopped = str(result.stopped)
+    if run.config.hides_participation:  # the summary is shown to those who must not know who was drawn
+        excluded = {site: {0: rounds[0]} for site, rounds in excluded.items() if 0 in rounds}
+        if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
+            stopped = f"{type(result.stopped).__name__}: the sites concerned are named in {RECORD_FILE} alone"
     return Summary(
         name=run.config.name,
         run_id=run.run_id,
         status=result.status,
         rounds=result.progress.round if result.progress else 0,
-        stopped=str(result.stopped)
-        if isinstance(result.stopped, (QuorumNotMet, ModelDiverged))
-        else result.early,
+        stopped=stopped,
         metric=run.metric,
         seed=run.config.seed,
         config_hash=run.config.content_hash,

@@ -264,7 +264,8 @@ def _finish(
         metrics=metrics,
     )
     run.tell("phase", round, "checkpoint")
-    save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit)
+    private = run.config.hides_participation
+    save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit, private=private)
     seconds = {**books.seconds, "checkpoint": round_seconds(time.monotonic() - started)}
     record = record.model_copy(update={"seconds": seconds})
     run.append(record, metrics)

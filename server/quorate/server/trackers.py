@@ -77,6 +77,7 @@ class TensorboardTracker:
                 "run `pip install 'quorate[tensorboard]'`, or take tensorboard out of report_to."
             ) from error
         self._make = SummaryWriter
+        self._hidden = False
         self._writer: Any = None
 
     def refused(self, sites: Mapping[str, Exclusion]) -> None:
@@ -91,6 +92,7 @@ class TensorboardTracker:
         resumed_from: int,
     ) -> None:
         """Open the log. Points of rounds after `resumed_from`, which will be run again, are purged."""
+        self._hidden = run.hides_participation
         purge = resumed_from + 1 if resumed_from else None
         self._writer = self._make(str(output_dir / TENSORBOARD_DIR), purge_step=purge)
         if not resumed_from:
@@ -108,6 +110,10 @@ class TensorboardTracker:
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's scalars and flush, so that a run that is killed later has them."""
         if self._writer is None:  # `start` failed, and that was said
+            return
+        if self._hidden:  # all but the figures of an evaluation depends on who was drawn
+            validation = metrics.validation
+            self._write(dict(_evaluation_scalars(validation)) if validation else {}, record.round)
             return
         self._write(dict(_round_scalars(record, metrics)), record.round)
 

@@ -21,7 +21,8 @@ def learning_section(files: RunFiles) -> Section:
     """Draw the validation metric, pooled and per site, and the training loss per site."""
     section = Section("learning", "How it learnt")
     validated = [each for each in files.metrics if value_of(each.validation, files.metric) is not None]
-    trained = [each for each in files.metrics if each.train]
+    hidden = files.config.hides_participation
+    trained = [each for each in files.metrics if each.train or hidden]
     if not trained:
         section.say("No round was finished, so there is nothing to show.")
         return section
@@ -49,7 +50,8 @@ def learning_section(files: RunFiles) -> Section:
     if losses:
         section.blocks.append(_loss_chart(losses))
     else:
-        section.say("The sites report no training loss.", "note")
+        why = "Whose training loss there is, is hidden" if hidden else "The sites report no training loss"
+        section.say(f"{why}.", "note")
     section.blocks.append(_table(files, trained))
     return section
 

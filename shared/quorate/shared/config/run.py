@@ -232,6 +232,11 @@ class RunConfig(ConfigModel):
         return isinstance(self.privacy, ClientPrivacy)
 
     @property
+    def hides_participation(self) -> bool:
+        """Whether nobody but the coordinator may know which sites were drawn in which round."""
+        return isinstance(self.privacy, ClientPrivacy) and self.privacy.participation_hidden
+
+    @property
     def picks_best(self) -> bool:
         """Whether validation rows pick the round that is kept; else it is the last.
 

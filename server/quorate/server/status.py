@@ -47,5 +47,5 @@ class RunStatus(Record):
             ) from error
 
     def write(self, run_dir: Path) -> None:
-        """Write it, whole or not at all, for its owner alone: the message names sites. Raises: OutputError."""
+        """Write it, whole or not at all, for its owner alone (it may name sites). Raises: OutputError."""
         write_file(run_dir / STATUS_FILE, self.model_dump_json(indent=2) + "\n", private=True)

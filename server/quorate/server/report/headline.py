@@ -229,6 +229,11 @@ def _warnings(files: RunFiles) -> list[str]:
         found.append(f"The run failed after {done} of {asked} rounds, and {kept}: {summary.stopped}")
     elif summary.stopped:
         found.append(f"{summary.stopped[0].upper()}{summary.stopped[1:]} (early stopping).")
+    if result and result.missing:
+        found.append(
+            f"Without {listed(sorted(result.missing))}, which did not give figures that count: the result is "
+            "that of the other sites' rows."
+        )
     if result and result.split != "test":
         found.append(
             f"No figures on test rows: these are on {result.split} rows"

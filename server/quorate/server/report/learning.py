@@ -9,6 +9,7 @@ from quorate.server.report import charts, figures
 from quorate.server.report.curves import Line, curves
 from quorate.server.report.figures import DASH, count, metric_name, show
 from quorate.server.report.files import RunFiles, value_of
+from quorate.server.report.headline import why_unmeasured
 from quorate.server.report.page import Cell, Chart, Section, Table
 from quorate.server.report.svg import FEDERATED, OTHER, SERIES, variable
 from quorate.shared.config.privacy import SitePrivacy
@@ -38,11 +39,11 @@ def learning_section(files: RunFiles) -> Section:
         )
         section.blocks.append(_validation_chart(files, validated))
     else:
-        why = (
-            "as no site has validation rows"
-            if files.config.evaluation.share_outcomes
-            else "as the run has sites send no outcomes (evaluation.share_outcomes)"
-        )
+        why = "as no site has validation rows"
+        if not files.config.evaluation.share_outcomes:
+            why = "as the run has sites send no outcomes (evaluation.share_outcomes)"
+        elif any(each.validation and each.validation.missing for each in files.metrics):
+            why = f"for want of an answer that counts ({why_unmeasured(files)})"
         section.say(
             f"The model was not tested between rounds, {why}; the last round's model is kept.", "note"
         )

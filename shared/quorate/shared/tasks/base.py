@@ -96,6 +96,8 @@ class Task(ConfigModel, ABC):
     """Whether `num_tokens` counts something."""
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     """Metrics of which a smaller value is the better one."""
+    largest_loss: ClassVar[float] = 1e6
+    """Largest loss of a row or token [nats] that a model gives which is of any use; no loss is negative."""
     resamples: ClassVar[bool] = True
     """Whether outcomes may be resampled one by one for an interval; not where several come from one row."""
     counted: ClassVar[str] = "rows"

@@ -280,8 +280,10 @@ class CausalLM(Task):
         return np.asarray(right[:, None].cpu().numpy(), dtype=np.int64)
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
-        """Raise ProtocolError unless outcomes are right or wrong, at least one for each row."""
-        if any(value not in ((0,), (1,)) for value in outcomes.values) or outcomes.units < outcomes.rows:
+        """Raise ProtocolError unless outcomes are right or wrong, from one to max_length for each row."""
+        most = outcomes.rows * self.max_length
+        known = all(value in ((0,), (1,)) for value in outcomes.values)
+        if not known or not outcomes.rows <= outcomes.units <= most:
             raise ProtocolError(
                 "sent outcomes that are not right or wrong tokens of rows, as this task has them."
             )

@@ -210,7 +210,9 @@ def test_a_group_that_is_trained_and_measured_on_is_refused(make_run: Any, make_
 
 def ask(site: Site, run: RunConfig, folder: Path, phase: Any, split: Any = None) -> Any:
     opened = Run.open(run, folder)
-    asked: RoundRequest = request(opened, 1, phase, site.names[0], Adapter({}), split)
+    asked: RoundRequest = request(
+        opened, 0 if phase == "join" else 1, phase, site.names[0], Adapter({}), split
+    )
     return site.handle([asked])[0].header
 
 

@@ -21,6 +21,7 @@ from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.prepared import Prepared, Resident
 from quorate.client.private import check_split, groups_of
+from quorate.client.received import check_arrays, check_base_change, check_header
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
@@ -139,10 +140,13 @@ class Site:
             raise ProtocolError("the configuration does not have the hash that the request names.")
         if header.site not in self.names:
             raise RequestRefused(f"this process does not answer for site {header.site!r}.")
+        check_header(run, header)
         resident = self._prepared.load(run)
+        check_arrays(run, header, request.arrays, resident.model.initial)
+        limits = self._prepared.holdings.base_limits
+        check_base_change(resident.model, GlobalState.unpack(request.arrays).residual, limits)
         if header.phase == "fit":
             self._prepared.examples(resident, header.site, "train")
-            request.arrays.check_finite()
         return resident
 
     def _answer(self, requests: list[RoundRequest]) -> list[Update]:
@@ -178,11 +182,11 @@ class Site:
 
     def _evaluate(self, resident: Resident, request: RoundRequest) -> Update:
         started = time.monotonic()
-        if request.header.split is None:
-            raise ProtocolError("a request to evaluate must name a split.")
-        check_split(resident.run, request.header.split)
+        split = request.header.split
+        assert split is not None, "check_header"
+        check_split(resident.run, split)
         state = self._received(resident, request)
-        examples = self._prepared.examples(resident, request.header.site, request.header.split)
+        examples = self._prepared.examples(resident, request.header.site, split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
@@ -273,9 +277,7 @@ class Site:
 
     def _completed(self, resident: Resident, request: RoundRequest) -> GlobalState:
         """Complete what was sent by the seeded start."""
-        state = GlobalState.unpack(resident.model.initial.updated(request.arrays))
-        state.adapter.check_schema(resident.model.initial.schema)
-        return state
+        return GlobalState.unpack(resident.model.initial.updated(request.arrays))
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

@@ -32,9 +32,16 @@ REASONS = {
     "policy-data": "its policy does not allow this data alias, or it holds no such data",
     "policy-model": "its policy does not list the base model's sha256, or the run does not name it",
     "policy-rank": "its policy allows no adapter of this rank",
+    "policy-aggregation": "its policy does not allow this aggregation rule",
+    "policy-base": "its policy lets no rule change its base model so far",
     "policy-modules-to-save": "its policy does not allow a part of the model to be trained whole",
     "policy-head": "its policy allows no head with so many hidden units",
     "policy-rows": "has fewer training rows than its policy asks for",
+    "policy-rounds": "its policy allows fewer rounds",
+    "policy-steps": "its policy allows fewer optimiser steps in a round",
+    "policy-minutes": "has worked as long on a round, or in a day, as its policy allows",
+    "policy-runs": "has begun as many runs in a day as its policy allows",
+    "site-file": "has a site.yaml that cannot be used; its log says what is wrong in it",
     "policy-approval": "a person at the site must approve this run first (quorate site approve)",
     "policy-privacy": "asks for differential privacy, or the run's privacy does not cover the request",
     "policy-budget": "has too little privacy budget left for this run, or none for its unit of privacy",
@@ -188,6 +195,7 @@ class _Patience:
         self._answers = answers
         self._started = started
         self._half = (asked + 1) // 2
+        self._quorum = min(answers.quorum, asked) if answers.optional else answers.quorum
         self._since: dict[str, float] = {}
         self._told = started
 
@@ -195,9 +203,9 @@ class _Patience:
         """Whether to wait no longer, for sites of which some are not known to be away (`present`)."""
         answers, now = self._answers, time.monotonic()
         counted = answers.heard if answers.optional else answers.good
-        if not present and counted >= (1 if answers.optional else answers.quorum):
+        if not present and counted >= (1 if answers.optional else self._quorum):
             return True
-        waits = [("quorum", counted >= answers.quorum, answers.grace)]
+        waits = [("quorum", counted >= self._quorum, answers.grace)]
         if answers.optional:
             waits.append(("half", answers.heard >= self._half, answers.grace + answers.reask))
         for name, reached, seconds in waits:

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _MAY_COME = ("timeout", "unreachable", "absent")
 """Codes of sites that did not join for want of an answer, and may still."""
+APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
+"""Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
 
 
 @dataclass
@@ -124,7 +126,10 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     asked = {node: request(run, 0, "join", names[node] if names else "") for node in sorted(online)}
     answers = answers_of(run, known, presence, quorum=federation.quorum)
     back = {name: node for node, name in known.items()}
-    replied = [(back[name], update) for name, update in answers.ask(grid, asked, join_check(run))]
+    check = join_check(run)
+    replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
+    for name, update in _once_approved(grid, run, answers, asked, check):
+        replied.append((back[name], update))
     members = _agreeing(replied)
     members.presence = presence
     members.refused.update(answers.excluded)
@@ -142,6 +147,37 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
             f"{f' ({reasons})' if reasons else ''}; mend those sites or lower federation.quorum."
         )
     return members
+
+
+def _once_approved(
+    grid: Grid, run: Run, answers: Answers, asked: Mapping[int, RoundRequest], check: Check
+) -> Iterator[tuple[str, Update]]:
+    """Ask sites that wait for their people's word until they have it; yields (site, update) as they join.
+
+    Whoever has none after federation.approval_seconds stays in the books as excluded.
+    """
+    until, said = time.monotonic() + run.config.federation.approval_seconds, ""
+    while without := [node for node in asked if _unapproved(answers, node)]:
+        if (left := until - time.monotonic()) <= 0:
+            return
+        names = ", ".join(answers.sites[node] for node in without)
+        if names != said:
+            word = (
+                f"waiting for approval at {names}: their people must give `quorate site approve {run.run_id}`"
+            )
+            run.tell("phase", 0, word)
+            said = names
+        time.sleep(min(APPROVAL_SECONDS, left))
+        again = answers_of(run, answers.sites, answers.presence)
+        for node in without:
+            del answers.excluded[answers.sites[node]]
+        yield from again.ask(grid, {node: asked[node] for node in without}, check)
+        answers.excluded.update(again.excluded)
+
+
+def _unapproved(answers: Answers, node: int) -> bool:
+    why = answers.excluded.get(answers.sites[node])
+    return why is not None and why.code == APPROVAL
 
 
 def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:

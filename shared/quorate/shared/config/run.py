@@ -187,6 +187,9 @@ class FederationConfig(ConfigModel):
     known to be away: it is asked again, and not waited for until it answers."""
     reask_seconds: float = Field(300, ge=0)
     """How long a site that cannot be reached is waited for, and asked again; more than a restart takes."""
+    approval_seconds: float = Field(3600, ge=0)
+    """How long sites whose people must approve the run first are waited for, before round 1; then it goes on
+    with the others, or ends where they are fewer than the quorum."""
     max_update_norm: float | None = Field(None, gt=0)
     """Set aside an update that moved further than this L2 norm [parameter units]."""
     max_norm_ratio: float | None = Field(10.0, gt=1)

@@ -74,7 +74,6 @@ def test_what_others_may_read_does_not_say_who_was_drawn(
         "Which site counted",
         "How often each site",
         "Weight of each site",
-        "Traffic",
         "train_loss",
     ):
         assert telling not in page, telling

@@ -198,6 +198,7 @@ class _Patience:
         self._answers = answers
         self._started = started
         self._half = (asked + 1) // 2
+        self._quorum = min(answers.quorum, asked) if answers.optional else answers.quorum
         self._since: dict[str, float] = {}
         self._told = started
 
@@ -205,9 +206,9 @@ class _Patience:
         """Whether to wait no longer, for sites of which some are not known to be away (`present`)."""
         answers, now = self._answers, time.monotonic()
         counted = answers.heard if answers.optional else answers.good
-        if not present and counted >= (1 if answers.optional else answers.quorum):
+        if not present and counted >= (1 if answers.optional else self._quorum):
             return True
-        waits = [("quorum", counted >= answers.quorum, answers.grace)]
+        waits = [("quorum", counted >= self._quorum, answers.grace)]
         if answers.optional:
             waits.append(("half", answers.heard >= self._half, answers.grace + answers.reask))
         for name, reached, seconds in waits:

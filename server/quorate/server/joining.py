@@ -27,10 +27,10 @@ from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
-APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
-"""Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
 _MAY_COME = ("timeout", "unreachable", "absent")
 """Codes of sites that did not join for want of an answer, and may still."""
+APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
+"""Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
 
 
 @dataclass

@@ -63,7 +63,9 @@ class Plan:
             first = (round - 1) * self.training.num_train_epochs
             epochs = range(first, first + self.training.num_train_epochs)
             # An epoch ends in a short step, with either way to sample, so that both take as many steps.
-            batches = [chunk for epoch in epochs for chunk in _chunks(self._rows_of(epoch), self.rows_per_step)]
+            batches = [
+                chunk for epoch in epochs for chunk in _chunks(self._rows_of(epoch), self.rows_per_step)
+            ]
         else:
             walk = self._walk((round - 1) * self.training.max_steps * self.rows_per_step)
             batches = [list(islice(walk, self.rows_per_step)) for _ in range(self.training.max_steps)]

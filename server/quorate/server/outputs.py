@@ -67,8 +67,8 @@ def _measured(
 ) -> tuple[Measured, dict[str, Outcomes]]:
     outcomes = evaluate_at_sites(grid, run, result.members, state, "test", round)
     config = run.config
-    samples = config.evaluation.bootstrap_samples
-    test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+    intervals = config.evaluation.bootstrap_samples > 0
+    test = summarise(config.task, "test", outcomes, intervals=intervals)
     return Measured(round=round, validation=validation, test=test), outcomes
 
 

@@ -23,8 +23,8 @@ import numpy.typing as npt
 _Z = 1.959963984540054
 """97.5th percentile of the normal distribution."""
 _FEWEST = 12
-"""Units per ratio below which a mean of several has no interval: a class with a handful of rows has a rate that
-is too far from normal, see docs/decisions/047-intervals-by-coverage.md."""
+"""Units per ratio below which a mean of several has no interval: the rate of a class with few rows is too far
+from normal, see docs/decisions/047-intervals-by-coverage.md."""
 Array = npt.NDArray[np.float64]
 
 

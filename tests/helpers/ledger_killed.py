@@ -103,7 +103,7 @@ def work(place: Place, first: int, rounds: int, out: int) -> None:
     budgets = Budgets(SITE, place.folder, crude)
     site = Accounted(
         place.open,
-        budgets,
+        lambda: budgets,
         lambda run: spending(run, SITE, place.folder, lambda _: EVENT),
         answered,
         write_down=lambda run: None,  # there are no rows

@@ -70,6 +70,7 @@ def request(
         "run_config": run.canonical_json(),
         "config_hash": run.content_hash,
         "versions": versions() if phase == "join" else {},
+        **({"split": "validation"} if phase == "evaluate" else {}),
         **fields,
     }
     return RoundRequest(RequestHeader.model_validate(header), arrays)

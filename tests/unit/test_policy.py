@@ -67,6 +67,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"model": {"sha256": "0" * 64}}, "policy-model", "add its folder and sha256 to models"),
     ({"max_rank": 3}, {}, "policy-rank", "policy.max_rank is 3, the run asks for rank 4; raise"),
     (
+        {"aggregation": ["fedavg", "ffa"]},
+        {"aggregation": {"name": "fedex"}},
+        "policy-aggregation",
+        "policy.aggregation allows fedavg, ffa, the run asks for rule fedex; add it",
+    ),
+    (
         {"modules_to_save": ["bert.pooler.dense"]},
         {"adapter": {"modules_to_save": ["bert.pooler.dense", "dense"]}},
         "policy-modules-to-save",

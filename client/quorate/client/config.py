@@ -6,6 +6,7 @@ from typing import Annotated, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from quorate.shared.aggregation import RULES
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.config.names import Name, Sha256
 from quorate.shared.config.sites import SourceConfig
@@ -60,6 +61,14 @@ class PolicyConfig(ConfigModel):
     """Data aliases that runs may use; all of `data` when left out."""
     max_rank: int = Field(64, ge=1)
     """Highest rank of an adapter."""
+    aggregation: tuple[str, ...] | None = None
+    """Allowed aggregation rules by name, such as `fedavg`; all when left out. `fedex` changes the weights of
+    the base model at this site while a run lasts, within the next two limits."""
+    max_residual_rank: int | None = Field(None, ge=1)
+    """Highest rank of what such a rule may add to the weight of a layer; the layer's own when left out."""
+    max_base_change: float | None = Field(0.5, gt=0)
+    """Most that such a rule may change the weight of a layer, as a Frobenius norm over that of the weight;
+    no limit when null."""
     modules_to_save: tuple[str, ...] = ()
     """Parts of the base model that a run may train whole, by the names that run files use
     (`adapter.modules_to_save`). The task's own head needs no entry. What is trained whole can hold far more
@@ -70,11 +79,33 @@ class PolicyConfig(ConfigModel):
     """Fewest training rows of a data set that may be trained on."""
     approve_each_run: bool = False
     """A person must approve each run (`quorate site approve RUN_ID`) before it may use data."""
+    max_rounds: int | None = Field(1000, ge=1)
+    """Most rounds of a run; null sets no limit, here and in the limits that follow."""
+    max_steps_per_round: int | None = Field(10_000, ge=1)
+    """Most optimiser steps of one round here, as `training.max_steps` says or as epochs over this site's rows
+    make."""
+    max_minutes_per_round: float | None = Field(120, gt=0)
+    """Longest that one round may be worked on; training ends at the step that passes it."""
+    max_minutes_per_day: float | None = Field(720, gt=0)
+    """Longest that all runs together may be worked on in any 24 hours."""
+    max_runs_per_day: int | None = Field(50, ge=1)
+    """Most runs that may begin here in any 24 hours."""
     require_privacy: bool = False
     """Refuse every run without record- or group-level privacy, that is, without noise added at this site."""
+    answer_grid_seconds: float = Field(0.0, ge=0, le=3600)
+    """Let answers leave only at whole multiples of so many seconds after their request came, so that how long
+    the rows took tells less; 0 lets them leave at once. Each answer takes up to so much longer."""
     privacy_budgets: tuple[PrivacyBudget, ...] = ()
     """Budgets by data set and unit. A data set with a budget is closed to runs without record- or group-level
     privacy, and to units without a budget; one without any is spent from without a limit."""
+
+    @field_validator("aggregation")
+    @classmethod
+    def _rules_exist(cls, rules: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        known = [str(get_args(rule.model_fields["name"].annotation)[0]) for rule in RULES]
+        if unknown := [rule for rule in rules or () if rule not in known]:
+            raise ValueError(f"there is no rule {', '.join(unknown)}; choose from {', '.join(known)}")
+        return rules
 
     @field_validator("tasks")
     @classmethod

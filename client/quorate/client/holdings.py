@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from quorate.client.received import BaseLimits
 from quorate.shared.config.run import RunConfig
 from quorate.shared.messages import Split
 from quorate.shared.tasks.base import Row
@@ -21,11 +22,21 @@ class Holdings(Protocol):
         """The sites of this process."""
         ...
 
+    @property
+    def readings(self) -> int:
+        """How often rows were let go of, to be read again; what was made of earlier ones goes too."""
+        ...
+
     def rows(self, run: RunConfig, site: str) -> SiteRows:
-        """Return the rows that the run's data alias stands for at `site`; the same ones each time.
+        """Return the rows that the run's data alias stands for at `site`; the same ones until a run begins.
 
         Raises: DataError: they cannot be read. RequestRefused: the site does not give them for this run.
         """
+        ...
+
+    @property
+    def base_limits(self) -> BaseLimits:
+        """How far a rule may move the base model here."""
         ...
 
     def at_hand(self, run: RunConfig) -> RunConfig:
@@ -51,9 +62,19 @@ class InMemory:
         """The sites of this process."""
         return tuple(self.of)
 
+    @property
+    def readings(self) -> int:
+        """They are never read again."""
+        return 0
+
     def rows(self, run: RunConfig, site: str) -> SiteRows:
         """Return the site's rows."""
         return self.of[site]
+
+    @property
+    def base_limits(self) -> BaseLimits:
+        """Return no limits: whoever simulates is coordinator and sites at once."""
+        return BaseLimits()
 
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run as it is."""

@@ -7,6 +7,7 @@ the run's seed, so every site that holds the same base builds the same start wit
 from __future__ import annotations
 
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -21,7 +23,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapter import Adapter, Array
 from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.base_model import default_device, load_base, load_empty
 from quorate.shared.config.run import AdapterConfig, RunConfig
@@ -56,6 +58,7 @@ class LoadedModel:
     sha256: str
     initial: Adapter
     _pristine: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _norms: dict[str, float] = field(default_factory=dict, repr=False)
     _residual_hash: str | None = None
 
     def set_residual(self, residual: Adapter) -> None:
@@ -85,6 +88,26 @@ class LoadedModel:
                 product = product.T
             weight.data.add_(product.to(weight), alpha=module.scaling["default"])
         self._residual_hash = residual.content_hash
+
+    def base_change(self, layer: str, b: Array, a: Array) -> float:
+        """Return how far s b a moves the untouched weight of `layer`, as a Frobenius norm over its own.
+
+        Args:
+            b: [d_out, q].
+            a: [q, d_in].
+        Returns: infinity for a weight of zeros.
+        Raises: ModelError: as `base_weight`.
+        """
+        module = self.peft.get_submodule(layer)
+        weight = base_weight(module)
+        if layer not in self._norms:
+            untouched = self._pristine.get(layer, weight.data)
+            self._norms[layer] = float(torch.linalg.vector_norm(untouched.double()))
+        scaling: float = module.scaling["default"]  # type: ignore[index, assignment]
+        left, right = b.astype(np.float64), a.astype(np.float64)  # products of float32 do not overflow in it
+        squared = float(np.sum((left.T @ left) * (right @ right.T)))
+        moved = abs(scaling) * math.sqrt(max(squared, 0.0))
+        return moved / self._norms[layer] if self._norms[layer] else math.inf
 
     def check_tokens(self, examples: Sequence[Example]) -> None:
         """Raise ModelError if a text has a token for which the model has no embedding."""

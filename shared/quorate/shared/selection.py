@@ -109,6 +109,15 @@ def upload_schema(
     return run.aggregation.upload_schema(kept, round)
 
 
+def download_schema(
+    run: RunConfig, schema: Mapping[str, tuple[int, ...]], round: int
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the adapter's arrays in what `downloaded` returns."""
+    kept = {name: schema[name] for name in schema.keys() - frozen(run.training, schema)}
+    names = run.aggregation.sent(kept, round)
+    return {name: shape for name, shape in kept.items() if name in names}
+
+
 def downloaded(run: RunConfig, state: GlobalState, round: int) -> Adapter:
     """Return what is sent to a site, which has the frozen arrays from its seeded start."""
     still = frozen(run.training, state.adapter)

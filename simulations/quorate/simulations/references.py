@@ -21,9 +21,11 @@ from quorate.server.joining import request
 from quorate.server.records import Exclusion, Measured, References, Worth
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import RoundRequest, Split, Update
+from quorate.shared.messages import Phase, RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
+from quorate.shared.selection import downloaded
 from quorate.shared.tasks.base import Row
 
 POOL = "(all sites)"
@@ -120,12 +122,14 @@ def train_alone(
     asking = Run(config, run.output_dir, run.run_id)
     for round in range(1, config.federation.rounds + 1):
         run.tell("phase", round, what)
-        asked = [request(asking, round, "fit", name, arrays) for name, arrays in current.items()]
-        current = {name: update.arrays for name, update in _answers(site, asked, failed).items()}
+        asked = [_asking(asking, round, "fit", name, adapter) for name, adapter in current.items()]
+        trained = _answers(site, asked, failed)
+        current = {name: initial.updated(update.arrays) for name, update in trained.items()}
         if round % config.evaluation.every and round != config.federation.rounds:
             continue
         asked = [
-            request(asking, round, "evaluate", name, arrays, "validation") for name, arrays in current.items()
+            _asking(asking, round, "evaluate", name, adapter, "validation")
+            for name, adapter in current.items()
         ]
         answered = _answers(site, asked, failed)
         current = {name: current[name] for name in answered}
@@ -147,13 +151,20 @@ def _measure(
 ) -> dict[str, Outcomes] | None:
     """Return an adapter's test outcomes on every site's rows; None, and `whose` in `failed`, if one fails."""
     asking = Run(single(run.config), run.output_dir, run.run_id)
-    asked = [request(asking, 0, "evaluate", name, candidate.adapter, "test") for name in rows]
+    asked = [_asking(asking, candidate.round, "evaluate", name, candidate.adapter, "test") for name in rows]
     wrong: dict[str, Exclusion] = {}
     answers = _answers(site, asked, wrong)
     if wrong:
         failed[whose] = next(iter(wrong.values()))
         return None
     return {name: update.header.outcomes or Outcomes() for name, update in answers.items()}
+
+
+def _asking(
+    run: Run, round: int, phase: Phase, name: str, adapter: Adapter, split: Split | None = None
+) -> RoundRequest:
+    """Return a request that starts from `adapter`, of which it brings what the run's rule sends."""
+    return request(run, round, phase, name, downloaded(run.config, GlobalState(adapter), round), split)
 
 
 def _answers(site: Site, requests: list[RoundRequest], failed: dict[str, Exclusion]) -> dict[str, Update]:

@@ -5,6 +5,8 @@ run file may say about it), so whatever a run file names is fully described by t
 
     site    trainable(names, round)            which arrays move in this round
             upload(trained, received, round)   what leaves the site
+            sent(names, round)                 which arrays a site accepts, and
+            residual_rank(r, rounds, cohort)   how much of a base change
     server  download(state, round)             what goes to the sites
             init -> add(update) ... -> finish  one pass over the round's updates
             memory_bytes(schema, cohort)       what that pass holds
@@ -117,9 +119,24 @@ class Aggregator(ConfigModel):
         names = self.trainable(schema, round)
         return {name: shape for name, shape in schema.items() if name in names}
 
+    def sent(self, names: Iterable[str], round: int) -> frozenset[str]:
+        """Return which of the adapter's arrays are sent; sites have the others from their seeded start."""
+        return frozenset(names)
+
+    def residual_rank(self, r: int, rounds: int, cohort: int | None) -> int | None:
+        """Return the highest rank that the residual of a layer can have.
+
+        Args:
+            r: rank of the adapter.
+            rounds: that have been aggregated.
+            cohort: most sites of a round; None where the run does not say.
+        Returns: None where nothing bounds it but the layer itself; 0 of rules that leave the base alone.
+        """
+        return 0
+
     def download(self, state: GlobalState, round: int) -> Adapter:
-        """Return the arrays sent to every site; a site fills in what is missing from its seeded start."""
-        return state.pack()
+        """Return the arrays sent to every site: those of `sent`, and the residual."""
+        return state.adapter.subset(self.sent(state.adapter, round)).updated(state.residual)
 
     def init(self, state: GlobalState, round: int) -> WeightedSum:
         """Start a round's aggregation; returns the accumulator that `add` and `finish` take.

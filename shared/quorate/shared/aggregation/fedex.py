@@ -49,6 +49,12 @@ class FedEx(Aggregator):
                 "set adapter.use_dora: false or choose aggregation fedavg"
             )
 
+    def residual_rank(self, r: int, rounds: int, cohort: int | None) -> int | None:
+        """Return (K - 1) r for each round so far, where the run says how many sites a round has at most."""
+        if not rounds:
+            return 0
+        return None if cohort is None else rounds * (cohort - 1) * r
+
     def init(self, state: GlobalState, round: int) -> FactorStack:
         """Start an empty stack."""
         return FactorStack()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from quorate.shared.adapter import Adapter, is_lora_a
-from quorate.shared.aggregation.base import Aggregator, GlobalState
+from quorate.shared.adapter import is_lora_a
+from quorate.shared.aggregation.base import Aggregator
 
 
 class FFA(Aggregator):
@@ -24,7 +24,6 @@ class FFA(Aggregator):
         """Return all arrays but A: [r, d_in] stays at its start in every round."""
         return frozenset(name for name in names if not is_lora_a(name))
 
-    def download(self, state: GlobalState, round: int) -> Adapter:
+    def sent(self, names: Iterable[str], round: int) -> frozenset[str]:
         """Return all arrays but A, which every site draws from the run's seed by itself."""
-        arrays = state.pack()
-        return arrays.subset(name for name in arrays if not is_lora_a(name))
+        return frozenset(name for name in names if not is_lora_a(name))

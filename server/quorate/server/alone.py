@@ -65,15 +65,13 @@ def compare(grid: Grid, run: Run, result: Result, federated: Mapping[str, Outcom
         return Compared()
     run.tell("phase", result.progress.round, "local only")
     answers, found = _ask(grid, run, result.members)
-    samples, local, gains = config.evaluation.bootstrap_samples, {}, {}
+    intervals, local, gains = config.evaluation.bootstrap_samples > 0, {}, {}
     for site, (round, outcomes) in sorted(found.items()):
-        test = summarise(config.task, "test", {site: outcomes}, samples=samples, seed=config.seed)
+        test = summarise(config.task, "test", {site: outcomes}, intervals=intervals)
         local[site] = Measured(round=round, test=test)
         theirs = federated.get(site, Outcomes())
         if theirs.rows and outcomes.rows:
-            gains[site] = worth(
-                config.task, run.metric, theirs, outcomes, samples=samples, seed=config.seed, site=site
-            )
+            gains[site] = worth(config.task, run.metric, theirs, outcomes, intervals=intervals)
     return Compared(References(local_only=local, failed=answers.excluded), gains)
 
 

@@ -30,13 +30,14 @@ def measure(
     split: Split,
     round: int,
     books: Books | None = None,
-    samples: int = 0,
+    *,
+    intervals: bool = False,
 ) -> tuple[Evaluation, dict[str, Outcomes]]:
     """Have every site measure `state` on its own rows.
 
     Args:
-        samples: bootstrap resamples for intervals.
         books: takes the traffic and the exclusions.
+        intervals: whether to give 95 % intervals.
     Returns: the figures of those that answered, with those that did not named; and site -> outcomes.
     Raises: ModelDiverged: sites answered, and none of those that have such rows could measure it.
     """
@@ -45,8 +46,7 @@ def measure(
     missing = {site: excluded[site] for site in asked if site in excluded}
     if len(missing) == len(asked) and any(why.code in _BROKEN for why in missing.values()):
         raise _diverged(round, split, missing, books.norms if books else {})
-    config = run.config
-    figures = summarise(config.task, split, outcomes, samples=samples, seed=config.seed)
+    figures = summarise(run.config.task, split, outcomes, intervals=intervals)
     return figures.model_copy(update={"missing": missing}), outcomes
 
 

@@ -73,9 +73,9 @@ def _tested(
 def _measured(
     grid: Grid, run: Run, result: Result, state: GlobalState, progress: Progress
 ) -> tuple[Measured, dict[str, Outcomes]]:
-    samples = run.config.evaluation.bootstrap_samples
+    intervals = run.config.evaluation.bootstrap_samples > 0
     test, outcomes = measure_at_sites(
-        grid, run, result.members, state, "test", progress.round, samples=samples
+        grid, run, result.members, state, "test", progress.round, intervals=intervals
     )
     return Measured(round=progress.round, validation=progress.metrics.validation, test=test), outcomes
 

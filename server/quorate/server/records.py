@@ -97,8 +97,8 @@ class Evaluation(Record):
     missing: dict[str, Exclusion] = {}
     """Sites that have such rows and were not measured, and why; `pooled` and `mean` are without them."""
     intervals: dict[str, Any] = {}
-    """95 % bootstrap intervals, [low, high], of every scalar metric: `pooled` > metric and
-    `sites` > NAME > metric."""
+    """95 % intervals, [low, high], of the metrics that have one: `pooled` > metric and `sites` > NAME >
+    metric. See `quorate.shared.intervals`."""
 
 
 class RoundMetrics(Record):
@@ -152,8 +152,8 @@ class Worth(Record):
     gain: Figure
     """federated - local_only."""
     interval: tuple[Figure, Figure] | None = None
-    """95 % interval of the gain, from resampling the site's test rows of both independently (so it is on the
-    wide side: the same rows were scored twice)."""
+    """95 % interval of the gain, for which the two figures are taken for independent (so it is on the wide
+    side: the same rows were scored twice)."""
 
 
 class SampleObject(Record):

@@ -37,8 +37,6 @@ class CausalLM(Task):
     default_metric: ClassVar[str] = "loss"
     counts_tokens: ClassVar[bool] = True
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
-    # Tokens of one text depend on one another: resampled one by one they would seem surer than they are.
-    no_interval: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity", "token_accuracy"})
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 

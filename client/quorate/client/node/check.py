@@ -16,6 +16,7 @@ from quorate.client.node.access import Access
 from quorate.client.node.folder import SITE_YAML, SiteFolder, local_data
 from quorate.client.node.owners import Account, accounts
 from quorate.client.node.server_check import check_server
+from quorate.client.node.site_file import check_process
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import ConfigError, DataError, ModelError, QuorateError
 
@@ -57,6 +58,7 @@ def check(folder: Path, run_path: Path | None = None) -> list[Line]:
         for alias in site.config.data:
             lines.append(_line(f"data.{alias}", lambda alias=alias: _data(site, alias)))  # type: ignore[misc]
         lines.append(_line("ledger", lambda: _ledger(site)[0]))
+        lines.append(_line("site process", lambda: check_process(site)))
         if run_path is not None:
             lines.append(_line(f"run {run_path.name}", lambda: _run(site, run_path)))
     lines.append(_line("node.key", lambda: _node_key(site)))

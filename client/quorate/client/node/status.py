@@ -9,6 +9,8 @@ from typing import Literal
 from quorate.client.approvals import waiting_runs, withdrawn_runs
 from quorate.client.node.contact import silent, standing
 from quorate.client.node.folder import SiteFolder
+from quorate.client.node.site_file import SiteFileState
+from quorate.client.node.site_file import standing as standing_of_file
 from quorate.client.service import MODEL, check_health
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.supervised import Status, read_status
@@ -55,6 +57,8 @@ class SiteStatus(ConfigModel):
     """The connection."""
     base_model_loaded: bool
     """Whether the site process holds a base model; it loads one when a run first asks."""
+    site_file: SiteFileState | None
+    """Whether the site process works by site.yaml as it is now; None where none runs."""
     waiting: tuple[str, ...]
     """Runs that were turned away until a person approves them."""
     withdrawn: tuple[str, ...]
@@ -79,6 +83,7 @@ def site_status(site: SiteFolder) -> SiteStatus:
         programs=programs,
         server=_server(site, running=status is not None),
         base_model_loaded=status is not None and check_health(site.socket, name=MODEL),
+        site_file=standing_of_file(site),
         waiting=tuple(waiting_runs(site.state)) if runs else (),
         withdrawn=tuple(withdrawn_runs(site.state)) if runs else (),
     )

@@ -48,6 +48,8 @@ def print_status(found: SiteStatus) -> None:
         since = f" since {found.server.since:%Y-%m-%d %H:%M:%S} UTC" if found.server.since else ""
         typer.echo(f"server {found.server.address}: {found.server.state}{detail}{since}")
         typer.echo(f"base model: {'loaded' if found.base_model_loaded else 'none loaded yet'}")
+        if found.site_file is not None:
+            typer.echo(f"site.yaml: {found.site_file.said}")
     for run_id in found.waiting:
         typer.echo(f"run {run_id} waits for your word: `quorate site approve {run_id}`")
     for run_id in found.withdrawn:

@@ -66,8 +66,8 @@ def approve(state: Path, run_id: str) -> Path:
     if not re.fullmatch(RUN_ID, run_id) or not waiting.is_file():
         known = ", ".join(waiting_runs(state)) or "none"
         raise ConfigError(
-            f"no run {run_id!r} has asked here (waiting: {known}); start the run, which is refused once, "
-            "then approve it and resume it."
+            f"no run {run_id!r} has asked here (waiting: {known}); have the coordinator start it, which then "
+            "waits for your word."
         )
     digest = hashlib.sha256(waiting.read_bytes()).hexdigest()
     word = Approval(by=_user(), at=datetime.now(UTC), config_hash=digest)

@@ -92,6 +92,9 @@ class PolicyConfig(ConfigModel):
     """Most runs that may begin here in any 24 hours."""
     require_privacy: bool = False
     """Refuse every run without record- or group-level privacy, that is, without noise added at this site."""
+    answer_grid_seconds: float = Field(0.0, ge=0, le=3600)
+    """Let answers leave only at whole multiples of so many seconds after their request came, so that how long
+    the rows took tells less; 0 lets them leave at once. Each answer takes up to so much longer."""
     privacy_budgets: tuple[PrivacyBudget, ...] = ()
     """Budgets by data set and unit. A data set with a budget is closed to runs without record- or group-level
     privacy, and to units without a budget; one without any is spent from without a limit."""

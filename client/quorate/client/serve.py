@@ -27,6 +27,7 @@ from quorate.client.base_models import at_site as model_at_site
 from quorate.client.budgets import Budgets, Spending, spending
 from quorate.client.current import Current
 from quorate.client.data import load_splits
+from quorate.client.device_errors import LOST_EXIT
 from quorate.client.holdings import SiteRows
 from quorate.client.ledger import DATABASE, HEADS, open_ledger
 from quorate.client.limits import Limited
@@ -186,9 +187,10 @@ def front_of(
     return Recorded(book, folder.connection, Current(folder, at_site.use, limited)), limited
 
 
-def serve(folder: SiteFolder, stop: threading.Event) -> None:
-    """Answer requests until `stop` is set.
+def serve(folder: SiteFolder, stop: threading.Event) -> int:
+    """Answer requests until `stop` is set, or the device is lost.
 
+    Returns: the exit code.
     Raises: ConfigError, OutputError: the process cannot begin.
     """
     name = folder.connection.site
@@ -213,7 +215,16 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     book = RunsBook(folder.state / RUNS)
     front, limited = front_of(folder, at_site, book, accounted)
     limits.append(limited)
-    services.append(SiteService(front, name, folder.socket))
+    lost = threading.Event()
+
+    def on_lost() -> None:
+        lost.set()
+        stop.set()
+
+    def grid() -> float:
+        return at_site.folder.config.policy.answer_grid_seconds
+
+    services.append(SiteService(front, name, folder.socket, grid=grid, on_lost=on_lost))
     book.settle()
     services[0].start()
     log.info("site %s: ready at %s, training on %s", name, folder.socket, device)
@@ -223,6 +234,7 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     accounted.close()
     answered.close()
     book.close()
+    return LOST_EXIT if lost.is_set() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,11 +256,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     os.umask(0o077)
     try:
-        serve(SiteFolder.find(options.folder), stop)
+        return serve(SiteFolder.find(options.folder), stop)
     except QuorateError as error:
         log.error("%s", error)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quorate.server.records import Evaluation, Measured, Summary
+from quorate.shared.privacy.shown import at_most, delta_shown
 
 _ENDINGS = {
     "done": "done",
@@ -55,8 +56,8 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
     )
     if claim := summary.client_privacy:
         console.print(
-            f"site-level privacy: epsilon {claim.epsilon:.3g} at delta {claim.delta:g}, noise on the mean "
-            f"update {claim.noise_on_mean:.3g} times the clipping norm",
+            f"site-level privacy: epsilon {at_most(claim.epsilon)} at delta {delta_shown(claim.delta)}, "
+            f"noise on the mean update {claim.noise_on_mean:.3g} times the clipping norm",
             markup=False,
             soft_wrap=True,
         )

@@ -44,6 +44,9 @@ REASONS = {
     "policy-privacy": "asks for differential privacy, or the run's privacy does not cover the request",
     "policy-budget": "has too little privacy budget left for this run, or none for its unit of privacy",
     "ledger": "has a privacy ledger that is not as it was written; its people must look into it",
+    "out-of-memory": "has too little memory for this run: lower training.per_device_train_batch_size, or set "
+    "training.gradient_checkpointing",
+    "device-lost": "lost its GPU in the middle of the work, and is starting again; its log says why",
     "withdrawn": "was withdrawn from this run by its people",
     "bundle": "did not admit the bundle of code; both sides need the same release of quorate",
     "other-config": "knows this run id under another run configuration",

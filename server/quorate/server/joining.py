@@ -7,12 +7,12 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
-from quorate.server.collect import Answers, exclusion
+from quorate.server.collect import Answers, Check, exclusion
 from quorate.server.flower import POLL_SECONDS
 from quorate.server.records import Exclusion
 from quorate.server.run import Run
@@ -24,6 +24,9 @@ from quorate.shared.messages import Phase, RequestHeader, RoundRequest, SiteDesc
 from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
+
+APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
+"""Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
 
 
 @dataclass
@@ -96,6 +99,8 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
 
     back = {name: node for node, name in known.items()}
     replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
+    for name, update in _once_approved(grid, run, answers, asked, check):
+        replied.append((back[name], update))
     members = _agreeing(run, replied)
     members.refused.update(answers.excluded)
     members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
@@ -108,6 +113,37 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
             f"{f' ({reasons})' if reasons else ''}; mend those sites or lower federation.quorum."
         )
     return members
+
+
+def _once_approved(
+    grid: Grid, run: Run, answers: Answers, asked: Mapping[int, RoundRequest], check: Check
+) -> Iterator[tuple[str, Update]]:
+    """Ask sites that wait for their people's word until they have it; yields (site, update) as they join.
+
+    Whoever has none after federation.approval_seconds stays in the books as excluded.
+    """
+    until, said = time.monotonic() + run.config.federation.approval_seconds, ""
+    while without := [node for node in asked if _unapproved(answers, node)]:
+        if (left := until - time.monotonic()) <= 0:
+            return
+        names = ", ".join(answers.sites[node] for node in without)
+        if names != said:
+            word = (
+                f"waiting for approval at {names}: their people must give `quorate site approve {run.run_id}`"
+            )
+            run.tell("phase", 0, word)
+            said = names
+        time.sleep(min(APPROVAL_SECONDS, left))
+        again = answers_of(run, answers.sites, len(without))
+        for node in without:
+            del answers.excluded[answers.sites[node]]
+        yield from again.ask(grid, {node: asked[node] for node in without}, check)
+        answers.excluded.update(again.excluded)
+
+
+def _unapproved(answers: Answers, node: int) -> bool:
+    why = answers.excluded.get(answers.sites[node])
+    return why is not None and why.code == APPROVAL
 
 
 def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:

@@ -12,6 +12,7 @@
     │   ├── OutputError                   the output folder cannot be used or written
     │   └── LedgerError                   a site's privacy ledger that is not what was written
     ├── RequestRefused           exit 1   a site says no to a request (policy, wrong run)
+    ├── NotReady                 exit 1   a full disk, a certificate at its end, the other end not there
     ├── AuditMissing             exit 1   an adapter was not audited, or its claim is refuted
     └── QuorumNotMet             exit 3   a round had too few good updates
 
@@ -105,6 +106,12 @@ class RequestRefused(QuorateError):
     def __init__(self, reason: str, *, code: str = "refused") -> None:
         super().__init__(reason)
         self.code = code
+
+
+class NotReady(QuorateError):
+    """A machine, a network or the other end that is in no state for the next round."""
+
+    code = "not-ready"
 
 
 class AuditMissing(QuorateError):

@@ -30,6 +30,8 @@ from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.sources import resolve_local
 
 SITE_YAML, CONNECTION_YAML = "site.yaml", "connection.yaml"
+NOT_FILES = ("hub", "sklearn", "package")
+"""What a source begins with that is not on this machine's disk."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def local_data(site: SiteFolder) -> dict[str, Path]:
     """Return where the data on this machine's disk lie, by alias; those that are not there are left out."""
     found = {}
     for alias, source in site.config.data.items():
-        if source.source.partition(":")[0] in ("hub", "sklearn", "package"):
+        if source.source.partition(":")[0] in NOT_FILES:
             continue
         with contextlib.suppress(DataError, ConfigError):  # whoever reads them says what is wrong
             found[alias] = resolve_local(source.source, site.path)

@@ -22,6 +22,7 @@ from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
 from quorate.shared.errors import AdapterError
 from quorate.shared.heads import HeadDropout
 from quorate.shared.model import LoadedModel
+from quorate.shared.tasks.base import Example
 
 
 @dataclass
@@ -183,6 +184,21 @@ class StackedDora(Stacked):
         return added
 
 
+@dataclass(frozen=True)
+class RowsApart:
+    """What was seen not to mix at a site.
+
+    Args:
+        rows: the examples that were tried.
+        checkpointed: whether that was under gradient checkpointing.
+        length: what all rows must be padded to for it [tokens]; None for the longest of a batch.
+    """
+
+    rows: tuple[Example, ...]
+    checkpointed: bool
+    length: int | None
+
+
 @dataclass
 class AdapterStack:
     """The stacked arrays of a model by adapter name, and their layout."""
@@ -190,8 +206,8 @@ class AdapterStack:
     layout: Layout
     arrays: dict[str, nn.Parameter]
     lora_layers: list[LoraLayer] = field(default_factory=list)
-    rows_apart: bool = False
-    """Whether the rows of a batch were seen not to mix, see `quorate.client.trainer.row_check`."""
+    rows_apart: dict[str, RowsApart] = field(default_factory=dict)
+    """Of which sites the rows of a batch were seen not to mix, see `quorate.client.trainer.row_check`."""
 
     @classmethod
     def install(cls, model: LoadedModel) -> AdapterStack:

@@ -85,6 +85,7 @@ def run(
     config = ends.pinned(config)
     output_dir = output or Path("runs") / config.name
     ends.check_output(output_dir, config, resume=resume)
+    ends.check_room_for(folder, output_dir)
     with alone_in(output_dir):  # one command per output folder, and so per run
         target = (
             ends.old_run(folder, config, output_dir, run_id)

@@ -15,8 +15,9 @@ from quorate.server.run import ADAPTER_DIR, METRICS_FILE, RECORD_FILE, RUN_FILE,
 from quorate.server.trackers import TENSORBOARD_DIR
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError
+from quorate.shared.errors import CheckpointError, ConfigError, ModelError, NotReady, OutputError
 from quorate.shared.files import make_folder, writing
+from quorate.shared.looks import check_room
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,14 @@ def pinned(config: RunConfig) -> RunConfig:
         ) from error
     log.warning("model.sha256 is not in the run file; that of %s is %s", name, sha256)
     return config.model_copy(update={"model": config.model.model_copy(update={"sha256": sha256})})
+
+
+def check_room_for(folder: FederationFolder, output_dir: Path) -> None:
+    """Warn where a disk that the run will write to is nearly full."""
+    try:
+        check_room({"runs": folder.runs, "output": output_dir})
+    except NotReady as error:
+        log.warning("%s", error)
 
 
 def check_output(output_dir: Path, config: RunConfig, *, resume: bool) -> None:

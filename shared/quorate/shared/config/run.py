@@ -186,6 +186,9 @@ class FederationConfig(ConfigModel):
     """How long to wait for the rest once the quorum has replied."""
     reask_seconds: float = Field(300, ge=0)
     """How long a site that cannot be reached is waited for, and asked again; more than a restart takes."""
+    approval_seconds: float = Field(3600, ge=0)
+    """How long sites whose people must approve the run first are waited for, before round 1; then it goes on
+    with the others, or ends where they are fewer than the quorum."""
     max_update_norm: float | None = Field(None, gt=0)
     """Set aside an update that moved further than this L2 norm [parameter units]."""
 

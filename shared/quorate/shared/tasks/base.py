@@ -215,9 +215,16 @@ class Task(ConfigModel, ABC):
     def length(self, example: Example) -> int:
         """Return the example's size before padding, to sort by; 0 where all are of one size."""
 
+    def longest(self, example: Example) -> Example | None:
+        """Return an example of the largest size that this task makes, out of `example`'s own parts.
+
+        None where all are of one size.
+        """
+        return None
+
     @abstractmethod
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad examples to the longest of them."""
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad examples to `length`, or to the longest of them; where all are of one size neither matters."""
 
     def forward(self, model: Any, batch: Batch) -> Any:
         """Run the model; what it returns is the `logits` of the methods below."""

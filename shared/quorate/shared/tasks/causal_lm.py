@@ -17,7 +17,7 @@ from torch import Tensor
 from quorate.shared.errors import DataError, ModelError, ProtocolError
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row, Task
-from quorate.shared.tasks.sequences import IGNORED, apart, bins, count_learnt, cut, joined, nll
+from quorate.shared.tasks.sequences import IGNORED, apart, bins, count_learnt, cut, joined, nll, stretched
 from quorate.shared.tasks.text import check_length, set_pad_token
 from quorate.shared.tasks.tokenizing import Format, Tokenizing
 
@@ -202,20 +202,29 @@ class CausalLM(Task):
         """Return the number of tokens."""
         return len(example.features["input_ids"])
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest: at the right, and bare prompts at the left, for answers follow at the right."""
+    def longest(self, example: Example) -> Example:
+        """Return the example with its tokens over and over, up to max_length."""
+        ids = stretched(example.features["input_ids"], self.max_length)
+        features = {**example.features, "input_ids": ids, "lengths": [len(ids)]}
+        return replace(example, features=features, target=stretched(example.target, self.max_length))
+
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad to `length`, or to the longest: at the right.
+
+        Bare prompts are padded at the left, to the longest, for answers follow at the right.
+        """
         pad = processor.pad_token_id
         if examples[0].target is not None:
-            return self._collated(examples, pad)
+            return self._collated(examples, pad, length)
         width = max(map(self.length, examples))
         ids = [[pad] * (width - self.length(e)) + list(e.features["input_ids"]) for e in examples]
         mask = [[0] * (width - self.length(e)) + [1] * self.length(e) for e in examples]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         return Batch(inputs, None, torch.ones(len(examples)))
 
-    def _collated(self, examples: Sequence[Example], pad: int) -> Batch:
+    def _collated(self, examples: Sequence[Example], pad: int, width: int | None = None) -> Batch:
         """Return a batch with per-token loss weights [rows, tokens] that sum to each example's weight."""
-        width = max(map(self.length, examples))
+        width = width or max(map(self.length, examples))
         shape = (len(examples), width)
         ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
         weights = torch.zeros(shape)

@@ -23,7 +23,7 @@ from quorate.shared.errors import DataError, ModelError, ProtocolError
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row
 from quorate.shared.tasks.classification import Label
-from quorate.shared.tasks.text import SPECIAL, TextTask
+from quorate.shared.tasks.text import TextTask, padded
 from quorate.shared.words import CUT, NO_PIECE, Words, places_of, split_text
 
 OUTSIDE = "O"
@@ -182,22 +182,24 @@ class TokenClassification(TextTask):
                 counts[self.types[index]] += 1
         return counts
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest; targets: `pieces`, label ids [rows, pieces], and `words`, one Words a row."""
-        names = [name for name in examples[0].features if name != SPECIAL]
-        inputs = processor.pad({k: [e.features[k] for e in examples] for k in names}, return_tensors="pt")
-        rows, length = inputs["input_ids"].shape
-        pieces = torch.full((rows, length), IGNORED)
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad to `length`, or to the longest.
+
+        Targets: `pieces`, label ids [rows, pieces], and `words`, one Words a row.
+        """
+        inputs = padded(examples, processor, length)
+        rows, width = inputs["input_ids"].shape
+        pieces = torch.full((rows, width), IGNORED)
         words = []
         for row, example in enumerate(examples):
-            shift = length - self.length(example) if processor.padding_side == "left" else 0
+            shift = width - self.length(example) if processor.padding_side == "left" else 0
             places = tuple(place + shift if place >= 0 else place for place in example.target.places)
             words.append(replace(example.target, places=places))
             for place, tag in zip(places, example.target.tags, strict=True):
                 if place >= 0:
                     pieces[row, place] = tag
         weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)
-        return Batch(dict(inputs), {"pieces": pieces, "words": words}, weights)
+        return Batch(inputs, {"pieces": pieces, "words": words}, weights)
 
     def loss(self, logits: Any, batch: Batch) -> Tensor:
         """Return weighted cross-entropy, the mean over each row's own labelled pieces, [rows]."""

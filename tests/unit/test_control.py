@@ -37,7 +37,7 @@ from quorate.server.status import RunStatus
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError, QuorateError
 from quorate.shared.files import write_folder
 
-SHAPE = Shape(rounds=2, planned=2, samples=5, references=())
+SHAPE = Shape(rounds=2, planned=2, references=())
 RUN = config(SHAPE)
 ROUNDS = [(record(SHAPE, r), round_metrics(RUN, SHAPE, r)) for r in (1, 2)]
 SUMMARY = make_summary(RUN, SHAPE, *map(list, zip(*ROUNDS, strict=True)))

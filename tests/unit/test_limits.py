@@ -159,8 +159,8 @@ def test_minutes_by_the_day(site: Any, pinned: Any, clock: Clock) -> None:
     assert whole.ask(request(pinned(), round=2)).header.error == "policy-minutes", "while it trains"
     with sqlite3.connect(whole.folder.state / DATABASE) as db:
         db.execute("UPDATE work SET seconds = 601")
-    for phase in ("join", "fit", "evaluate"):
-        update = whole.ask(request(pinned(), phase, 2, split="test" if phase == "evaluate" else None))
+    for phase, round, split in (("join", 0, None), ("fit", 2, None), ("evaluate", 2, "test")):
+        update = whole.ask(request(pinned(), phase, round, split=split))
         assert update.header.error == "policy-minutes"
     with sqlite3.connect(whole.folder.state / DATABASE) as db:
         db.execute("UPDATE work SET hour = hour - 25")

@@ -26,11 +26,12 @@ from quorate.client.answered import Answered
 from quorate.client.base_models import at_site as model_at_site
 from quorate.client.budgets import Budgets, Spending, spending
 from quorate.client.current import Current
-from quorate.client.data import load_splits
+from quorate.client.data import image_columns, load_splits, measured_apart
 from quorate.client.device_errors import LOST_EXIT
 from quorate.client.holdings import SiteRows
 from quorate.client.ledger import DATABASE, HEADS, open_ledger
 from quorate.client.limits import Limited
+from quorate.client.mapping import LoadedRow
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import check_rows, check_steps
 from quorate.client.private import groups_of, plan_of
@@ -42,10 +43,13 @@ from quorate.client.runs_book import RunsBook
 from quorate.client.seen import SeenRows
 from quorate.client.service import SiteService
 from quorate.client.site import Site
+from quorate.client.site_splits import SiteSplits, look_at_splits, open_splits
 from quorate.client.trainer.sampling import few_shot
 from quorate.shared.base_model import default_device
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import BadInput, ConfigError, QuorateError
+from quorate.shared.messages import Split
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.progress import StepEvent
@@ -66,11 +70,14 @@ class AtSite:
 
     Args:
         folder: the site's; replaced by whoever reads site.yaml again.
+        looks_only: whether nothing is to be written, as by commands that another user may give.
     """
 
     folder: SiteFolder
+    looks_only: bool = False
     readings: int = 0
     _rows: dict[tuple[object, ...], SiteRows] = field(default_factory=dict)
+    _units: dict[tuple[object, ...], set[bytes]] = field(default_factory=dict)
     _seen: SeenRows = field(default_factory=SeenRows)
 
     @property
@@ -80,15 +87,12 @@ class AtSite:
 
     def rows(self, run: RunConfig, site: str) -> SiteRows:
         """Return the rows that the run's data alias stands for here, with the task's columns alone."""
-        # Not every task has labels; those that have list them under this name.
-        labels: tuple[str, ...] = getattr(run.task, "labels", ())
-        source = self.folder.config.data[run.data]
-        key = (run.data, tuple(run.task.columns.items()), labels, source.model_dump_json())
+        key = self._key(run)
         if key not in self._rows:
             self.forget()  # before the next ones take their memory
             where = f"site.yaml, data.{run.data}"
             try:
-                splits = load_splits(source, self.folder.path, run.task.columns, labels)
+                splits, self._units = self._read(run)
             except BadInput as error:
                 raise type(error)(f"{where}: {error}") from error
             self._rows[key] = {
@@ -102,6 +106,48 @@ class AtSite:
             used = few_shot(run, site, rows["train"])
             check_steps(self.folder.config, run, len(set(groups_of(run, site, used) or range(len(used)))))
         return rows
+
+    def _read(
+        self, run: RunConfig
+    ) -> tuple[dict[Split, list[LoadedRow]], dict[tuple[object, ...], set[bytes]]]:
+        """Return the rows of a run, and the digests of those that it protects and trains on."""
+        source = self.folder.config.data[run.data]
+        images, held = image_columns(source, run.task.columns), self._splits()
+        placing = None if held is None else held.placing
+        labels: tuple[str, ...] = getattr(run.task, "labels", ())
+        splits = load_splits(source, self.folder.path, run.task.columns, labels, placing)
+        if held is None:
+            return splits, {}
+        splits, left = held.leave_out_trained(splits, images)
+        if left:
+            log.warning(
+                "data.%s: %d measured rows are left out: a private run was trained on them", run.data, left
+            )
+        if not isinstance(run.privacy, SitePrivacy):
+            return splits, {}
+        splits, units = measured_apart(splits, held.placing, images, by_group=run.privacy.unit == "group")
+        return splits, {self._key(run): units}
+
+    def _key(self, run: RunConfig) -> tuple[object, ...]:
+        """Return what decides which rows a run has."""
+        # Not every task has labels; those that have list them under this name.
+        labels: tuple[str, ...] = getattr(run.task, "labels", ())
+        unit = run.privacy.unit if isinstance(run.privacy, SitePrivacy) else None
+        source = self.folder.config.data[run.data].model_dump_json()
+        return run.data, tuple(run.task.columns.items()), labels, source, unit
+
+    def _splits(self) -> SiteSplits | None:
+        """Return how rows are placed; None for who only looks at a site that has never read any."""
+        return look_at_splits(self.folder) if self.looks_only else open_splits(self.folder)
+
+    def write_down(self, run: RunConfig) -> None:
+        """Keep for good which rows a private run is about to be trained on: they are not measured again.
+
+        Raises: as `rows`; OutputError: it could not be written.
+        """
+        (name,) = self.names
+        self.rows(run, name)
+        open_splits(self.folder).write_down(self._units[self._key(run)])
 
     def use(self, folder: SiteFolder) -> None:
         """Take over site.yaml as it is now."""
@@ -165,7 +211,9 @@ def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Acco
     def budgets() -> Budgets:
         return Budgets(at_site.folder.config, at_site.folder.path, epsilon)
 
-    accounted = Accounted(lambda: open_ledger(folder), budgets, at_site.spending, answered)
+    accounted = Accounted(
+        lambda: open_ledger(folder), budgets, at_site.spending, answered, write_down=at_site.write_down
+    )
     policy = folder.config.policy
     files = (folder.ledger / DATABASE, folder.anchor / HEADS)
     if policy.require_privacy or policy.privacy_budgets or any(path.exists() for path in files):

@@ -166,7 +166,7 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     policy = site.config.policy.model_copy(update={"approve_each_run": False})  # nobody asks for it yet
     config = site.config.model_copy(update={"policy": policy})
     admit(run, RoundRequest(header), config, site.state)
-    at_site = AtSite(site)
+    at_site = AtSite(site, looks_only=True)
     at_site.at_hand(run)
     rows = at_site.rows(run, site.connection.site)
     budgets = Budgets(site.config, site.path, epsilon)

@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
+from quorate.client.node.admission import ADMITTED, NOT_ADMITTED
 from quorate.client.node.guard import GUARDED, REFUSING
 from quorate.client.node.launcher import REFUSED, REPLACED, Guard
 from quorate.shared.errors import QuorateError
@@ -64,6 +65,19 @@ def test_a_foreign_bundle_is_answered_with_our_code(runtime: Any) -> None:
     run = SimpleNamespace(run_id=1, override_config={"run": "0123456789abcdef"})
     guard.admit(None, None, run, SimpleNamespace(content=b"not a bundle"))  # type: ignore[arg-type]
     assert refusal(guard.client_app()) == (REFUSED, "bundle")
+
+
+def test_flower_tells_an_unknown_key_from_a_wrong_heartbeat() -> None:
+    """What `site check` rests on: the key is looked up first, and nothing is activated without heartbeat."""
+    from flwr.supercore.error import ApiErrorCode
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    assert ADMITTED == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
+    assert NOT_ADMITTED == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+    source = inspect.getsource(fleet_handlers.activate_node)
+    steps = ["get_node_id_by_public_key", "_validate_heartbeat_interval", "state.activate_node("]
+    places = [source.index(step) for step in steps]
+    assert places == sorted(places)
 
 
 def refusal(app: Any) -> tuple[int, str]:

@@ -14,7 +14,8 @@ from loopback import NEEDS_NGINX, free_ports
 
 SOUTH = "notes: {source: ../south.csv, columns: {text: letter}, labels: {u: urgent, r: routine}}"
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 
 
@@ -111,11 +112,13 @@ def test_the_commands_between_machines_run_in_their_order(tmp_path: Path) -> Non
     sources = {"north": "notes: {source: ../north.jsonl}", "south": SOUTH}
     try:
         for command in commands:
-            for site in ("north", "south") if "north" in command else ("",):
+            each_site = "north" in command or command.startswith("tar")
+            for site in ("north", "south") if each_site else ("",):
                 mine = command.replace("north", site)
-                if mine.startswith("tar"):  # the kit has come by mail
-                    kit = tmp_path / "home" / "clinics" / "sites" / site / "kit.tar"
-                    (tmp_path / f"{site}.tar").write_bytes(kit.read_bytes())
+                if mine.startswith("tar"):  # the kit has come by mail, under the name that provision gave it
+                    (told,) = re.findall(r"`(\S+/north/kit\.tar)`", README)
+                    kit = Path(told.replace("~/.quorate", str(tmp_path / "home")).replace("north", site))
+                    (tmp_path / kit.name).write_bytes(kit.read_bytes())
                 if mine.startswith("quorate site check"):
                     written = site_yaml.replace("notes: {source: /srv/north/notes.jsonl}", sources[site])
                     assert written != site_yaml

@@ -63,7 +63,7 @@ def contact(federation: Loopback, site: str) -> str:
 
 def refusals(federation: Loopback) -> list[str]:
     """Lines of the server's nginx on requests of a certificate with another site's key."""
-    log = (federation.home / "state" / "logs" / "nginx-access.log").read_text()
+    log = (federation.home / "state" / "logs" / "nginx.log").read_text()
     return [line for line in log.splitlines() if re.search(r" 403 POST ", line)]
 
 
@@ -104,7 +104,9 @@ def test_a_certificate_is_no_good_with_the_key_of_another_site(federation: Loopb
     )  # it asks again for ever
     assert refusals(federation) and all(re.search(r"CN=east\b", line) for line in refusals(federation))
     assert site_status(federation, "east")["ok"]
-    server = json.loads(federation.quorate("server", "status", "--federation", NAME, "--json").stdout)
+    told = federation.quorate("server", "status", "--federation", NAME, "--json", code=1)
+    server = json.loads(told.stdout)
+    assert [each["what"] for each in server["checks"] if not each["ok"]] == ["site north"]
     assert {name: server["sites"][name]["state"] for name in NAMES} == {"east": "online", "north": "offline"}
     found = json.loads(federation.quorate("site", "check", "north", "--json", code=2).stdout)
     (line,) = [line for line in found["checks"] if line["what"] == "client.crt"]

@@ -94,7 +94,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     return result
 
 
-def make_certificates(folder: Path, days: int = 2, mutual: bool = False) -> None:
+def make_certificates(folder: Path, days: float = 60, mutual: bool = False) -> None:
     """ca.crt, ca.key, server.crt, server.key for 127.0.0.1 and localhost; mutual: client.crt and .key."""
     now = datetime.datetime.now(datetime.UTC)
 

@@ -100,14 +100,14 @@ def test_private_training_pads_every_batch(case: Any, name: str, monkeypatch: py
     run, rows = case(name)
     model, stack, examples = installed(run, rows)
     check_rows_apart(model, stack, run, "north", examples)
-    seen: list[int | None] = []
-    right = passes._lay_out
+    seen: list[int] = []
+    right = passes._logits
 
-    def spy(stack: Any, run: Any, shares: Any, length: int | None) -> None:
-        right(stack, run, shares, length)
-        seen.append(stack.layout.length)
+    def spy(model: Any, run: Any, batch: Any) -> Any:
+        seen.append(batch.inputs["input_ids"].shape[1])
+        return right(model, run, batch)
 
-    monkeypatch.setattr(passes, "_lay_out", spy)
+    monkeypatch.setattr(passes, "_logits", spy)
     task = SiteTask("north", examples, model.initial)
     fit_privately(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
     assert set(seen) == {run.task.max_length}

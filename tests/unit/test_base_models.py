@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import stat
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from site_folder import sha256_of, write_folder
 
 from quorate.client.base_models import at_site, find, import_archive
@@ -103,7 +105,7 @@ def test_what_the_command_says_goes_into_site_yaml_and_is_checked(
 
     def looked_at(**sections: Any) -> dict[str, Line]:
         asked = {"model_name_or_path": "/nowhere", "sha256": model["sha256"]}
-        (tmp_path / "run.yaml").write_text(dump_yaml(make_run(model=asked, **sections)))
+        (tmp_path / "run.yaml").write_text(dump_yaml(make_run(**{"model": asked, **sections})))
         return {line.what: line for line in check(site.path, tmp_path / "run.yaml")}
 
     lines = looked_at()
@@ -117,6 +119,20 @@ def test_what_the_command_says_goes_into_site_yaml_and_is_checked(
     ):
         line = looked_at(**sections)["run run.yaml"]
         assert not line.ok and why in line.found
+    # `quorate run` fills the hash in: a run file without it is right, whether or not its model lies here.
+    unpinned = {"model_name_or_path": model["path"], "sha256": None}
+    line = looked_at(model=unpinned)["run run.yaml"]
+    assert line.ok and model["sha256"][:12] in line.found
+    line = looked_at(model={**unpinned, "model_name_or_path": "organisation/elsewhere"})["run run.yaml"]
+    assert line.ok and "ask the coordinator which hash" in line.found
+    other = tmp_path / "other"
+    shutil.copytree(model["path"], other)
+    weights = load_file(other / "model.safetensors")
+    first = min(weights)
+    save_file({**weights, first: weights[first] + 1}, other / "model.safetensors", {"format": "pt"})
+    line = looked_at(model={**unpinned, "model_name_or_path": str(other)})["run run.yaml"]
+    assert not line.ok and "the run asks for the model with sha256" in line.found
+    looked_at(data="letters")
     assert run(["site", "check", str(site.path), "--run", str(tmp_path / "run.yaml")]) == 2
 
 

@@ -117,7 +117,7 @@ def test_the_service_answers_and_then_asks_to_end(
     monkeypatch.setattr(site_module, "fit", lambda *_: (_ for _ in ()).throw(LOST))
     socket = tmp_path_factory.mktemp("s") / "site.sock"
     lost = threading.Event()
-    service = SiteService(site, "north", socket, grid=3600, on_lost=lost.set)
+    service = SiteService(site, "north", socket, grid=lambda: 3600, on_lost=lost.set)
     service.start()
     with RemoteSite(socket) as remote:
         reply = Update.decode(remote.ask(asked[1].encoded, 60))

@@ -234,7 +234,7 @@ def test_a_path_that_no_socket_can_have(turns: Turns, place: Path) -> None:
 @pytest.mark.parametrize("code", [None, "internal"], ids=["answered", "failed"])
 def test_answers_leave_on_a_grid(place: Path, turns: Turns, code: str | None) -> None:
     """Counted from the request's arrival, so that the work shows no finer than the grid."""
-    made = SiteService(turns, SITE, place, grid=1.5)
+    made = SiteService(turns, SITE, place, grid=lambda: 1.5)
     made.start()
     try:
         with RemoteSite(place) as site:

@@ -55,7 +55,8 @@ class SiteService:
         site: this site's name; a request for another one is refused.
         socket: where to listen; a dead process's socket is replaced.
         max_bytes: largest message that is read.
-        grid: answers leave at whole multiples of so many seconds after their request came; 0: at once.
+        grid: answers leave at whole multiples of so many seconds after their request came; 0: at once. Asked
+            for each answer.
         on_lost: told when the site has lost its device: the answer that says so is the last one, and the
             process is to end.
     Raises: ConfigError: another process has the socket, or it cannot be made.
@@ -68,7 +69,7 @@ class SiteService:
         socket: Path,
         *,
         max_bytes: int = MAX_BYTES,
-        grid: float = 0.0,
+        grid: Callable[[], float] = lambda: 0.0,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._handler = handler
@@ -145,8 +146,9 @@ class SiteService:
         if not context.add_callback(abandoned):
             abandoned()
         settled.wait()
-        if self._grid and not self._stopping.is_set():
-            gone.wait(-(time.monotonic() - came) % self._grid)
+        grid = self._grid()
+        if grid and not self._stopping.is_set():
+            gone.wait(-(time.monotonic() - came) % grid)
         if not context.is_active():
             return
         yield from chunks(self._outcome(future, context))

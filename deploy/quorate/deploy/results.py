@@ -16,6 +16,7 @@ from quorate.shared.privacy.shown import at_most, delta_shown
 _ENDINGS = {
     "done": "done",
     "interrupted": "interrupted; go on with --resume",
+    "diverged": "failed, no site can measure the model of its last round",
     "quorum-not-met": "stopped, too few sites; mend them and go on with --resume",
 }
 

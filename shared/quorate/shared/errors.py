@@ -12,8 +12,10 @@
     │   ├── OutputError                   the output folder cannot be used or written
     │   └── LedgerError                   a site's privacy ledger that is not what was written
     ├── RequestRefused           exit 1   a site says no to a request (policy, wrong run)
+    ├── NotReady                 exit 1   a full disk, a certificate at its end, the other end not there
     ├── AuditMissing             exit 1   an adapter was not audited, or its claim is refuted
-    └── QuorumNotMet             exit 3   a round had too few good updates
+    ├── QuorumNotMet             exit 3   a round had too few good updates
+    └── ModelDiverged            exit 4   no site can measure the model: its figures are not finite
 
 An error that crosses from a site to the coordinator carries `code` alone, never its text: the text
 may quote a patient's record.
@@ -107,6 +109,12 @@ class RequestRefused(QuorateError):
         self.code = code
 
 
+class NotReady(QuorateError):
+    """A machine, a network or the other end that is in no state for the next round."""
+
+    code = "not-ready"
+
+
 class AuditMissing(QuorateError):
     """An adapter that was to be let out only after an audit was not audited, or its claim was refuted."""
 
@@ -118,3 +126,10 @@ class QuorumNotMet(QuorateError):
 
     code = "quorum"
     exit_code = 3
+
+
+class ModelDiverged(QuorateError):
+    """The model of a round gives no site finite figures: training diverged, or an update was poisoned."""
+
+    code = "diverged"
+    exit_code = 4

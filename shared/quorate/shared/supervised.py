@@ -16,6 +16,8 @@ from quorate.shared.errors import OutputError, QuorateError
 from quorate.shared.files import holder
 
 STATUS_FILE, LOCK_FILE = "status.json", "supervisor.lock"
+OWN_LOG = "QUORATE_SUPERVISOR_LOG"
+"""Environment variable of a supervisor in the background: where what it says itself goes."""
 _POLL_SECONDS = 0.2
 
 
@@ -69,7 +71,12 @@ def start_detached(
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         process = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, OWN_LOG: str(output)},
+            start_new_session=True,
         )
     deadline = time.monotonic() + timeout
     try:

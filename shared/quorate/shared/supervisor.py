@@ -11,8 +11,9 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from quorate.shared.errors import OutputError
 from quorate.shared.files import take_lock
-from quorate.shared.supervised import LOCK_FILE, STATUS_FILE, ProgramStatus, Status, refuse_second
+from quorate.shared.logs import Logs
+from quorate.shared.supervised import LOCK_FILE, OWN_LOG, STATUS_FILE, ProgramStatus, Status, refuse_second
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Program:
     Args:
         name: in status and messages.
         command: program and arguments.
-        log: file that its output is appended to.
+        log: file that its output is appended to, each line with its time; it gives way to a new one in time.
         env: environment variables on top of the supervisor's.
         cwd: working directory.
         user: operating-system user to run as; needs root.
@@ -67,11 +69,15 @@ class Supervisor:
     Args:
         state_dir: holds the lock and status.json.
         programs: started in this order, stopped in the reverse one.
+        beside: called in a thread of its own while they run; it ends with this process.
     """
 
-    def __init__(self, state_dir: Path, programs: Sequence[Program]) -> None:
+    def __init__(
+        self, state_dir: Path, programs: Sequence[Program], beside: Callable[[], None] | None = None
+    ) -> None:
         self._state_dir = state_dir
         self._kept = [_Kept(program) for program in programs]
+        self._beside = beside
         self._stopping = False
         self._unwritten = self._failing = False
 
@@ -84,11 +90,14 @@ class Supervisor:
         Raises: OutputError: another supervisor has this folder. OSError: a program cannot even be
             started once.
         """
-        with _alone(self._state_dir):
+        with _alone(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
             before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
             try:
+                if self._beside is not None:  # not earlier: what it says goes to the log too
+                    threading.Thread(target=self._beside, daemon=True).start()
                 while not self._stopping:
-                    if any([kept.tend() for kept in self._kept]):  # each of them, not up to the first
+                    logs.tend()
+                    if any([kept.tend(logs) for kept in self._kept]):  # each of them, not up to the first
                         self._unwritten = True
                     if self._unwritten:
                         self._write()
@@ -143,13 +152,13 @@ class _Kept:
             problem=self._problem,
         )
 
-    def tend(self) -> bool:
+    def tend(self, logs: Logs) -> bool:
         """Start the program where it is due, notice its death; returns whether anything changed."""
         if self._process is None:
             if time.monotonic() < self._due:
                 return False
             try:
-                self._start()
+                self._start(logs)
             except (
                 OSError,
                 KeyError,
@@ -195,23 +204,21 @@ class _Kept:
         for leader in left:
             _signal_group(leader, signal.SIGKILL)
 
-    def _start(self) -> None:
+    def _start(self, logs: Logs) -> None:
         program = self.program
-        program.log.parent.mkdir(parents=True, exist_ok=True)
-        with program.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                list(program.command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **program.env},
-                cwd=program.cwd,
-                user=program.user,
-                group=program.group or (_group_of(program.user) if program.user else None),
-                extra_groups=[] if program.user else None,
-                start_new_session=True,
-                preexec_fn=partial(_die_with, os.getpid()),
-            )
+        self._process = subprocess.Popen(
+            list(program.command),
+            stdin=subprocess.DEVNULL,
+            stdout=logs.into(program.log),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **program.env},
+            cwd=program.cwd,
+            user=program.user,
+            group=program.group or (_group_of(program.user) if program.user else None),
+            extra_groups=[] if program.user else None,
+            start_new_session=True,
+            preexec_fn=partial(_die_with, os.getpid()),
+        )
         self._leaders.append(self._process.pid)
         self._starts += 1
         self._started, self._since, self._problem = time.monotonic(), time.time(), None
@@ -229,6 +236,19 @@ def _alone(state_dir: Path) -> Iterator[None]:
             refuse_second(state_dir)
             raise OutputError(f"{state_dir}: was running until now; give the command again.") from None
         yield
+
+
+@contextmanager
+def _logs(files: Sequence[Path]) -> Iterator[Logs]:
+    """Keep the programs' logs, and this process's own where `start_detached` has given it a file."""
+    named = os.environ.pop(OWN_LOG, None)
+    own = Path(named) if named else None
+    logs = Logs([*files, *filter(None, [own])])
+    try:
+        with logs.own(own):
+            yield logs
+    finally:
+        logs.close()
 
 
 def _die_with(parent: int) -> None:

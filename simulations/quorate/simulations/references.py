@@ -58,7 +58,7 @@ def run_references(
     Returns: the references, and what the federation was worth to each site (with local_only).
     """
     wanted = run.config.evaluation.references
-    config, samples = run.config, run.config.evaluation.bootstrap_samples
+    config, intervals = run.config, run.config.evaluation.bootstrap_samples > 0
     local: dict[str, Measured] = {}
     gains: dict[str, Worth] = {}
     failed: dict[str, Exclusion] = {}
@@ -69,24 +69,18 @@ def run_references(
             outcomes = _measure(run, site, rows, name, candidate, failed)
             if outcomes is None:
                 continue
-            test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+            test = summarise(config.task, "test", outcomes, intervals=intervals)
             local[name] = Measured(round=candidate.round, test=test)
             if federated.get(name, Outcomes()).rows:
                 gains[name] = worth(
-                    config.task,
-                    run.metric,
-                    federated[name],
-                    outcomes[name],
-                    samples=samples,
-                    seed=config.seed,
-                    site=name,
+                    config.task, run.metric, federated[name], outcomes[name], intervals=intervals
                 )
     if "centralised" in wanted:
         best = train_alone(run, _all_steps(config, rows), site, [POOL], initial, "centralised", failed)
         for candidate in best.values():
             outcomes = _measure(run, site, rows, POOL, candidate, failed)
             if outcomes is not None:
-                test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+                test = summarise(config.task, "test", outcomes, intervals=intervals)
                 centralised = Measured(round=candidate.round, test=test)
     return References(local_only=local, centralised=centralised, failed=failed), gains
 

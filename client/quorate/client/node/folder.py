@@ -9,6 +9,7 @@ FOLDER/                 unpacked start-up kit
   anchor/               heads of the privacy ledger, unless site.yaml names another folder
   state/                site.sock, and what the site process keeps
     ledger/             the privacy ledger
+    splits/             what rows are placed by, and which of them private runs were trained on
     bin/                the only commands that Flower finds
     logs/               one file per program
     supervisor/         lock and status
@@ -30,6 +31,8 @@ from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.sources import resolve_local
 
 SITE_YAML, CONNECTION_YAML = "site.yaml", "connection.yaml"
+NOT_FILES = ("hub", "sklearn", "package")
+"""What a source begins with that is not on this machine's disk."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def local_data(site: SiteFolder) -> dict[str, Path]:
     """Return where the data on this machine's disk lie, by alias; those that are not there are left out."""
     found = {}
     for alias, source in site.config.data.items():
-        if source.source.partition(":")[0] in ("hub", "sklearn", "package"):
+        if source.source.partition(":")[0] in NOT_FILES:
             continue
         with contextlib.suppress(DataError, ConfigError):  # whoever reads them says what is wrong
             found[alias] = resolve_local(source.source, site.path)

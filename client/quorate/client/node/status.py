@@ -7,11 +7,19 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from quorate.client.approvals import waiting_runs, withdrawn_runs
+from quorate.client.node.conditions import certificates, holdings, storage
 from quorate.client.node.contact import silent, standing
 from quorate.client.node.folder import SiteFolder
+from quorate.client.node.server_check import server_lines
+from quorate.client.node.site_file import SiteFileState
+from quorate.client.node.site_file import standing as standing_of_file
 from quorate.client.service import MODEL, check_health
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.looks import Line
 from quorate.shared.supervised import Status, read_status
+
+_SECONDS = 5.0
+"""Longest wait for the server: a person waits for this."""
 
 
 class ProgramState(ConfigModel):
@@ -55,6 +63,10 @@ class SiteStatus(ConfigModel):
     """The connection."""
     base_model_loaded: bool
     """Whether the site process holds a base model; it loads one when a run first asks."""
+    site_file: SiteFileState | None
+    """Whether the site process works by site.yaml as it is now; None where none runs."""
+    checks: tuple[Line, ...]
+    """Disk, ledger, certificates, models, data and the way to the server: what the next round needs."""
     waiting: tuple[str, ...]
     """Runs that were turned away until a person approves them."""
     withdrawn: tuple[str, ...]
@@ -62,9 +74,10 @@ class SiteStatus(ConfigModel):
 
     @property
     def ok(self) -> bool:
-        """Whether every program works and the server is reached."""
+        """Whether every program works, the server is reached, and nothing would make the next round fail."""
         working = bool(self.programs) and not any(each.problem for each in self.programs.values())
-        return self.running and working and self.server.state == "connected"
+        connected = self.running and self.server.state == "connected"
+        return working and connected and all(each.ok for each in self.checks)
 
 
 def site_status(site: SiteFolder) -> SiteStatus:
@@ -72,16 +85,24 @@ def site_status(site: SiteFolder) -> SiteStatus:
     status = read_status(site.supervisor)
     programs = _programs(site, status)
     runs = site.state.is_dir()
+    server = _server(site, running=status is not None)
     return SiteStatus(
         site=site.connection.site,
         federation=site.connection.federation,
         running=status is not None,
         programs=programs,
-        server=_server(site, running=status is not None),
+        server=server,
         base_model_loaded=status is not None and check_health(site.socket, name=MODEL),
+        site_file=standing_of_file(site),
+        checks=(*storage(site), *certificates(site), *holdings(site), *_way(site, server)),
         waiting=tuple(waiting_runs(site.state)) if runs else (),
         withdrawn=tuple(withdrawn_runs(site.state)) if runs else (),
     )
+
+
+def _way(site: SiteFolder, server: ServerContact) -> list[Line]:
+    """Look at the certificate that the server shows, and at the clocks."""
+    return server_lines(site, signed=False, connected=server.state == "connected", seconds=_SECONDS)
 
 
 def _programs(site: SiteFolder, status: Status | None) -> dict[str, ProgramState]:

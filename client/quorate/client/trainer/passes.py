@@ -85,16 +85,15 @@ def row_losses(
     real = torch.tensor(
         [[r < len(share.rows) for r in range(most)] for share in shares], device=batch.weights.device
     )
-    _lay_out(stack, run, shares, length)
+    _lay_out(stack, run, shares)
+    stack.layout.padded_in_front = getattr(model.processor, "padding_side", "right") == "left"
     return run.task.loss(_logits(model, run, batch), batch).view(len(shares), most), real
 
 
-def _lay_out(stack: AdapterStack, run: RunConfig, shares: Sequence[Share], length: int | None) -> None:
+def _lay_out(stack: AdapterStack, run: RunConfig, shares: Sequence[Share]) -> None:
     layout = stack.layout
     layout.sites = tuple(share.position for share in shares)
     layout.rows = tuple(len(share.rows) for share in shares)
-    layout.lengths = tuple(length or max(map(run.task.length, share.rows)) for share in shares)
-    layout.length = max(layout.lengths)
     head = run.adapter.head
     with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
     layout.generators = tuple(share.dropout for share in shares) if with_dropout else None

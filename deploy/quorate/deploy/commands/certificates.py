@@ -69,18 +69,20 @@ def renew(
 ) -> None:
     """Issue the server a new certificate by the same CA, for the names now in federation.yaml.
 
-    The old files stay beside the new ones. Sites need nothing; restart the server to use it.
+    The old files stay beside the new ones. Sites need nothing, and a running server takes it over by itself.
 
     Example: quorate certificates renew --days 365
     """
     from quorate.deploy.provision.certificates import renew_server
     from quorate.shared.files import alone
+    from quorate.shared.supervised import read_status
 
     folder, authority = _open(federation)
     with alone(folder.path):
         issued = renew_server(folder, authority, new_key_too=new_key, days=days)
     typer.echo(f"{folder.server / 'server.crt'}: serial {issued.serial}, until {issued.not_after:%Y-%m-%d}")
-    typer.echo("Restart the server to use it: quorate server stop, quorate server start.")
+    if read_status(folder.state) is not None:
+        typer.echo("The running server takes it over within seconds, and drops no connection.")
 
 
 @certificates.command("sign")

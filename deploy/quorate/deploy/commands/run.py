@@ -85,6 +85,7 @@ def run(
     config = ends.pinned(config)
     output_dir = output or Path("runs") / config.name
     ends.check_output(output_dir, config, resume=resume)
+    ends.check_room_for(folder, output_dir)
     with alone_in(output_dir):  # one command per output folder, and so per run
         target = (
             ends.old_run(folder, config, output_dir, run_id)
@@ -153,4 +154,5 @@ def _words(ended: RunStatus) -> str:
     """Return what the command line says of an end, as a simulation's would."""
     if ended.state == "interrupted":
         return "interrupted"
-    return f"QuorumNotMet: {ended.message}" if ended.state == "quorum-not-met" else ended.message
+    errors = {"quorum-not-met": "QuorumNotMet: ", "diverged": "ModelDiverged: "}
+    return errors.get(ended.state, "") + ended.message

@@ -15,6 +15,7 @@ from quorate.deploy.commands.common import (
     print_json,
 )
 from quorate.deploy.commands.federations import FederationOption, find_federation
+from quorate.deploy.commands.site_report import print_lines
 
 if TYPE_CHECKING:
     from quorate.deploy.server.status import ServerStatus
@@ -62,7 +63,10 @@ def status(
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
-    """Show programs, certificates and sites, each asked anew. Exit code 1 where the server does not work.
+    """Show programs, certificates, sites and disk, each asked anew. Exit code 1 where all is not well.
+
+    That is also where nothing has failed yet, and the next round would: a certificate with few days left, a
+    disk that is nearly full, a site that is not connected. Sites that were revoked are shown, and count not.
 
     Example: quorate server status --federation heart --json
     """
@@ -141,5 +145,7 @@ def _print(found: ServerStatus) -> None:
     console.print(table)
     table = Table("site", "node", "state", box=SIMPLE)
     for name, site in found.sites.items():
-        table.add_row(Text(name), site.node_id or "", site.state)
+        since = f" {site.revoked:%Y-%m-%d %H:%M} UTC" if site.revoked else ""
+        table.add_row(Text(name), site.node_id or "", f"{site.state}{since}")
     console.print(table)
+    print_lines(found.checks)

@@ -18,6 +18,7 @@ from quorate.deploy.commands.common import (
 from quorate.deploy.commands.site_audit import site_audit
 from quorate.deploy.commands.site_ledger import ledger
 from quorate.deploy.commands.site_report import print_checks, print_status
+from quorate.deploy.commands.site_runs import site_runs
 
 if TYPE_CHECKING:
     from quorate.client.node.folder import SiteFolder
@@ -35,6 +36,7 @@ models = typer.Typer(
 site.add_typer(models)
 site.add_typer(ledger)
 site.command("audit")(site_audit)
+site.command("runs")(site_runs)
 FolderArgument = Annotated[
     Path,
     # Readable: no. With two users, either may walk through the folder, and not list it.
@@ -170,7 +172,9 @@ def status(
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:
-    """Show programs, connection, base model, and runs that wait for you. Exit code 1 where all is not well.
+    """Show programs, connection, disk, certificates, models, data, and runs that wait for you.
+
+    Exit code 1 where all is not well: also where nothing has failed yet, and the next round would.
 
     Example: quorate site status ./north --json
     """
@@ -198,21 +202,23 @@ def check(
 ) -> None:
     """Check all that this site needs, before it starts: files, keys, data, models, and the way to the server.
 
-    Changes nothing. Exit code 2 where something is wrong; each line says what to do.
+    Changes nothing; each line says what to do. Exit code 2 where a file of yours is wrong, 1 where they are
+    right and disk, certificates, network or the server are not.
 
     Example: quorate site check ./north --run run.yaml
     """
     configure_logging(log_level)
     from quorate.client.node.check import check as check_all
+    from quorate.shared.looks import exit_code
 
     lines = check_all(folder, run)
-    ok = all(line.ok for line in lines)
+    code = exit_code(lines)
     if as_json:
-        print_json({"ok": ok, "checks": [line.model_dump(mode="json") for line in lines]})
+        print_json({"ok": not code, "checks": [line.model_dump(mode="json") for line in lines]})
     else:
         print_checks(lines)
-    if not ok:
-        raise typer.Exit(2)
+    if code:
+        raise typer.Exit(code)
 
 
 @site.command("approve")
@@ -226,7 +232,10 @@ def approve(run_id: RunIdArgument, folder: FolderOption = Path()) -> None:
     from quorate.client.approvals import approve as let_in
 
     configuration = let_in(_find(folder).state, run_id)
-    typer.echo(f"approved run {run_id}, as {configuration} says; the coordinator can resume it now.")
+    typer.echo(
+        f"approved run {run_id}, as {configuration} says. The run asks again by itself; where it waits no "
+        "longer, the coordinator goes on with `quorate run --resume`."
+    )
 
 
 @site.command("withdraw")

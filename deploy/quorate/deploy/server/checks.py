@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import socket
 
@@ -12,6 +11,7 @@ from cryptography import x509
 from quorate.deploy.server.keys import admitted, pins, read_certificate
 from quorate.deploy.server.paths import ServerPaths
 from quorate.shared.errors import ConfigError
+from quorate.shared.looks import days_left
 from quorate.shared.loopback import HOST, find_nginx
 
 
@@ -78,11 +78,6 @@ def _holder(port: int) -> str:
     except psutil.Error:
         pass
     return ""
-
-
-def days_left(until: datetime.datetime) -> float:
-    """Return the days from now to `until`; negative when that is past."""
-    return (until - datetime.datetime.now(datetime.UTC)).total_seconds() / 86400
 
 
 def revocations_days_left(paths: ServerPaths) -> float:

@@ -7,8 +7,10 @@ import ssl
 
 import grpc
 import psutil
+from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from quorate.deploy.server.keys import read_certificate
 from quorate.deploy.server.paths import NGINX, SUPEREXEC, SUPERLINK, ServerPaths
 from quorate.shared.loopback import HOST
 from quorate.shared.supervised import read_status
@@ -34,13 +36,19 @@ def nginx_problem(paths: ServerPaths) -> str | None:
         address = (_ANY.get(server.listen, server.listen), server.port)
         with (
             socket.create_connection(address, timeout=_SECONDS) as connection,
-            context.wrap_socket(connection, server_hostname=server.hostname),
+            context.wrap_socket(connection, server_hostname=server.hostname) as secured,
         ):
-            return None
+            shown = secured.getpeercert(binary_form=True)
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not good: {error.verify_message}"
     except OSError as error:  # ssl.SSLError is one
         return f"no TLS on port {server.port}: {error.strerror or error}"
+    if shown != read_certificate(paths.certificate).public_bytes(Encoding.DER):
+        return (
+            f"shows another certificate than {paths.certificate}; a running server takes a renewed one over "
+            "in seconds: if this stays, see server.log, or stop and start the server"
+        )
+    return None
 
 
 def superlink_problem(paths: ServerPaths) -> str | None:

@@ -43,7 +43,6 @@ def render(paths: ServerPaths) -> str:
     server = paths.folder.config.server
     files = {
         "state": paths.nginx,
-        "logs": paths.logs,
         "certificate": paths.certificate,
         "key": paths.key,
         "ca": paths.ca,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -65,8 +65,7 @@ def run(folder: FederationFolder) -> None:
     prepare_environment()
     paths = ServerPaths(folder)
     programs = prepare(paths)
-    threading.Thread(target=watch, args=[paths], daemon=True).start()
-    Supervisor(paths.supervisor, programs).run()
+    Supervisor(paths.supervisor, programs, beside=partial(watch, paths)).run()
 
 
 def start(folder: FederationFolder) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from quorate.client.enrol import CLIENT_CRT
+from quorate.deploy.provision.keys import revocation
 from quorate.deploy.server import flower
-from quorate.deploy.server.checks import days_left, revocations_days_left
+from quorate.deploy.server.checks import revocations_days_left
+from quorate.deploy.server.conditions import conditions
 from quorate.deploy.server.health import problems
 from quorate.deploy.server.keys import admitted, read_certificate
 from quorate.deploy.server.paths import SUPERLINK, ServerPaths
 from quorate.server.federation import FederationFolder
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.looks import Line, days_left
 from quorate.shared.supervised import read_status
 
 
@@ -36,8 +39,10 @@ class SiteState(ConfigModel):
     node_id: str | None = None
     """Flower's id of its node, once registered."""
     state: str
-    """`no key`, `not registered`, `refused` (the key was withdrawn once: the site needs another), or in
-    Flower's words: registered (never seen), online, offline; `unknown`: the SuperLink does not answer."""
+    """`no key`, `revoked`, `not registered`, `refused` (the key was withdrawn once: the site needs another),
+    or in Flower's words: registered (never seen), online, offline; `unknown`: no SuperLink that answers."""
+    revoked: datetime | None = None
+    """Since when the site is out; None: it is not."""
 
 
 class ServerStatus(ConfigModel):
@@ -53,12 +58,15 @@ class ServerStatus(ConfigModel):
     """Certificate, or list of revocations -> days that it is still good for."""
     sites: dict[str, SiteState]
     """Name -> site."""
+    checks: tuple[Line, ...]
+    """Disk, certificates, and every site that is not put out: what the next round needs."""
 
     @property
     def ok(self) -> bool:
-        """Whether the server runs and every program of it works."""
+        """Whether the server runs, every program of it works, and nothing would make the next round fail."""
         started = self.running and bool(self.programs)
-        return started and not any(program.problem for program in self.programs.values())
+        working = started and not any(program.problem for program in self.programs.values())
+        return working and all(each.ok for each in self.checks)
 
 
 def server_status(folder: FederationFolder) -> ServerStatus:
@@ -75,12 +83,14 @@ def server_status(folder: FederationFolder) -> ServerStatus:
         for name, program in (status.programs if status else {}).items()
     }
     answers = SUPERLINK in programs and programs[SUPERLINK].problem is None
+    sites = _sites(paths, answers)
     return ServerStatus(
         federation=folder.config.name,
         running=status is not None,
         programs=programs,
         certificates=_certificates(paths),
-        sites=_sites(paths, answers),
+        sites=sites,
+        checks=tuple(conditions(paths, {name: site.state for name, site in sites.items()})),
     )
 
 
@@ -108,6 +118,8 @@ def _sites(paths: ServerPaths, answers: bool) -> dict[str, SiteState]:
         if node is not None:
             state = "refused" if node.state == flower.UNREGISTERED else node.state
             sites[site] = SiteState(admitted=True, node_id=str(node.id), state=state)
+        elif (out := revocation(paths.folder, site)) is not None:
+            sites[site] = SiteState(admitted=False, state="revoked", revoked=out.time)
         elif key is None:
             sites[site] = SiteState(admitted=False, state="no key")
         else:

@@ -194,6 +194,7 @@ def _client(section: Section, claim: ClientClaim) -> None:
     if claim.participation_hidden:
         section.say(
             "Sampling counts as amplification because nobody but the coordinator knows who took part. This "
-            "page names them: it is not for those from whom participation is hidden.",
+            "page leaves it out; record.jsonl, metrics.jsonl and the checkpoints say it, and are the "
+            "coordinator's alone (mode 600).",
             "note",
         )

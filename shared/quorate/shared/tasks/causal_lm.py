@@ -37,8 +37,6 @@ class CausalLM(Task):
     default_metric: ClassVar[str] = "loss"
     counts_tokens: ClassVar[bool] = True
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
-    # Tokens of one text depend on one another: resampled one by one they would seem surer than they are.
-    no_interval: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity", "token_accuracy"})
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
@@ -280,8 +278,10 @@ class CausalLM(Task):
         return np.asarray(right[:, None].cpu().numpy(), dtype=np.int64)
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
-        """Raise ProtocolError unless outcomes are right or wrong, at least one for each row."""
-        if any(value not in ((0,), (1,)) for value in outcomes.values) or outcomes.units < outcomes.rows:
+        """Raise ProtocolError unless outcomes are right or wrong, from one to max_length for each row."""
+        most = outcomes.rows * self.max_length
+        known = all(value in ((0,), (1,)) for value in outcomes.values)
+        if not known or not outcomes.rows <= outcomes.units <= most:
             raise ProtocolError(
                 "sent outcomes that are not right or wrong tokens of rows, as this task has them."
             )

@@ -39,7 +39,6 @@ class ObjectDetection(Task):
     """Find objects in images. Columns: `image`, and `objects` (label id, x, y, width, height in pixels)."""
 
     default_metric: ClassVar[str] = "map"
-    resamples: ClassVar[bool] = False
     counted: ClassVar[str] = "boxes"
     peft_task_type: ClassVar[str | None] = None
     auto_class: ClassVar[str] = "AutoModelForObjectDetection"

@@ -360,9 +360,8 @@ def test_seeds_of_the_process_decide_no_draw(source: Any) -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(0), np.random.seed(0), random.seed(0)
-        drawn.append(
-            (tuple(source().normal(4)), tuple(source().uniform(4)), secret_generator(CPU).initial_seed())
-        )
+        masks = torch.rand(4, generator=secret_generator(CPU))
+        drawn.append((tuple(source().normal(4)), tuple(source().uniform(4)), tuple(masks.tolist())))
     assert not set(drawn[0]) & set(drawn[1])
 
 

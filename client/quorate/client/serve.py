@@ -26,15 +26,14 @@ from quorate.client.answered import Answered
 from quorate.client.base_models import at_site as model_at_site
 from quorate.client.budgets import Budgets, Spending, spending
 from quorate.client.current import Current
-from quorate.client.data import image_columns, load_splits, measured_apart
 from quorate.client.device_errors import LOST_EXIT
 from quorate.client.holdings import SiteRows
 from quorate.client.ledger import DATABASE, HEADS, open_ledger
 from quorate.client.limits import Limited
-from quorate.client.mapping import LoadedRow
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy import check_rows, check_steps
 from quorate.client.private import groups_of, plan_of
+from quorate.client.reading import read_rows
 from quorate.client.received import BaseLimits
 from quorate.client.recorded import Recorded
 from quorate.client.resident import Handler
@@ -49,7 +48,6 @@ from quorate.shared.base_model import default_device
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import BadInput, ConfigError, QuorateError
-from quorate.shared.messages import Split
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.progress import StepEvent
@@ -92,9 +90,11 @@ class AtSite:
             self.forget()  # before the next ones take their memory
             where = f"site.yaml, data.{run.data}"
             try:
-                splits, self._units = self._read(run)
+                source, held = self.folder.config.data[run.data], self._splits()
+                splits, units = read_rows(run, source, self.folder.path, held)
             except BadInput as error:
                 raise type(error)(f"{where}: {error}") from error
+            self._units = {key: units}
             self._rows[key] = {
                 split: [Row(row.values, row.source, group=row.group) for row in rows]
                 for split, rows in splits.items()
@@ -106,27 +106,6 @@ class AtSite:
             used = few_shot(run, site, rows["train"])
             check_steps(self.folder.config, run, len(set(groups_of(run, site, used) or range(len(used)))))
         return rows
-
-    def _read(
-        self, run: RunConfig
-    ) -> tuple[dict[Split, list[LoadedRow]], dict[tuple[object, ...], set[bytes]]]:
-        """Return the rows of a run, and the digests of those that it protects and trains on."""
-        source = self.folder.config.data[run.data]
-        images, held = image_columns(source, run.task.columns), self._splits()
-        placing = None if held is None else held.placing
-        labels: tuple[str, ...] = getattr(run.task, "labels", ())
-        splits = load_splits(source, self.folder.path, run.task.columns, labels, placing)
-        if held is None:
-            return splits, {}
-        splits, left = held.leave_out_trained(splits, images)
-        if left:
-            log.warning(
-                "data.%s: %d measured rows are left out: a private run was trained on them", run.data, left
-            )
-        if not isinstance(run.privacy, SitePrivacy):
-            return splits, {}
-        splits, units = measured_apart(splits, held.placing, images, by_group=run.privacy.unit == "group")
-        return splits, {self._key(run): units}
 
     def _key(self, run: RunConfig) -> tuple[object, ...]:
         """Return what decides which rows a run has."""

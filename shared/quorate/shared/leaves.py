@@ -67,7 +67,9 @@ FIELDS: dict[str, Item] = {
     "outcomes.counts": Item("not covered", f"how often each was; {_ROWS}"),
     "outcomes.loss_sum": Item("not covered", f"sum of losses; {_ROWS}"),
     "outcomes.num_rows": Item("public", "number of rows measured"),
-    "outcomes.sums": Item("not covered", f"further sums; {_ROWS}"),
+    "outcomes.sums": Item(
+        "not covered", f"further sums, of entities those of products of a sentence's counts; {_ROWS}"
+    ),
     "description.rows": Item("public", "number of rows of each split"),
     "description.label_counts": Item("withheld under privacy", "training rows of each label"),
     "description.model_files": Item("public", "SHA-256 of each file of the base model"),

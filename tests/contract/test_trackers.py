@@ -13,7 +13,7 @@ from report_data import Shape, config, make_summary, record, round_metrics
 from quorate.server.trackers import TENSORBOARD_DIR, TensorboardTracker, Tracker, configured_trackers
 from quorate.shared.errors import ConfigError
 
-SHAPE = Shape(rounds=4, planned=4, samples=5)
+SHAPE = Shape(rounds=4, planned=4)
 RUN = config(SHAPE)
 ROUNDS = [(record(SHAPE, r), round_metrics(RUN, SHAPE, r)) for r in range(1, 5)]
 SUMMARY = make_summary(RUN, SHAPE, *map(list, zip(*ROUNDS, strict=True)))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from loopback import NAME, NEEDS_NGINX, Loopback, pin_model, processes, wait_for
+from process_list import ProcessList, secrets_in
 from tiny_runs import LABELS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), NEEDS_NGINX]
@@ -85,6 +86,19 @@ def test_a_federation_ends_where_its_simulation_ends(federation: Loopback, simul
         log = "\n".join(path.read_text() for path in (federation.folder / name / "state").rglob("*.log"))
         assert log.count("base model") == 1  # loaded once, for any number of messages
     assert (federation.folder / "undisturbed" / "report.html").stat().st_size > 10_000
+
+
+def test_no_secret_stands_in_the_process_list(federation: Loopback) -> None:
+    once = (federation.folder / "tiny.yaml").read_text().replace("rounds: 3", "rounds: 1")
+    (federation.folder / "once.yaml").write_text(once)
+    with ProcessList(federation.folder).watched() as seen:
+        federation.quorate("run", "once.yaml", "--federation", NAME, "-o", "watched")
+    held = secrets_in(federation.folder)
+    assert len(held) > 20  # keys of the authority, of nginx, of every site, and what each SuperExec has
+    for name in ("flwr-serverapp", "quorate.client.node.launch"):
+        tokens = [token for token, lines in seen.tokens.items() if any(name in line for line in lines)]
+        assert tokens and all(len(token) == 256 for token in tokens), sorted(seen.arguments)
+    assert seen.looks > 100 and not seen.found(held)
 
 
 def in_round(federation: Loopback, known: set[str], round: int, phase: str) -> Path | None:

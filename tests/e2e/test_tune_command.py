@@ -17,6 +17,7 @@ from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.shown import at_most
 from quorate.simulations.sites import load_sites
 from quorate.simulations.space import load_space
 
@@ -195,7 +196,7 @@ def test_what_trials_spend_together_is_told(folder: Path, capsys: pytest.Capture
     result = json.loads((folder / "out" / "tune.json").read_text())
     found, noises = result["spent"], [each["values"]["privacy.noise_multiplier"] for each in result["trials"]]
     assert len(noises) == 3 and set(noises) == {1.0, 2.0}
-    assert "2 of them together come to epsilon" in said.err and f"{found['epsilon']:.3g} at" in said.out
+    assert "2 of them together come to epsilon" in said.err and f"{at_most(found['epsilon'])} at" in said.out
     assert "Every trial spends privacy of its own" in (folder / "out" / "tune.html").read_text()
 
     rows = load_sites(load_sites_file(Path("tiny.sites.yaml")), folder, load_run(Path("tiny.yaml")))

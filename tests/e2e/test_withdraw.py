@@ -28,6 +28,11 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def seen_at(site: str, federation: Loopback) -> list[dict[str, Any]]:
+    """The runs as the site's own people see them."""
+    return list(json.loads(federation.quorate("site", "runs", site, "--json").stdout)["runs"])
+
+
 def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> None:
     lines = [
         f"{word} {n % 7},{label}" for n in range(20) for label, own in LABELS.items() for word in own.split()
@@ -39,10 +44,16 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
     with federation.running():
         running = federation.run_in_background("run", "tiny.yaml", "--federation", NAME, "-o", "out")
         try:
-            runs = federation.home / "state" / "runs"
-            (run_dir,) = wait_for(lambda: [each for each in runs.glob("*") if records(each)], "no round", 400)
-            said = federation.quorate("site", "withdraw", run_dir.name, "--folder", "north").stdout
-            assert said == f"site north answers nothing of run {run_dir.name} any more\n"
+
+            def measured() -> list[dict[str, Any]]:
+                return [each for each in seen_at("north", federation) if "outcomes" in each["left"]]
+
+            (seen,) = wait_for(measured, "no round", 400)  # its people look, and need nobody else to
+            run_id = seen["run_id"]
+            assert (seen["name"], seen["federation"], seen["rounds"]) == ("tiny", NAME, 4)
+            assert seen["rows"] and seen["left"]["arrays"]
+            said = federation.quorate("site", "withdraw", run_id, "--folder", "north").stdout
+            assert said == f"site north answers nothing of run {run_id} any more\n"
             told, _ = running.communicate(timeout=600)
         finally:
             running.kill()
@@ -54,10 +65,17 @@ def test_a_site_leaves_a_run_that_goes_on(tmp_path: Path, tiny_bert: Path) -> No
         assert len(left) == 4 and left[0] == [] and left[-1] == ["north"]
         assert done[-1]["excluded"]["north"]["code"] == "withdrawn"
         status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
-        assert status["withdrawn"] == [run_dir.name]
+        assert status["withdrawn"] == [run_id] and status["site_file"]["state"] == "in use"
+        (seen,) = seen_at("north", federation)
+        assert seen["state"] == "withdrawn" and seen["withdrawal"]["by"] and seen["trained"] < 4
+        assert seen["refusal"]["code"] == "withdrawn"
+        (other,) = seen_at("south", federation)
+        assert (other["run_id"], other["state"], other["trained"]) == (run_id, "finished", 4)
+        log = (tmp_path / "north" / "state" / "logs" / "site.log").read_text()
+        assert f"run {run_id} (tiny), round 1, fit: answered with" in log
         north = tmp_path / "north" / "state" / "received"
         assert not north.exists() or not list(north.iterdir()), "it gets no result of a run that it left"
-        assert (tmp_path / "south" / "state" / "received" / run_dir.name / "adapter").is_dir()
-        federation.quorate("site", "withdraw", run_dir.name, "--folder", "north", "--undo")
+        assert (tmp_path / "south" / "state" / "received" / run_id / "adapter").is_dir()
+        federation.quorate("site", "withdraw", run_id, "--folder", "north", "--undo")
         status = json.loads(federation.quorate("site", "status", "north", "--json", code=0).stdout)
         assert status["withdrawn"] == []

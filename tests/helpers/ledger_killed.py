@@ -102,7 +102,11 @@ def work(place: Place, first: int, rounds: int, out: int) -> None:
     answered = Answered(place.folder / "answers.db", Trainer())
     budgets = Budgets(SITE, place.folder, crude)
     site = Accounted(
-        place.open, budgets, lambda run: spending(run, SITE, place.folder, lambda _: EVENT), answered
+        place.open,
+        lambda: budgets,
+        lambda run: spending(run, SITE, place.folder, lambda _: EVENT),
+        answered,
+        write_down=lambda run: None,  # there are no rows
     )
     for round in range(first, first + rounds):
         (update,) = site.handle([request(round)])

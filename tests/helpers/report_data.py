@@ -61,7 +61,7 @@ class Shape:
     multi_label: bool = False
     labels: tuple[str, ...] = LABELS
     exclusions: bool = True
-    samples: int = 200
+    intervals: bool = True
 
 
 def config(shape: Shape = Shape()) -> RunConfig:
@@ -186,7 +186,7 @@ def _tested(run: RunConfig, shape: Shape, quality: dict[str, float], seed: int) 
 
 
 def _evaluation(run: RunConfig, shape: Shape, found: dict[str, Outcomes]) -> Evaluation:
-    return summarise(run.task, "test", found, samples=shape.samples, seed=run.seed)
+    return summarise(run.task, "test", found, intervals=shape.intervals)
 
 
 def make_summary(
@@ -209,9 +209,7 @@ def make_summary(
             theirs = _tested(run, shape, alone, 13 + len(local))
             local[site] = Measured(round=10, test=_evaluation(run, shape, theirs))
             if ours[site].rows:
-                gains[site] = worth(
-                    run.task, metric, ours[site], theirs[site], samples=shape.samples, seed=7, site=site
-                )
+                gains[site] = worth(run.task, metric, ours[site], theirs[site], intervals=shape.intervals)
     if "centralised" in shape.references and shape.status == "done":
         better = {site: value + 0.012 for site, value in level.items()}
         central = Measured(round=11, test=_evaluation(run, shape, _tested(run, shape, better, 17)))

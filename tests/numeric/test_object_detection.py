@@ -191,7 +191,7 @@ def test_map_of_sites_is_pycocotools_own(make_run_of: Any, tmp_path: Path) -> No
     measured = {name: evaluate(model, stack, run, adapter, each) for name, each in encoded.items()}
     for each in measured.values():
         run.task.check_outcomes(each)
-    found = summarise(run.task, "test", measured, samples=10).pooled
+    found = summarise(run.task, "test", measured, intervals=True).pooled
     theirs = _coco(run, model, stack, adapter, sites, encoded)
     ours = [found[name] for name in ("map", "map_50", "map_75")]
     assert ours == pytest.approx(theirs[:3].tolist(), abs=1e-3), "scores are rounded to 1/10000"
@@ -247,7 +247,7 @@ def _coco(run: Any, model: Any, stack: Any, adapter: Any, sites: Any, encoded: A
 
 def test_no_interval_is_made_of_single_boxes(make_run_of: Any) -> None:
     outcomes = Outcomes(values=((0, 0, 9000, 1023), (1, 0, 0, 0)), counts=(2, 3), num_rows=2, loss_sum=4.0)
-    found = summarise(task(), "test", {"a": outcomes}, samples=10)
+    found = summarise(task(), "test", {"a": outcomes}, intervals=True)
     assert found.intervals == {}
     assert found.pooled["loss"] == 2.0 and found.pooled["map"] == pytest.approx(67 / 101)
     assert np.isnan(found.pooled["per_class"]["bar"]["ap"]), "no true bar: nothing is known"

@@ -326,15 +326,15 @@ def test_a_row_counted_twice_is_caught(case: MakeCase, monkeypatch: pytest.Monke
 def prove(run: RunConfig, rows: list[Row]) -> AdapterStack:
     model = load_model(run)
     stack = AdapterStack.install(model)
-    check_rows_apart(model, stack, run, run.task.encode(rows, model.processor))
+    check_rows_apart(model, stack, run, "a", run.task.encode(rows, model.processor))
     return stack
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_task_passes_the_sites_own_proof(case: MakeCase, name: str) -> None:
     run, rows = case(name)
-    assert prove(run, rows[:2]).rows_apart
-    assert prove(run, rows[:1]).rows_apart, "one row is enough"
+    assert prove(run, rows).rows_apart["a"].length is None
+    assert prove(run, rows[:1]).rows_apart["a"].length is None, "one row is enough"
 
 
 def test_batch_statistics_are_refused(case: MakeCase) -> None:
@@ -350,7 +350,7 @@ def test_batch_statistics_are_refused(case: MakeCase) -> None:
         check_batch_statistics(model)  # the trainer's own mode puts it right
     norms[0].running_mean = norms[0].running_var = None  # then even eval mode looks at the batch
     with pytest.raises(ModelError, match=r"keeps no running statistics"):
-        check_rows_apart(model, stack, run, examples)
+        check_rows_apart(model, stack, run, "a", examples)
 
 
 # The layers by themselves.

@@ -16,6 +16,7 @@ from row_gradients import kept, noisy
 from quorate.client.trainer import private
 from quorate.client.trainer.clipping import ClippedSum
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
+from quorate.client.trainer.passes import training_mode
 from quorate.client.trainer.private import draw_batch, units_of
 from quorate.client.trainer.private_plan import private_plan
 from quorate.client.trainer.secret import secret_generator, with_noise
@@ -25,7 +26,8 @@ from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.model import load_model
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.secret import CipherSource, SeededSource
+from quorate.shared.privacy.secret import CipherSource, SeededSource, secret_source
+from quorate.shared.privacy.shown import at_most
 from quorate.shared.progress import StepEvent, ignore_step
 
 SOURCES = [SeededSource, CipherSource]
@@ -384,7 +386,7 @@ def test_the_plan_covers_every_step_of_the_run(make_run: Any) -> None:
     assert (claim.steps, claim.units, claim.delta, claim.clipping_norm) == (4 * 18, 100, 1e-5, 0.5)
     assert 2.95 < claim.epsilon <= 3.0
     assert epsilon([plan.event()] * 4, 1e-5) == pytest.approx(claim.epsilon)
-    assert f"{claim.epsilon:.3g}" in claim.sentence and "100 records" in claim.sentence
+    assert at_most(claim.epsilon) in claim.sentence and "100 records" in claim.sentence
 
 
 def test_a_site_smaller_than_the_batch_uses_all_its_rows_in_each_step(make_run: Any) -> None:
@@ -399,3 +401,46 @@ def test_a_site_smaller_than_the_batch_uses_all_its_rows_in_each_step(make_run: 
     large = make_run(privacy={"unit": "record", "noise_multiplier": 2.0, "delta": 0.01})
     with pytest.raises(ConfigError, match=r"privacy\.delta"):
         private_plan(large, 101)
+
+
+def test_a_dropout_generator_starts_from_more_than_a_seed_of_32_bits() -> None:
+    """Its first numbers are those of a Mersenne Twister whose every word was drawn: no seed leads there."""
+    generator = secret_generator(CPU)
+    state = generator.get_state().numpy().copy()
+    words = state[24 : 24 + 8 * 624].view(np.uint64)
+    assert (words < 2**32).all() and len(np.unique(words)) > 600
+    known = np.random.MT19937()
+    known.state = {"bit_generator": "MT19937", "state": {"key": words.astype(np.uint32), "pos": 624}}
+    raw = known.random_raw(2000)
+    expected = (raw & (2**24 - 1)).astype(np.float32) * np.float32(2**-24)
+    np.testing.assert_array_equal(torch.rand(2000, generator=generator).numpy(), expected)
+    other = secret_generator(CPU).get_state().numpy()[24 : 24 + 8 * 624].view(np.uint64)
+    assert (words != other).mean() > 0.99
+    # What seeding does instead: word by word from the first one, which a seed of 32 bits is.
+    seeded = torch.Generator().manual_seed(5).get_state().numpy()[24 : 24 + 8 * 624].view(np.uint64)
+    assert (
+        torch.Generator().manual_seed(5 + 2**32).get_state().numpy()[24:].tobytes()[:4992] == seeded.tobytes()
+    )
+    recurrence = [
+        (1812433253 * (int(w) ^ (int(w) >> 30)) + at + 1) % 2**32 for at, w in enumerate(words[:-1])
+    ]
+    assert recurrence[:20] != words[1:21].tolist()
+
+
+def test_private_training_leaves_no_global_generator_seeded(make_run: Any, monkeypatch: Any) -> None:
+    """The base's own dropout is refused; were anything to draw from the global generator, none is known."""
+    run = make_run(privacy={"unit": "record", "noise_multiplier": 1.0})
+    model = load_model(run)
+    stack = AdapterStack.install(model)
+    before = torch.random.get_rng_state()
+    drawn = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeded with at most 64 bits"))
+    for _ in range(2):
+        with training_mode(model, stack, run, seed=None):
+            drawn.append(torch.rand(8))
+    assert not torch.equal(*drawn) and torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_noise_is_cryptographic_unless_it_is_switched_off(make_run: Any) -> None:
+    assert make_run(privacy={"unit": "record", "noise_multiplier": 1.0}).privacy.secure_rng
+    assert isinstance(secret_source(True), CipherSource)

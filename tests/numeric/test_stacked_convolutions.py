@@ -82,10 +82,10 @@ def test_dropout_of_images_is_the_same_stacked_or_alone() -> None:
         return torch.Generator().manual_seed(seed)
 
     rows = (2, 1, 2)
-    layout = Layout((0, 1, 2), rows, (0, 0, 0), 0, tuple(map(generator, range(3))))
+    layout = Layout((0, 1, 2), rows, tuple(map(generator, range(3))))
     together = StackedDropout(0.5, layout)(x).split(ROWS)
     for seed, (count, found) in enumerate(zip(rows, together, strict=True)):
-        alone = StackedDropout(0.5, Layout((0,), (count,), (0,), 0, (generator(seed),)))(x[:count])
+        alone = StackedDropout(0.5, Layout((0,), (count,), (generator(seed),)))(x[:count])
         assert torch.equal(found[:count], alone)
         assert set(alone.unique().tolist()) == {0.0, 2.0}
     assert not torch.equal(together[0], together[2])

@@ -14,7 +14,7 @@ from quorate.server.card import escape, model_card
 from quorate.server.records import Summary
 from quorate.shared.config.run import RunConfig
 
-SHAPE = Shape(rounds=2, planned=2, samples=20)
+SHAPE = Shape(rounds=2, planned=2)
 
 
 def summary_of(run: RunConfig, shape: Shape) -> Summary:

@@ -235,6 +235,8 @@ class Stop:
 
     def finish(self, *_: Any) -> None: ...
 
+    def waiting(self, *_: Any) -> None: ...
+
     def phase(self, round: int, name: str) -> None:
         if (round, name) == self.when:
             self.action()

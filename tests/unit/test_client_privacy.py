@@ -34,6 +34,7 @@ from quorate.shared.messages import Update
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.privacy.secret import CipherSource, SecretSource, SeededSource
+from quorate.shared.privacy.shown import at_most
 
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
 PLAIN = {"unit": "client", "delta": 0.01, "noise_multiplier": 1.0}
@@ -329,7 +330,7 @@ def test_the_last_round_is_the_result_and_says_what_may_be_claimed(privately: An
     site_report = report(run.config, run.run_id, "north", told)
     assert "the last:" in site_report and "hold no noise" in site_report and "picked by" not in site_report
     card = (run.output_dir / "adapter" / "README.md").read_text()
-    said = f"({result.claim.epsilon:.3g}, 0.01)-differentially private"
+    said = f"({at_most(result.claim.epsilon)}, 0.01)-differentially private"
     assert said in card.replace("\\", "") and "was not used" not in card and "the best by" not in card
     page = write_report(run.output_dir).read_text()
     assert said in page and "no differential privacy was used" not in page

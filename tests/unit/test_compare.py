@@ -14,7 +14,7 @@ from quorate.server.compare import _t, compare
 from quorate.shared.errors import OutputError
 
 SEEDS = (2, 0, 1)
-SMALL = Shape(sites=("heart", "kidney"), samples=0, exclusions=False, rounds=2, planned=2)
+SMALL = Shape(sites=("heart", "kidney"), intervals=False, exclusions=False, rounds=2, planned=2)
 
 
 @pytest.fixture

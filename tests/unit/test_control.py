@@ -11,8 +11,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ from quorate.server.status import RunStatus
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError, QuorateError
 from quorate.shared.files import write_folder
 
-SHAPE = Shape(rounds=2, planned=2, samples=5, references=())
+SHAPE = Shape(rounds=2, planned=2, references=())
 RUN = config(SHAPE)
 ROUNDS = [(record(SHAPE, r), round_metrics(RUN, SHAPE, r)) for r in (1, 2)]
 SUMMARY = make_summary(RUN, SHAPE, *map(list, zip(*ROUNDS, strict=True)))
@@ -282,6 +286,66 @@ def test_results_are_fetched_without_checkpoints(folder: FederationFolder, tmp_p
     with pytest.raises(OutputError, match="--resume"):
         ends.check_output(tmp_path / "out", RUN, resume=False)
     ends.check_output(tmp_path / "out", RUN, resume=True)
+
+
+FOLLOWER = """
+import sys, time
+from pathlib import Path
+from quorate.deploy.control.records import RunFolder
+
+with RunFolder(Path(sys.argv[1])).follow():
+    print("following", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_whose_command_was_killed_is_said_to_be_alone(
+    folder: FederationFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    carried = Carried(folder, never_ends)
+    name = ["--federation", str(folder.path)]
+
+    def listed() -> dict[str, Any]:
+        assert quorate(["runs", "list", *name, "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["runs"]
+        return dict(found)
+
+    carried.controller._submit()
+    while not (carried.run.path / EVENTS_FILE).exists():
+        time.sleep(0.02)
+    assert listed()["command"] == "gone"
+    with ExitStack() as stack:
+        commands = []
+        for _ in range(2):
+            command = [sys.executable, "-c", FOLLOWER, str(carried.run.path)]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            assert process.stdout is not None and process.stdout.readline() == "following\n"
+            commands.append(process)
+        for each in commands:
+            assert (listed()["state"], listed()["command"]) == ("running", "follows")
+            each.kill()
+            each.wait()
+    found = listed()
+    assert (found["state"], found["command"]) == ("running", "gone")
+    assert datetime.fromisoformat(found["heard"]).timestamp() <= time.time()
+    assert quorate(["runs", "list", *name]) == 0
+    assert "running, alone" in (told := capsys.readouterr().out) and "quorate runs stop" in told
+    assert quorate(["runs", "show", carried.run.run_id, *name]) == 0
+    assert "gone" in capsys.readouterr().out
+    assert carried.controller.stop() is not None
+    assert listed()["command"] is None, "a run that has ended needs no command"
+
+
+def test_the_controller_follows_as_long_as_it_carries_out(folder: FederationFolder) -> None:
+    def slow(events: EventsTracker, run_dir: Path) -> None:
+        time.sleep(0.5)
+        done(events, run_dir)
+
+    carried, seen = Carried(folder, slow), list[bool | None]()
+    carried.controller._on_event = lambda _event: seen.append(carried.run.followed)
+    assert carried.controller.carry_out().state == "done"
+    assert seen and all(seen) and carried.run.followed is False
 
 
 def test_the_table_shows_who_joined_and_who_did_not() -> None:

@@ -16,7 +16,7 @@ from quorate.server.events import EventsHandler, EventsReader, EventsTracker, Sa
 from quorate.server.trackers import Tracker
 from quorate.shared.errors import OutputError
 
-SHAPE = Shape(rounds=3, planned=3, samples=5)
+SHAPE = Shape(rounds=3, planned=3)
 RUN = config(SHAPE)
 ROUNDS = [(record(SHAPE, r), round_metrics(RUN, SHAPE, r)) for r in range(1, 4)]
 ROUNDS[1] = (ROUNDS[1][0].model_copy(update={"excluded": {"kidney": TIMEOUT}}), ROUNDS[1][1])

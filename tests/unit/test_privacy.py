@@ -45,6 +45,7 @@ GROUP = {"unit": "group", "noise_multiplier": 1.0, "max_records_per_group": 2}
         ({"training": {"examples_per_class": 5}}, "training.examples_per_class .*; leave it out"),
         ({"training": {"base_dropout": True}}, "training.base_dropout .*; use adapter.lora_dropout"),
         ({"task": {"class_weights": "balanced"}}, "task.class_weights balanced .* or use none"),
+        ({"model": {"load_in_8bit": True}}, "model.load_in_8bit .*; use load_in_4bit, or neither"),
     ],
 )
 def test_settings_that_break_the_claim_are_refused(
@@ -108,6 +109,7 @@ def test_privacy_that_contradicts_itself_is_refused(make_run: Any, privacy: Any,
 
 def test_what_is_sound_stays_allowed(make_run: Any) -> None:
     sound = {
+        "model": {"load_in_4bit": True},
         "task": {"class_weights": [1, 2, 3], "label_smoothing": 0.1, "token_dropout": 0.1},
         "adapter": {"use_dora": True, "lora_dropout": 0.1},
         "training": {"gradient_checkpointing": True, "freeze_layers": 1, "optim": "adafactor"},
@@ -286,6 +288,9 @@ def test_references_of_a_run_that_hides_sites_have_no_noise(
     assert private is not None and plain is not None and not private.failed
     assert private.local_only["north"].test.pooled["loss"] == plain.local_only["north"].test.pooled["loss"]
     assert private.centralised is not None and private.centralised == plain.centralised
+    said = "are not covered: they used the same rows without any noise"
+    assert said in (tmp_path / "private" / "report.html").read_text()
+    assert said not in (tmp_path / "plain" / "report.html").read_text()
 
 
 def test_a_run_in_which_no_coin_came_up_ends_with_a_report(

@@ -23,7 +23,7 @@ from quorate.shared.errors import ConfigError, OutputError
 
 SECTIONS = ["worth", "learning", "quality", "data", "sites", "cost", "limits", "made"]
 VOID = {"meta", "link", "img", "br", "hr", "input", "col", "wbr"}
-FAST = Shape(rounds=4, planned=4, samples=20)
+FAST = Shape(rounds=4, planned=4)
 
 
 class Page(HTMLParser):
@@ -84,7 +84,7 @@ def report(folder: Path, shape: Shape = FAST, *, summary: bool = True) -> Page:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     folder = tmp_path_factory.mktemp("whole")
-    page = report(folder, Shape(samples=50))
+    page = report(folder, Shape())
     return folder, page
 
 
@@ -240,7 +240,7 @@ def test_one_round_many_labels_several_labels(tmp_path: Path) -> None:
 
 def test_many_sites_are_cut_in_charts_and_whole_in_tables(tmp_path: Path) -> None:
     sites = tuple(f"site-{i:02d}" for i in range(30))
-    shape = replace(FAST, rounds=1, planned=1, sites=sites, local=dict.fromkeys(sites, 0.7), samples=2)
+    shape = replace(FAST, rounds=1, planned=1, sites=sites, local=dict.fromkeys(sites, 0.7))
     page = report(tmp_path, shape)
     assert "the table has all 30" in page.sections["worth"]
     assert "one grey line per site" in page.sections["learning"]

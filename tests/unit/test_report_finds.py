@@ -14,7 +14,7 @@ from quorate.server.records import Sample, SampleObject
 from quorate.server.report import write_report
 from quorate.shared.errors import OutputError
 
-SHAPE = Shape(rounds=2, planned=2, samples=0, references=())
+SHAPE = Shape(rounds=2, planned=2, intervals=False, references=())
 
 
 def picture() -> bytes:

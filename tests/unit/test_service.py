@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -225,3 +226,26 @@ def test_a_path_that_no_socket_can_have(turns: Turns, place: Path) -> None:
     with pytest.raises(ConfigError, match="shorter path"):
         SiteService(turns, SITE, place.parent / ("d" * 100) / "site.sock")
     assert list(place.parent.iterdir()) == []
+
+
+# When answers leave.
+
+
+@pytest.mark.parametrize("code", [None, "internal"], ids=["answered", "failed"])
+def test_answers_leave_on_a_grid(place: Path, turns: Turns, code: str | None) -> None:
+    """Counted from the request's arrival, so that the work shows no finer than the grid."""
+    made = SiteService(turns, SITE, place, grid=lambda: 1.5)
+    made.start()
+    try:
+        with RemoteSite(place) as site:
+            started = time.monotonic()
+            if code is None:
+                site.ask(message())
+            else:
+                with pytest.raises(SiteUnavailable) as caught:
+                    site.ask(message(run_config="fail"))
+                assert caught.value.code == code
+        assert time.monotonic() - started >= 1.5
+        assert turns.begun == [1]
+    finally:
+        made.stop()

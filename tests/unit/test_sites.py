@@ -58,10 +58,13 @@ def test_a_partitioned_data_set(tmp_path: Path, run: RunConfig) -> None:
     write(tmp_path / "rows.jsonl", 100, ward="north")
     config = sites(ward={"source": "rows.jsonl", "partition": {"by": "iid", "sites": ["a", "b"]}})
     loaded = load_sites(config, tmp_path, run)
-    assert {name: {split: len(rows) for split, rows in of.items()} for name, of in loaded.items()} == {
-        "a": {"train": 33, "validation": 8, "test": 10},
-        "b": {"train": 32, "validation": 7, "test": 10},
+    counts = {
+        name: [len(of[split]) for split in ("train", "validation", "test")] for name, of in loaded.items()
     }
+    assert list(counts) == ["a", "b"] and sum(map(sum, counts.values())) == 100
+    assert all(0 <= a - b <= 1 for a, b in zip(*counts.values(), strict=True)), (
+        "each split is shared out alike"
+    )
     # Nothing but the task's columns reaches the task.
     assert all(
         set(row.values) == {"text", "label"} for of in loaded.values() for rows in of.values() for row in rows
@@ -88,11 +91,9 @@ def test_a_list_of_sites_with_mappings_of_their_own(tmp_path: Path, run: RunConf
     )
     loaded = load_sites(config, tmp_path, run)
     assert list(loaded) == ["north", "south"]
-    assert {split: len(rows) for split, rows in loaded["south"].items()} == {
-        "train": 4,
-        "validation": 0,
-        "test": 1,
-    }
+    assert not loaded["south"]["validation"]
+    # Rows that are the same lie on one side: each is placed by what it says.
+    assert {len(loaded["south"]["train"]), len(loaded["south"]["test"])} == {0, 5}
     # A site that lacks a class is normal.
     assert {row.values["label"] for row in loaded["south"]["train"]} == {0}
 
@@ -176,7 +177,7 @@ def test_the_demos_hospitals_differ() -> None:
     loaded = load_sites(load_sites_file(default_sites_path(path)), path.parent, load_run(path))
     assert list(loaded) == ["north", "south", "east", "west"]
     totals = Counter(split for of in loaded.values() for split, rows in of.items() for _ in rows)
-    assert totals == {"train": 342, "validation": 85, "test": 142}
+    assert totals == {"train": 327, "validation": 97, "test": 145}
     mixes = [Counter(row.values["label"] for row in of["train"]) for of in loaded.values()]
     assert max(mix[1] / mix.total() for mix in mixes) > 0.9
     assert min(mix[1] / mix.total() for mix in mixes) < 0.4

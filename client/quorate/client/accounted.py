@@ -1,7 +1,7 @@
 """Pays for every private answer before it is made: reserve, train, store, commit, and only then answer.
 
     1  the stored answer of this very request    its spending is committed, and it is given again
-    2  else reserve                              on disk before a row is looked at by the trainer
+    2  else write down the rows, and reserve     on disk before a row is looked at by the trainer
     3  train, store the answer                   the inner handler
     4  commit, with the answer's hash            on disk before the answer leaves
     5  return it
@@ -37,19 +37,27 @@ class Accounted:
 
     Args:
         ledger: opens the ledger; called when the first private request comes, or by `open`.
-        budgets: what may be spent.
+        budgets: what may be spent, as site.yaml has it now.
         spending_of: what a run with record- or group-level privacy costs here.
         inner: the stored answers, and behind them the site that trains.
+        write_down: keeps for good which rows are about to be trained on.
     """
 
     def __init__(
-        self, ledger: Callable[[], Ledger], budgets: Budgets, spending_of: SpendingOf, inner: Answered
+        self,
+        ledger: Callable[[], Ledger],
+        budgets: Callable[[], Budgets],
+        spending_of: SpendingOf,
+        inner: Answered,
+        *,
+        write_down: Callable[[RunConfig], None],
     ) -> None:
         self._open = ledger
         self._ledger: Ledger | None = None
         self._budgets = budgets
         self._spending_of = spending_of
         self._inner = inner
+        self._write_down = write_down
 
     def handle(self, requests: list[RoundRequest]) -> list[Update]:
         """Answer requests in order; one that is refused, or that cannot be paid for, by its code."""
@@ -72,7 +80,7 @@ class Accounted:
     def _one(self, request: RoundRequest) -> Update:
         try:
             run = RunConfig.model_validate_json(request.header.run_config)
-            self._budgets.admit(run)
+            self._budgets().admit(run)
             if isinstance(run.privacy, SitePrivacy):
                 if request.header.phase == "join":
                     self._check_whole_run(run, request.header.run_id)
@@ -87,7 +95,7 @@ class Accounted:
         """Refuse a run that would have to stop in the middle for want of budget."""
         spending, entries = self._spending_of(run), self.open().reservations
         _check_units(spending, entries, run_id)
-        self._budgets.check(spending, entries, to_come(spending, entries, run_id))
+        self._budgets().check(spending, entries, to_come(spending, entries, run_id))
 
     def _fit(self, run: RunConfig, request: RoundRequest) -> Update:
         key = _key(request)
@@ -119,7 +127,8 @@ class Accounted:
             _check_units(spending, ledger.reservations, key.run_id)
             _check_claim(spending, ledger.reservations, key)
         more = spending.over(1 if there is None else 0)  # it counts already
-        self._budgets.check(spending, ledger.reservations, more)
+        self._budgets().check(spending, ledger.reservations, more)
+        self._write_down(run)
         return ledger.reserve(key, spending.alias, spending.protects, spending.event)
 
 

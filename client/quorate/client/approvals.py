@@ -1,8 +1,8 @@
 """Runs that wait for a person's word, have it, or had it: `quorate site approve|withdraw`. No torch here.
 
 STATE/waiting/RUN_ID.json   configuration of a run that asked and was turned away
-STATE/approved/RUN_ID       hash of the configuration that a person approved
-STATE/withdrawn/RUN_ID      a run that this site takes no more part in
+STATE/approved/RUN_ID       hash of the configuration that a person approved, who that was, and when
+STATE/withdrawn/RUN_ID      a run that this site takes no more part in, by whom and when, who had approved it
 
 The word holds for one configuration. What waits under an id never changes: else a coordinator could put
 another configuration in the place of the one that a person has just read.
@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import re
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from quorate.shared.config.base import ConfigModel
 from quorate.shared.errors import ConfigError, RequestRefused
 
 RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -23,6 +28,29 @@ RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 _WAITING, _APPROVED, _WITHDRAWN = "waiting", "approved", "withdrawn"
 _MOST_WAITING = 100
 """Nobody reads more; the oldest that were decided on go, and further runs wait for room."""
+
+
+class Word(ConfigModel):
+    """What a person said of a run."""
+
+    by: str
+    """The user of the operating system who gave the command."""
+    at: datetime
+    """When (UTC)."""
+
+
+class Approval(Word):
+    """A person's yes."""
+
+    config_hash: str
+    """Of the configuration that it holds for."""
+
+
+class Withdrawal(Word):
+    """A person's no."""
+
+    approval: Approval | None = None
+    """The yes that it took back."""
 
 
 def approve(state: Path, run_id: str) -> Path:
@@ -42,7 +70,8 @@ def approve(state: Path, run_id: str) -> Path:
             "waits for your word."
         )
     digest = hashlib.sha256(waiting.read_bytes()).hexdigest()
-    _write(state, _APPROVED, run_id, digest.encode())
+    word = Approval(by=_user(), at=datetime.now(UTC), config_hash=digest)
+    _write(state, _APPROVED, run_id, word.model_dump_json().encode())
     (state / _WITHDRAWN / run_id).unlink(missing_ok=True)
     return waiting
 
@@ -59,7 +88,10 @@ def withdraw(state: Path, run_id: str) -> None:
     """
     if not re.fullmatch(RUN_ID, run_id):
         raise ConfigError(f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`.")
-    _write(state, _WITHDRAWN, run_id, b"")
+    before = withdrawal(state, run_id)
+    taken_back = approval(state, run_id) or (before.approval if before else None)
+    word = Withdrawal(by=_user(), at=datetime.now(UTC), approval=taken_back)
+    _write(state, _WITHDRAWN, run_id, word.model_dump_json().encode())
     (state / _APPROVED / run_id).unlink(missing_ok=True)
 
 
@@ -84,12 +116,31 @@ def withdrawn_runs(state: Path) -> list[str]:
     return sorted(path.name for path in (state / _WITHDRAWN).glob("[!.]*"))
 
 
+def withdrawal(state: Path, run_id: str) -> Withdrawal | None:
+    """Return who took this site out of a run; None where nobody did, or a release before did not write it."""
+    try:
+        return Withdrawal.model_validate_json((state / _WITHDRAWN / run_id).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def approval(state: Path, run_id: str) -> Approval | None:
+    """Return who approved a run, and with which configuration; None where nobody did."""
+    path = state / _APPROVED / run_id
+    try:
+        content = path.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}\s*", content):  # as releases before wrote it
+            at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            return Approval(by="unknown", at=at, config_hash=content.decode().strip())
+        return Approval.model_validate_json(content)
+    except (OSError, ValidationError):
+        return None
+
+
 def is_approved(state: Path, run_id: str, config_hash: str) -> bool:
     """Whether a person approved this run with this configuration."""
-    try:
-        return (state / _APPROVED / run_id).read_text().strip() == config_hash
-    except OSError:
-        return False
+    word = approval(state, run_id)
+    return word is not None and word.config_hash == config_hash
 
 
 def note_waiting(state: Path, run_id: str, run_config: str) -> None:
@@ -129,6 +180,17 @@ def waiting_runs(state: Path) -> list[str]:
         for path in files
         if not is_approved(state, path.stem, hashlib.sha256(path.read_bytes()).hexdigest())
     ]
+
+
+def _user() -> str:
+    """Return who gives this command: the account of the process, and whom it was taken on from by sudo."""
+    number = os.getuid()
+    try:
+        name = pwd.getpwuid(number).pw_name
+    except KeyError:  # a container's number without a name
+        name = f"uid {number}"
+    before = os.environ.get("SUDO_USER", "") if number == 0 else ""
+    return f"{before} as {name}" if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._@-]*", before) else name
 
 
 def _write(state: Path, folder: str, name: str, content: bytes) -> None:

@@ -16,6 +16,7 @@ from quorate.client.ledger_rows import ProtectedData, Reservation
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.errors import RequestRefused
 from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.shown import at_most
 from quorate.shared.sources import expand
 
 if TYPE_CHECKING:
@@ -159,10 +160,10 @@ class Budgets:
             if total > budget.max_epsilon:
                 now = self.accountant(self.spent(budget, entries), budget.delta)
                 raise RequestRefused(
-                    f"policy.privacy_budgets: data.{budget.data} may spend epsilon {budget.max_epsilon:g} at "
-                    f"delta {budget.delta:g}; {now:.4g} is spent, and with the {more.steps} steps asked for "
-                    f"it would be {total:.4g}; have the coordinator ask for fewer rounds or more noise, or "
-                    "raise max_epsilon in site.yaml if your people agree.",
+                    f"policy.privacy_budgets: data.{budget.data} may spend epsilon {budget.max_epsilon:g} "
+                    f"at delta {budget.delta:g}; {at_most(now, 4)} is spent, and with the {more.steps} "
+                    f"steps asked for it would be {at_most(total, 4)}; have the coordinator ask for fewer "
+                    "rounds or more noise, or raise max_epsilon in site.yaml if your people agree.",
                     code="policy-budget",
                 )
 

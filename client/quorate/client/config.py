@@ -79,8 +79,22 @@ class PolicyConfig(ConfigModel):
     """Fewest training rows of a data set that may be trained on."""
     approve_each_run: bool = False
     """A person must approve each run (`quorate site approve RUN_ID`) before it may use data."""
+    max_rounds: int | None = Field(1000, ge=1)
+    """Most rounds of a run; null sets no limit, here and in the limits that follow."""
+    max_steps_per_round: int | None = Field(10_000, ge=1)
+    """Most optimiser steps of one round here, as `training.max_steps` says or as epochs over this site's rows
+    make."""
+    max_minutes_per_round: float | None = Field(120, gt=0)
+    """Longest that one round may be worked on; training ends at the step that passes it."""
+    max_minutes_per_day: float | None = Field(720, gt=0)
+    """Longest that all runs together may be worked on in any 24 hours."""
+    max_runs_per_day: int | None = Field(50, ge=1)
+    """Most runs that may begin here in any 24 hours."""
     require_privacy: bool = False
     """Refuse every run without record- or group-level privacy, that is, without noise added at this site."""
+    answer_grid_seconds: float = Field(0.0, ge=0, le=3600)
+    """Let answers leave only at whole multiples of so many seconds after their request came, so that how long
+    the rows took tells less; 0 lets them leave at once. Each answer takes up to so much longer."""
     privacy_budgets: tuple[PrivacyBudget, ...] = ()
     """Budgets by data set and unit. A data set with a budget is closed to runs without record- or group-level
     privacy, and to units without a budget; one without any is spent from without a limit."""

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
 from quorate.shared.export import ADAPTER_DIR, adapter_files
 from quorate.shared.files import write_file, write_folder, writing
 from quorate.shared.messages import Delivery, RequestHeader
 from quorate.shared.privacy.claim import PrivacyClaim
+from quorate.shared.privacy.shown import at_most, delta_shown
 
 REPORT_FILE = "report.md"
 _RUN_ID = r"[0-9a-f]{16}"
@@ -92,14 +94,14 @@ def _privacy(run: RunConfig, told: Delivery, claim: PrivacyClaim | None) -> list
         said = [
             "None is claimed: no noise was added, so treat the adapter as derived from the data of all sites."
         ]
-    elif run.private_clients:
-        claimed = "is not known here" if told.epsilon is None else f"epsilon {told.epsilon:.3g}"
+    elif isinstance(run.privacy, ClientPrivacy):
+        claimed = "is not known here" if told.epsilon is None else f"epsilon {at_most(told.epsilon)}"
         said = [
-            f"For each whole site, as the coordinator claims: {claimed}, delta {run.privacy.delta:g}, by "
-            "noise that it added to the sum of clipped updates. It covers the adapters of all rounds of this "
-            "run. It does not cover the coordinator, which saw every update without noise, figures on "
-            "validation and test rows, and other runs on the same sites. This site cannot check the claim. "
-            f"{_ACCOUNTANT}"
+            f"For each whole site, as the coordinator claims: {claimed}, delta "
+            f"{delta_shown(run.privacy.delta)}, by noise that it added to the sum of clipped updates. It "
+            "covers the adapters of all rounds of this run. It does not cover the coordinator, which saw "
+            "every update without noise, figures on validation and test rows, and other runs on the same "
+            f"sites. This site cannot check the claim. {_ACCOUNTANT}"
         ]
     elif claim is None:
         said = [

@@ -15,11 +15,13 @@ from pydantic import ConfigDict
 
 from quorate.client.base_models import at_site
 from quorate.client.config import SiteConfig
-from quorate.client.data import load_splits
+from quorate.client.data import image_columns, load_splits, measured_apart
 from quorate.client.forecast_budgets import BudgetForecast, against_ledger
 from quorate.client.inspection import own_source
+from quorate.client.placing import Placing
 from quorate.client.private import check_some, groups_of
 from quorate.client.serve import training_device
+from quorate.client.site_splits import look_beside
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.private import units_of
 from quorate.client.trainer.private_plan import steps_a_round
@@ -177,7 +179,13 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
     site_privacy(run)  # before anything is read
     source = own_source(site, run)
     labels: tuple[str, ...] = getattr(run.task, "labels", ())
-    rows = load_splits(source, base_dir, run.task.columns, labels)["train"]
+    held = look_beside(base_dir)
+    placing = Placing.of_seed(source.split.seed) if held is None else held.placing
+    images = image_columns(source, run.task.columns)
+    splits = load_splits(source, base_dir, run.task.columns, labels, placing)
+    if held is not None:
+        splits, _ = held.leave_out_trained(splits, images)
+    rows = measured_apart(splits, placing, images, by_group=False)[0]["train"]
     training = [Row(row.values, row.source, group=row.group) for row in rows]
     here = at_site(run, site, base_dir) if run.model.sha256 is not None else run
     device = training_device(site.device)

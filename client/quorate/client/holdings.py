@@ -22,8 +22,13 @@ class Holdings(Protocol):
         """The sites of this process."""
         ...
 
+    @property
+    def readings(self) -> int:
+        """How often rows were let go of, to be read again; what was made of earlier ones goes too."""
+        ...
+
     def rows(self, run: RunConfig, site: str) -> SiteRows:
-        """Return the rows that the run's data alias stands for at `site`; the same ones each time.
+        """Return the rows that the run's data alias stands for at `site`; the same ones until a run begins.
 
         Raises: DataError: they cannot be read. RequestRefused: the site does not give them for this run.
         """
@@ -56,6 +61,11 @@ class InMemory:
     def names(self) -> tuple[str, ...]:
         """The sites of this process."""
         return tuple(self.of)
+
+    @property
+    def readings(self) -> int:
+        """They are never read again."""
+        return 0
 
     def rows(self, run: RunConfig, site: str) -> SiteRows:
         """Return the site's rows."""

@@ -19,6 +19,7 @@ from quorate.client.data import fill_missing_splits, image_columns
 from quorate.client.duplicates import TARGETS, groups, input_key, near_rows, repeats
 from quorate.client.inspectors import INSPECTORS, Finding
 from quorate.client.mapping import LABEL, LoadedRow, RowMapper
+from quorate.client.placing import Placing
 from quorate.client.readers import read_source
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import DataError
@@ -106,7 +107,7 @@ class SiteReport(Report):
 
 
 def read_all(
-    source: SourceConfig, base_dir: Path, task: Task, name: str
+    source: SourceConfig, base_dir: Path, task: Task, name: str, placing: Placing | None = None
 ) -> tuple[dict[Split, list[LoadedRow]], SourceReport]:
     """Read a source and keep the rows that can be used.
 
@@ -115,6 +116,7 @@ def read_all(
         base_dir: where relative paths start.
         task: the run's.
         name: for the report.
+        placing: says where rows lie, see `load_splits`.
     Returns: usable rows per split, as a run would have them, and what there is to say of all rows.
     Raises: ConfigError, DataError: no row of it can be read: no such file, no header, no such column.
     """
@@ -124,7 +126,8 @@ def read_all(
         problems.append(str(error))
 
     mapper = RowMapper(source, task.columns, getattr(task, "labels", ()))
-    raw = read_source(source, base_dir, image_columns(source, task.columns), refuse)
+    images = image_columns(source, task.columns)
+    raw = read_source(source, base_dir, images, refuse)
     mapped = {split: mapper.map(rows, refuse) for split, rows in raw.items()}
     report = SourceReport(
         name=name,
@@ -133,7 +136,8 @@ def read_all(
         unusable=len(problems),
         problems=problems[:MOST_NAMED],
     )
-    return fill_missing_splits(mapped, source.split), report
+    placing = placing or Placing.of_seed(source.split.seed)
+    return fill_missing_splits(mapped, source.split, placing, images), report
 
 
 def inspect_site(name: str, rows: Mapping[Split, Sequence[Row]], task: Task, processor: Any) -> SiteReport:

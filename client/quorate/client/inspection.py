@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from quorate.client.config import SiteConfig
+from quorate.client.data import image_columns
 from quorate.client.inspect import Report, SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.site_splits import look_beside
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import SourceConfig
 from quorate.shared.errors import BadInput, ConfigError, DataError, ModelError
@@ -59,7 +61,12 @@ def inspect_own_data(site: SiteConfig, base_dir: Path, run: RunConfig) -> DataRe
     looked: list[SiteReport] = []
     processor = tokenizer(run, notes)
     try:
-        rows, report = read_all(source, base_dir, run.task, run.data)
+        held = look_beside(base_dir)
+        rows, report = read_all(source, base_dir, run.task, run.data, None if held is None else held.placing)
+        if held is not None:
+            rows, left = held.leave_out_trained(rows, image_columns(source, run.task.columns))
+            if left:
+                notes.append(f"{left} measured rows are left out: a private run was trained on them")
         sources.append(report)
         if report.unusable:
             errors.append(f"{run.data}: {report.unusable} rows cannot be used")

@@ -98,7 +98,7 @@ class RowMapper:
                 f"{row.source}: column {self.group!r} is empty, so nothing says which group the row belongs "
                 "to; fill it in or remove the row."
             )
-        return _as_key(value)
+        return as_key(value)
 
     def _value(self, kind: Kind, value: Any, where: str) -> Any:
         """Return a cell as its kind has it.
@@ -174,7 +174,7 @@ class _Labels:
         """Return the id of one label."""
         if is_missing(value):
             raise DataError(f"{where} has no label; fill it in or remove the row.")
-        key = _as_key(value)
+        key = as_key(value)
         if key in self.mapping:
             return self.index[self.mapping[key]]
         number = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else None
@@ -199,7 +199,7 @@ class _Labels:
         return f"its labels are {', '.join(self.names[:12])}{more}."
 
 
-def _as_key(value: Any) -> str:
+def as_key(value: Any) -> str:
     """Write a label's value as `labels` of a sites file does: 1.0 as 1, truth values as JSON has them."""
     if isinstance(value, bool):
         return str(value).lower()

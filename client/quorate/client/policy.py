@@ -16,6 +16,7 @@ from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_wai
 from quorate.client.config import PolicyConfig, SiteConfig
 from quorate.client.received import check_header
 from quorate.client.resident import Handler, failed
+from quorate.client.trainer.private_plan import steps_a_round
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
@@ -105,6 +106,7 @@ def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) 
         )
     _allowed("policy.aggregation", "rule", run.aggregation.name, policy.aggregation, "policy-aggregation")
     _trained_whole(run.adapter, policy)
+    _long(run, site)
     if policy.require_privacy and not isinstance(run.privacy, SitePrivacy):
         raise RequestRefused(
             "policy.require_privacy is on, and for this run no noise would be added at this site; have the "
@@ -139,6 +141,39 @@ def check_rows(site: SiteConfig, alias: str, count: int) -> None:
             f"policy.min_rows is {site.policy.min_rows}, data.{alias} has {count} training rows; lower "
             "policy.min_rows in site.yaml, or give the site more rows.",
             code="policy-rows",
+        )
+
+
+def check_steps(site: SiteConfig, run: RunConfig, units: int) -> None:
+    """Hold the steps of a round, which epochs make of rows, against the policy.
+
+    Args:
+        site: the site's own configuration.
+        run: the run's.
+        units: training rows (or groups, where they are what is protected) that the run uses here.
+    Raises: RequestRefused: there are too many.
+    """
+    batch = run.training.per_device_train_batch_size * run.training.gradient_accumulation_steps
+    steps, most = steps_a_round(run.training, units, batch), site.policy.max_steps_per_round
+    if most is not None and steps > most:
+        raise RequestRefused(
+            f"policy.max_steps_per_round is {most}, the run asks for {steps} optimiser steps a round here; "
+            "raise policy.max_steps_per_round in site.yaml, or have the coordinator lower training.max_steps "
+            "(or num_train_epochs).",
+            code="policy-steps",
+        )
+
+
+def _long(run: RunConfig, site: SiteConfig) -> None:
+    """Limit the work that a run asks for by its own words; `quorate.client.limits` holds the clock."""
+    if run.training.max_steps is not None:
+        check_steps(site, run, 0)  # whatever the rows are
+    rounds, most = run.federation.rounds, site.policy.max_rounds
+    if most is not None and rounds > most:
+        raise RequestRefused(
+            f"policy.max_rounds is {most}, the run has {rounds} rounds; raise policy.max_rounds in "
+            "site.yaml, or have the coordinator lower federation.rounds.",
+            code="policy-rounds",
         )
 
 

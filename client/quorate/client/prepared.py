@@ -33,12 +33,14 @@ class Resident:
         model: its base model.
         stack: the adapters on it.
         examples: (data alias, site, split, rows of each label) -> examples.
+        readings: which reading of the rows they were made of.
     """
 
     run: RunConfig
     model: LoadedModel
     stack: AdapterStack
     examples: dict[tuple[str, str, Split, int | None], list[Example]]
+    readings: int = 0
 
 
 class Prepared:
@@ -81,6 +83,7 @@ class Prepared:
             resident.examples.clear()  # those of the run in hand alone stay in memory
         resident.run = run
         self.resident = resident
+        self._let_go(resident)
         return resident
 
     def examples(self, resident: Resident, site: str, split: Split) -> list[Example]:
@@ -88,6 +91,8 @@ class Prepared:
 
         Raises: DataError: no training rows, or one that the task cannot use. ModelError.
         """
+        self.holdings.rows(resident.run, site)  # which reads them again where that is due
+        self._let_go(resident)
         few = resident.run.training.examples_per_class if split == "train" else None
         key = (resident.run.data, site, split, few)
         if key not in resident.examples:
@@ -100,6 +105,12 @@ class Prepared:
             resident.model.check_tokens(examples)
             resident.examples[key] = task.weigh(task.pack(examples)) if split == "train" else examples
         return resident.examples[key]
+
+    def _let_go(self, resident: Resident) -> None:
+        """Drop examples of rows that are to be read again, or were."""
+        if resident.readings != self.holdings.readings:
+            resident.examples.clear()
+            resident.readings = self.holdings.readings
 
     def rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
         """Return the rows that a run uses, of training rows maybe a few of each label."""
@@ -115,7 +126,7 @@ class Prepared:
         if plan is None:
             return None
         examples = self.examples(resident, site, "train")
-        check_rows_apart(resident.model, resident.stack, resident.run, examples)
+        check_rows_apart(resident.model, resident.stack, resident.run, site, examples)
         return plan.claim()
 
     def claim_kept(self, run: RunConfig, site: str) -> PrivacyClaim | None:

@@ -1,8 +1,9 @@
 """What a site does for a run with record- or group-level privacy beside its training.
 
 The number of training rows (and of groups) is sent and taken as public. Everything else that follows from
-training rows without noise stays here: label counts, notes, numbers of tokens, figures on training rows. The
-time that a request took does depend on the rows that were drawn; whoever waits for an answer can measure it.
+training rows without noise stays here: label counts, notes, numbers of tokens, figures on training rows,
+how long a request took (`quorate.shared.leaves` lists all). When an answer comes does depend on the rows that
+were drawn, and whoever waits for it can measure that; `policy.answer_grid_seconds` makes it coarse.
 """
 
 from __future__ import annotations
@@ -71,6 +72,14 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
         return private_plan(run, len(rows) if groups is None else len(set(groups)))
     except ConfigError as error:
         raise ConfigError(f"site {site}: {error}") from error
+
+
+def told_seconds(run: RunConfig, seconds: float) -> float:
+    """Return how long a site says that it worked: under record- or group-level privacy nothing (0).
+
+    One row of unusual length shows in it, to the microsecond.
+    """
+    return 0.0 if isinstance(run.privacy, SitePrivacy) else seconds
 
 
 def check_split(run: RunConfig, split: Split) -> None:

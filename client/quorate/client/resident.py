@@ -12,7 +12,7 @@ from typing import Protocol
 
 from quorate.client.remote import RemoteSite
 from quorate.shared.errors import QuorateError
-from quorate.shared.messages import RoundRequest, Update
+from quorate.shared.messages import RoundRequest, Update, UpdateHeader
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,20 @@ def answer(
     return [update.encoded for update in handler.handle(requests)]
 
 
-def failed(request: RoundRequest, error: Exception) -> Update:
+class Failed(Update):
+    """An answer that is a code alone.
+
+    Args:
+        header: with the code.
+        why: the same in words, which stay here.
+    """
+
+    def __init__(self, header: UpdateHeader, why: str) -> None:
+        super().__init__(header)
+        self.why = why
+
+
+def failed(request: RoundRequest, error: Exception) -> Failed:
     """Return the answer of a site that could not do what was asked: a code. The text goes to the log here."""
     code = error.code if isinstance(error, QuorateError) else "internal"
     log.error(
@@ -68,4 +81,4 @@ def failed(request: RoundRequest, error: Exception) -> Update:
         error,
         exc_info=code == "internal",
     )
-    return Update.reply(request, error=code)
+    return Failed(Update.reply(request, error=code).header, str(error))

@@ -1,6 +1,7 @@
 """The resident site process: `python -m quorate.client.serve FOLDER`, where FOLDER holds site.yaml.
 
-    socket -> service -> policy -> privacy ledger -> stored answers -> site (rows, base model, trainer)
+    socket -> service -> book of runs -> policy, read again -> limits -> privacy ledger -> stored answers
+        -> site (rows, base model, trainer)
 
 It runs in the foreground until SIGTERM or SIGINT; training then ends at its next step, and whoever asked asks
 the next process again.
@@ -24,18 +25,31 @@ from quorate.client.accounted import Accounted
 from quorate.client.answered import Answered
 from quorate.client.base_models import at_site as model_at_site
 from quorate.client.budgets import Budgets, Spending, spending
-from quorate.client.data import load_splits
+from quorate.client.current import Current
+from quorate.client.data import image_columns, load_splits, measured_apart
+from quorate.client.device_errors import LOST_EXIT
 from quorate.client.holdings import SiteRows
 from quorate.client.ledger import DATABASE, HEADS, open_ledger
+from quorate.client.limits import Limited
+from quorate.client.mapping import LoadedRow
 from quorate.client.node.folder import SiteFolder
-from quorate.client.policy import Gate, check_rows
-from quorate.client.private import plan_of
+from quorate.client.policy import check_rows, check_steps
+from quorate.client.private import groups_of, plan_of
 from quorate.client.received import BaseLimits
+from quorate.client.recorded import Recorded
+from quorate.client.resident import Handler
+from quorate.client.runs_book import DATABASE as RUNS
+from quorate.client.runs_book import RunsBook
+from quorate.client.seen import SeenRows
 from quorate.client.service import SiteService
 from quorate.client.site import Site
+from quorate.client.site_splits import SiteSplits, look_at_splits, open_splits
+from quorate.client.trainer.sampling import few_shot
 from quorate.shared.base_model import default_device
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import BadInput, ConfigError, QuorateError
+from quorate.shared.messages import Split
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.events import PrivacyEvent
 from quorate.shared.progress import StepEvent
@@ -51,11 +65,20 @@ ANSWERS_FILE, RECEIVED = "answers.db", "received"
 class AtSite:
     """What one site holds, as its site.yaml says (quorate.client.holdings.Holdings).
 
-    Rows are read when a run that was let through first asks for them, and kept until a run asks for others.
+    Rows are read when a run that was let through first asks for them, and kept until a run asks for others,
+    or until one begins (`forget`).
+
+    Args:
+        folder: the site's; replaced by whoever reads site.yaml again.
+        looks_only: whether nothing is to be written, as by commands that another user may give.
     """
 
     folder: SiteFolder
+    looks_only: bool = False
+    readings: int = 0
     _rows: dict[tuple[object, ...], SiteRows] = field(default_factory=dict)
+    _units: dict[tuple[object, ...], set[bytes]] = field(default_factory=dict)
+    _seen: SeenRows = field(default_factory=SeenRows)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,25 +87,76 @@ class AtSite:
 
     def rows(self, run: RunConfig, site: str) -> SiteRows:
         """Return the rows that the run's data alias stands for here, with the task's columns alone."""
-        # Not every task has labels; those that have list them under this name.
-        labels: tuple[str, ...] = getattr(run.task, "labels", ())
-        key = (run.data, tuple(run.task.columns.items()), labels)
+        key = self._key(run)
         if key not in self._rows:
-            self._rows.clear()  # before the next ones take their memory
+            self.forget()  # before the next ones take their memory
             where = f"site.yaml, data.{run.data}"
             try:
-                source = self.folder.config.data[run.data]
-                splits = load_splits(source, self.folder.path, run.task.columns, labels)
+                splits, self._units = self._read(run)
             except BadInput as error:
                 raise type(error)(f"{where}: {error}") from error
             self._rows[key] = {
                 split: [Row(row.values, row.source, group=row.group) for row in rows]
                 for split, rows in splits.items()
             }
-            log.info("%s: %s", where, ", ".join(f"{split} {len(rows)}" for split, rows in splits.items()))
+            log.info("%s: %s", where, self._seen.describe(run.data, key, self._rows[key]))
         rows = self._rows[key]
         check_rows(self.folder.config, run.data, len(rows["train"]))
+        if run.training.max_steps is None:
+            used = few_shot(run, site, rows["train"])
+            check_steps(self.folder.config, run, len(set(groups_of(run, site, used) or range(len(used)))))
         return rows
+
+    def _read(
+        self, run: RunConfig
+    ) -> tuple[dict[Split, list[LoadedRow]], dict[tuple[object, ...], set[bytes]]]:
+        """Return the rows of a run, and the digests of those that it protects and trains on."""
+        source = self.folder.config.data[run.data]
+        images, held = image_columns(source, run.task.columns), self._splits()
+        placing = None if held is None else held.placing
+        labels: tuple[str, ...] = getattr(run.task, "labels", ())
+        splits = load_splits(source, self.folder.path, run.task.columns, labels, placing)
+        if held is None:
+            return splits, {}
+        splits, left = held.leave_out_trained(splits, images)
+        if left:
+            log.warning(
+                "data.%s: %d measured rows are left out: a private run was trained on them", run.data, left
+            )
+        if not isinstance(run.privacy, SitePrivacy):
+            return splits, {}
+        splits, units = measured_apart(splits, held.placing, images, by_group=run.privacy.unit == "group")
+        return splits, {self._key(run): units}
+
+    def _key(self, run: RunConfig) -> tuple[object, ...]:
+        """Return what decides which rows a run has."""
+        # Not every task has labels; those that have list them under this name.
+        labels: tuple[str, ...] = getattr(run.task, "labels", ())
+        unit = run.privacy.unit if isinstance(run.privacy, SitePrivacy) else None
+        source = self.folder.config.data[run.data].model_dump_json()
+        return run.data, tuple(run.task.columns.items()), labels, source, unit
+
+    def _splits(self) -> SiteSplits | None:
+        """Return how rows are placed; None for who only looks at a site that has never read any."""
+        return look_at_splits(self.folder) if self.looks_only else open_splits(self.folder)
+
+    def write_down(self, run: RunConfig) -> None:
+        """Keep for good which rows a private run is about to be trained on: they are not measured again.
+
+        Raises: as `rows`; OutputError: it could not be written.
+        """
+        (name,) = self.names
+        self.rows(run, name)
+        open_splits(self.folder).write_down(self._units[self._key(run)])
+
+    def use(self, folder: SiteFolder) -> None:
+        """Take over site.yaml as it is now."""
+        self.folder = folder
+
+    def forget(self) -> None:
+        """Have the rows read again when they are next asked for: a run begins."""
+        self._rows.clear()
+        self.readings += 1
 
     def spending(self, run: RunConfig) -> Spending:
         """Return what a run with record- or group-level privacy costs here.
@@ -133,8 +207,13 @@ def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Acco
     A ledger that is needed or there is looked at now; where it is not what was written, that is logged, and
     private runs are refused until it is.
     """
-    budgets = Budgets(folder.config, folder.path, epsilon)
-    accounted = Accounted(lambda: open_ledger(folder), budgets, at_site.spending, answered)
+
+    def budgets() -> Budgets:
+        return Budgets(at_site.folder.config, at_site.folder.path, epsilon)
+
+    accounted = Accounted(
+        lambda: open_ledger(folder), budgets, at_site.spending, answered, write_down=at_site.write_down
+    )
     policy = folder.config.policy
     files = (folder.ledger / DATABASE, folder.anchor / HEADS)
     if policy.require_privacy or policy.privacy_budgets or any(path.exists() for path in files):
@@ -145,18 +224,32 @@ def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Acco
     return accounted
 
 
-def serve(folder: SiteFolder, stop: threading.Event) -> None:
-    """Answer requests until `stop` is set.
+def front_of(
+    folder: SiteFolder, at_site: AtSite, book: RunsBook, accounted: Handler
+) -> tuple[Handler, Limited]:
+    """Put the site's word before its ledger: books, rules as they are now, limits.
 
+    Returns: the outermost handler, and the one to be told of optimiser steps.
+    """
+    limited = Limited(lambda: at_site.folder.config.policy, book, at_site.forget, accounted)
+    return Recorded(book, folder.connection, Current(folder, at_site.use, limited)), limited
+
+
+def serve(folder: SiteFolder, stop: threading.Event) -> int:
+    """Answer requests until `stop` is set, or the device is lost.
+
+    Returns: the exit code.
     Raises: ConfigError, OutputError: the process cannot begin.
     """
     name = folder.connection.site
     device = training_device(folder.config.device)
     folder.state.mkdir(mode=0o750, parents=True, exist_ok=True)
     services: list[SiteService] = []
+    limits: list[Limited] = []
 
     def on_step(event: StepEvent) -> None:
         services[0].check_stopping()
+        limits[0].on_step(event)
         loss = "" if event.loss is None else f", loss {event.loss:.4f}"
         log.debug("round %d, step %d of %d%s", event.round, event.step, event.steps, loss)
 
@@ -167,8 +260,20 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     site = Site(at_site, device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     accounted = account_for(folder, at_site, answered)
-    gate = Gate(folder.config, folder.state, accounted)
-    services.append(SiteService(gate, name, folder.socket))
+    book = RunsBook(folder.state / RUNS)
+    front, limited = front_of(folder, at_site, book, accounted)
+    limits.append(limited)
+    lost = threading.Event()
+
+    def on_lost() -> None:
+        lost.set()
+        stop.set()
+
+    def grid() -> float:
+        return at_site.folder.config.policy.answer_grid_seconds
+
+    services.append(SiteService(front, name, folder.socket, grid=grid, on_lost=on_lost))
+    book.settle()
     services[0].start()
     log.info("site %s: ready at %s, training on %s", name, folder.socket, device)
     stop.wait()
@@ -176,6 +281,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> None:
     services[0].stop()
     accounted.close()
     answered.close()
+    book.close()
+    return LOST_EXIT if lost.is_set() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,11 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     os.umask(0o077)
     try:
-        serve(SiteFolder.find(options.folder), stop)
+        return serve(SiteFolder.find(options.folder), stop)
     except QuorateError as error:
         log.error("%s", error)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from quorate.client.device_errors import DEVICE_LOST
 from quorate.client.remote import MAX_BYTES, METHOD, chunks
 from quorate.client.resident import Handler
 from quorate.shared.errors import ConfigError, ProtocolError, QuorateError
@@ -53,13 +55,28 @@ class SiteService:
         site: this site's name; a request for another one is refused.
         socket: where to listen; a dead process's socket is replaced.
         max_bytes: largest message that is read.
+        grid: answers leave at whole multiples of so many seconds after their request came; 0: at once. Asked
+            for each answer.
+        on_lost: told when the site has lost its device: the answer that says so is the last one, and the
+            process is to end.
     Raises: ConfigError: another process has the socket, or it cannot be made.
     """
 
-    def __init__(self, handler: Handler, site: str, socket: Path, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        site: str,
+        socket: Path,
+        *,
+        max_bytes: int = MAX_BYTES,
+        grid: Callable[[], float] = lambda: 0.0,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._handler = handler
         self._site = site
         self._max_bytes = max_bytes
+        self._grid = grid
+        self._on_lost = on_lost
         self._stopping = threading.Event()
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="site")
         self._health = health.HealthServicer()
@@ -113,20 +130,25 @@ class SiteService:
         data = self._read(incoming, context)
         if data is None:
             return
+        came = time.monotonic()
         try:
             future = self._turns.submit(self._work, data)
         except RuntimeError:  # shut down
             context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
-        settled = threading.Event()
+        settled, gone = threading.Event(), threading.Event()
         future.add_done_callback(lambda _: settled.set())
 
         def abandoned() -> None:
             future.cancel()  # does nothing once it has begun
+            gone.set()
             settled.set()
 
         if not context.add_callback(abandoned):
             abandoned()
         settled.wait()
+        grid = self._grid()
+        if grid and not self._stopping.is_set():
+            gone.wait(-(time.monotonic() - came) % grid)
         if not context.is_active():
             return
         yield from chunks(self._outcome(future, context))
@@ -153,6 +175,10 @@ class SiteService:
             raise Stopped
         request = RoundRequest.decode(bytes(data)).addressed_to(self._site)
         (update,) = self._handler.handle([request])
+        if update.header.error == DEVICE_LOST:
+            log.error("the device is lost; ending, so that another process takes over")
+            self._stopping.set()  # whatever waits is asked of that one
+            self._on_lost()
         return update.encoded
 
     def _outcome(self, future: Future[bytes], context: Any) -> bytes:

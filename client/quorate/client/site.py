@@ -17,10 +17,11 @@ import torch
 
 from quorate.client.alone import train_alone
 from quorate.client.description import describe
+from quorate.client.device_errors import in_smaller_stacks, of_device
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.prepared import Prepared, Resident
-from quorate.client.private import check_split, groups_of
+from quorate.client.private import check_split, groups_of, told_seconds
 from quorate.client.received import check_arrays, check_base_change, check_header
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
@@ -81,10 +82,7 @@ class Site:
         """
         answers: dict[int, Update] = {}
         for group in self._groups(requests, answers):
-            try:
-                answers.update(zip(group, self._answer([requests[i] for i in group]), strict=True))
-            except Exception as error:  # any failure must reach the coordinator as a code, and no further
-                answers.update({i: failed(requests[i], error) for i in group})
+            answers.update(in_smaller_stacks(self._answer, requests, group))
         return [answers[i] for i in range(len(requests))]
 
     def prepare(self, run: RunConfig) -> RunConfig:
@@ -122,8 +120,8 @@ class Site:
         for index, request in enumerate(requests):
             try:
                 resident = self._admit(request)
-            except Exception as error:  # as above
-                answers[index] = failed(request, error)
+            except Exception as error:  # any failure must reach the coordinator as a code, and no further
+                answers[index] = failed(request, of_device(error) or error)
                 continue
             stacked = request.header.phase == "fit"
             residual = GlobalState.unpack(request.arrays).residual.content_hash
@@ -189,7 +187,10 @@ class Site:
         examples = self._prepared.examples(resident, request.header.site, split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
-            request, outcomes=outcomes, num_examples=len(examples), seconds=time.monotonic() - started
+            request,
+            outcomes=outcomes,
+            num_examples=len(examples),
+            seconds=told_seconds(resident.run, time.monotonic() - started),
         )
 
     def _alone(self, resident: Resident, request: RoundRequest) -> Update:
@@ -234,7 +235,7 @@ class Site:
         ]
         trainable = moving(run, resident.model.initial, round)
         fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
-        seconds = (time.monotonic() - started) / len(requests)
+        seconds = told_seconds(run, (time.monotonic() - started) / len(requests))
         return [
             self._uploaded(run, *answer, seconds)
             for answer in zip(requests, tasks, states, fitted, strict=True)

@@ -36,6 +36,7 @@ class ConsoleTracker:
         self._first = 1
         self._since = time.monotonic()
         self._where = ""
+        self._next_line = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -80,12 +81,23 @@ class ConsoleTracker:
         """Say which step begins."""
         # A round after the last is none: the reference runs have rounds of their own.
         at = f"round {round}/{self._rounds} · " if 0 < round <= self._rounds else ""
-        self._where = f"{at}{name}"
+        self._where, self._next_line = f"{at}{name}", 0.0
         if self._bar is None:
             if name not in _BRIEF:
                 self._line(self._where)
         else:
             self._show("")
+
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """Say who is being waited for, and since when; where there are lines, less and less often."""
+        longest = max(sites.values(), default=0.0)
+        names = ", ".join(list(sites)[:3]) + (f" +{len(sites) - 3}" if len(sites) > 3 else "")
+        said = f"waiting for {names} since {longest:.0f} s"
+        if self._bar is not None:
+            self._show(said)
+        elif longest >= self._next_line:
+            self._line(f"{self._where} · {said}")
+            self._next_line = 2 * longest
 
     def step(self, event: StepEvent) -> None:
         """Show an optimiser step; on a terminal alone, as there are too many for lines."""

@@ -1,6 +1,7 @@
 """What the two command lines share: `quorate`, and its smaller sister in the wheel for sites.
 
-Exit codes: 0 done, 1 internal error or a refusal, 2 bad input, 3 quorum not met, 130 interrupted.
+Exit codes: 0 done, 1 internal error or a refusal, 2 bad input, 3 quorum not met, 4 diverged,
+130 interrupted.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from quorate.server.records import Evaluation, Measured, Summary
+from quorate.shared.privacy.shown import at_most, delta_shown
 
 _ENDINGS = {
     "done": "done",
     "interrupted": "interrupted; go on with --resume",
+    "diverged": "failed, no site can measure the model of its last round",
     "quorum-not-met": "stopped, too few sites; mend them and go on with --resume",
 }
 
@@ -55,8 +57,8 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
     )
     if claim := summary.client_privacy:
         console.print(
-            f"site-level privacy: epsilon {claim.epsilon:.3g} at delta {claim.delta:g}, noise on the mean "
-            f"update {claim.noise_on_mean:.3g} times the clipping norm",
+            f"site-level privacy: epsilon {at_most(claim.epsilon)} at delta {delta_shown(claim.delta)}, "
+            f"noise on the mean update {claim.noise_on_mean:.3g} times the clipping norm",
             markup=False,
             soft_wrap=True,
         )

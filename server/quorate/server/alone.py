@@ -15,10 +15,10 @@ from flwr.serverapp import Grid
 from quorate.server.checks import check_measured
 from quorate.server.collect import Answers
 from quorate.server.evaluation import summarise, worth
-from quorate.server.joining import Members, request
-from quorate.server.records import Measured, References, Worth
+from quorate.server.joining import Members, answers_of, request
+from quorate.server.records import Measured, References, RoundRecord, Worth
 from quorate.server.rounds import Result
-from quorate.server.run import Run
+from quorate.server.run import RECORD_FILE, Run, read_jsonl
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ProtocolError
 from quorate.shared.messages import BEST_ROUND, RoundRequest, Update
@@ -65,31 +65,28 @@ def compare(grid: Grid, run: Run, result: Result, federated: Mapping[str, Outcom
         return Compared()
     run.tell("phase", result.progress.round, "local only")
     answers, found = _ask(grid, run, result.members)
-    samples, local, gains = config.evaluation.bootstrap_samples, {}, {}
+    intervals, local, gains = config.evaluation.bootstrap_samples > 0, {}, {}
     for site, (round, outcomes) in sorted(found.items()):
-        test = summarise(config.task, "test", {site: outcomes}, samples=samples, seed=config.seed)
+        test = summarise(config.task, "test", {site: outcomes}, intervals=intervals)
         local[site] = Measured(round=round, test=test)
         theirs = federated.get(site, Outcomes())
         if theirs.rows and outcomes.rows:
-            gains[site] = worth(
-                config.task, run.metric, theirs, outcomes, samples=samples, seed=config.seed, site=site
-            )
+            gains[site] = worth(config.task, run.metric, theirs, outcomes, intervals=intervals)
     return Compared(References(local_only=local, failed=answers.excluded), gains)
 
 
 def _ask(grid: Grid, run: Run, members: Members) -> tuple[Answers, dict[str, tuple[int, Outcomes]]]:
     """Return the books of the exchange, and site -> round and test outcomes of its own adapter."""
-    federation = run.config.federation
-    # All rounds in one answer.
-    timeout = federation.timeout_seconds * federation.rounds
-    answers = Answers(
-        members.by_node, len(members.nodes), timeout, federation.grace_seconds, federation.reask_seconds
-    )
+    rounds = run.config.federation.rounds
+    # All rounds in one answer: a site needs about as long for them as all sites together took.
+    records = read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
+    taken = sum(sum(each.seconds.values()) for each in records if isinstance(each, RoundRecord))
+    answers = answers_of(run, members.by_node, members.presence, expected=taken)
     asked = {node: request(run, 0, "alone", site) for site, node in members.nodes.items()}
 
     def check(_request: RoundRequest, update: Update) -> None:
         check_measured(run.config.task, update, members.sites[update.header.site].rows.get("test", 0))
-        if not 1 <= update.header.metrics.get(BEST_ROUND, 0) <= federation.rounds:
+        if not 1 <= update.header.metrics.get(BEST_ROUND, 0) <= rounds:
             raise ProtocolError("trained alone and does not say which round was the best.")
 
     found = {}

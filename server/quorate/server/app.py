@@ -34,7 +34,8 @@ from quorate.server.status import RunStatus
 from quorate.server.trackers import configured_trackers
 from quorate.shared.bundle import RUN_KEY
 from quorate.shared.config.load import load_run
-from quorate.shared.errors import ConfigError, OutputError, QuorateError, QuorumNotMet
+from quorate.shared.errors import ConfigError, ModelDiverged, OutputError, QuorateError, QuorumNotMet
+from quorate.shared.files import open_to_append, writing
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,9 @@ def main(grid: Grid, context: Context) -> None:
         except QuorumNotMet as error:
             status(state="quorum-not-met", exit_code=error.exit_code, message=str(error)).write(run_dir)
             raise
+        except ModelDiverged as error:
+            status(state="diverged", exit_code=error.exit_code, message=str(error)).write(run_dir)
+            raise
         except QuorateError as error:
             message = f"{type(error).__name__}: {error}"
             status(state="failed", exit_code=error.exit_code, message=message).write(run_dir)
@@ -140,8 +144,8 @@ def main(grid: Grid, context: Context) -> None:
 def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
     """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
 
-    Raises: QuorateError: it cannot be carried out. QuorumNotMet, KeyboardInterrupt: it ended early, and what
-        finished rounds gave is written.
+    Raises: QuorateError: it cannot be carried out. QuorumNotMet, ModelDiverged, KeyboardInterrupt: it ended
+        early, and what finished rounds gave is written.
     """
     run_dir = folder.runs / run_id
     config = load_run(run_dir / RUN_FILE)
@@ -189,7 +193,12 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _logging_to(path: Path, events: EventsTracker) -> Iterator[None]:
-    """Append our log to a file, and warnings to the events: this process has no terminal."""
+    """Append our log to a file, and warnings to the events: this process has no terminal.
+
+    For its owner alone: it names sites that were asked.
+    """
+    with writing(path):
+        os.close(open_to_append(path, private=True))
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours, handlers = logging.getLogger("quorate"), (handler, EventsHandler(events))

@@ -38,6 +38,9 @@ class Progress(Record):
     """The best round so far on pooled validation rows."""
     best_value: float | None = None
     """Its value of the run's metric."""
+    best_sites: dict[str, tuple[float, int]] = {}
+    """Site -> its value and its validation rows in that round, to compare with rounds in which some are
+    missing."""
     rounds_without_improvement: int = 0
     """Evaluated rounds since then that count as no improvement."""
     initial_hash: str
@@ -54,18 +57,23 @@ class Progress(Record):
     @property
     def standing(self) -> Standing:
         """The best round so far, to go on from."""
-        return Standing(self.best_round, self.best_value, self.rounds_without_improvement)
+        return Standing(self.best_round, self.best_value, self.rounds_without_improvement, self.best_sites)
 
 
-def save_checkpoint(output_dir: Path, state: GlobalState, progress: Progress, keep: int) -> Path:
-    """Write the checkpoint of a finished round, then drop old ones but the last `keep` and the best."""
+def save_checkpoint(
+    output_dir: Path, state: GlobalState, progress: Progress, keep: int, *, private: bool = False
+) -> Path:
+    """Write the checkpoint of a finished round, then drop old ones but the last `keep` and the best.
+
+    `private` for its owner alone: it says who was drawn.
+    """
     folder = output_dir / f"checkpoint-{progress.round}"
     files = {
         _STATE: state.pack().to_bytes(),
         _PROGRESS: progress.model_dump_json(indent=1).encode(),
     }
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
-    write_folder(folder, {**files, _SUMS: sums.encode()})
+    write_folder(folder, {**files, _SUMS: sums.encode()}, private=private)
     drop_checkpoints(output_dir, progress, keep)
     return folder
 

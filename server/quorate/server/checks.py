@@ -14,6 +14,8 @@ from quorate.shared.tasks import Task
 
 _LARGEST = 1e100
 """No figure of a working site is beyond this; sums over sites stay finite, and charts can be drawn."""
+MOST_ROWS = 10**9
+"""Nor holds a site more rows in a split: training on them once would take days."""
 _MOST = 2**53
 """Nor any count; sums over a thousand sites fit an int64."""
 
@@ -52,6 +54,10 @@ def check_measured(task: Task, update: Update, rows: int) -> None:
         raise ProtocolError("sent a loss or a sum that no evaluation gives.")
     if outcomes.units > _MOST or any(abs(each) > _MOST for value in outcomes.values for each in value):
         raise ProtocolError("sent counts that no evaluation gives.")
+    measured = max(outcomes.rows, outcomes.units)
+    # Rounding may take a loss that is 0 a hair below it.
+    if not -1e-6 * measured <= outcomes.loss_sum <= task.largest_loss * measured:
+        raise ProtocolError("sent a loss that this task does not have.")
     task.check_outcomes(outcomes)
 
 

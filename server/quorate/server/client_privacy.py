@@ -26,6 +26,7 @@ from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy import ClientPrivacy
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.secret import secret_source
+from quorate.shared.privacy.shown import at_most, delta_shown
 from quorate.shared.selection import upload_schema
 
 log = logging.getLogger(__name__)
@@ -157,10 +158,10 @@ class CentralPrivacy:
         """Say what the run will have cost, and loudly if it buys nothing."""
         plan, target = self.ledger.plan, self.privacy.target_epsilon
         log.info(
-            "site-level privacy: epsilon %.3g at delta %g after %d rounds, noise multiplier %.4g, "
+            "site-level privacy: epsilon %s at delta %s after %d rounds, noise multiplier %.4g, "
             "noise on the mean update %.3g times the clipping norm",
-            self.planned_epsilon,
-            self.privacy.delta,
+            at_most(self.planned_epsilon),
+            delta_shown(self.privacy.delta),
             self.run.config.federation.rounds,
             plan.noise_multiplier,
             plan.noise_on_mean,
@@ -171,8 +172,8 @@ class CentralPrivacy:
         if target is not None and self.planned_epsilon > target * 1.001:
             log.warning(
                 "privacy.target_epsilon: rounds were released again or other sites joined since the run "
-                "began, so it will have spent epsilon %.3g instead of %.3g; start again in another folder to "
+                "began, so it will have spent epsilon %s instead of %g; start again in another folder to "
                 "keep to the target (what was released stays released)",
-                self.planned_epsilon,
+                at_most(self.planned_epsilon),
                 target,
             )

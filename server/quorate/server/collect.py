@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
 from quorate.server.checks import check_belongs
-from quorate.server.flower import POLL_SECONDS, Exchange, decode
+from quorate.server.flower import POLL_SECONDS, UNREACHABLE, Exchange, decode
+from quorate.server.presence import FIRST_PAUSE, Presence
 from quorate.server.records import Exclusion
 from quorate.shared.errors import QuorateError
 from quorate.shared.messages import RoundRequest, Update
@@ -21,6 +22,7 @@ Check = Callable[[RoundRequest, Update], None]
 
 REASONS = {
     "timeout": "did not reply in time",
+    "away": "has not answered since an earlier exchange; it is asked again, and counts once it answers",
     "absent": "is not connected; its IT can see why with `quorate site status`",
     "unreachable": "could not be reached, or its ClientApp failed; the logs of Flower say why",
     "data": "could not use its own data; its log says why",
@@ -35,10 +37,18 @@ REASONS = {
     "policy-modules-to-save": "its policy does not allow a part of the model to be trained whole",
     "policy-head": "its policy allows no head with so many hidden units",
     "policy-rows": "has fewer training rows than its policy asks for",
+    "policy-rounds": "its policy allows fewer rounds",
+    "policy-steps": "its policy allows fewer optimiser steps in a round",
+    "policy-minutes": "has worked as long on a round, or in a day, as its policy allows",
+    "policy-runs": "has begun as many runs in a day as its policy allows",
+    "site-file": "has a site.yaml that cannot be used; its log says what is wrong in it",
     "policy-approval": "a person at the site must approve this run first (quorate site approve)",
     "policy-privacy": "asks for differential privacy, or the run's privacy does not cover the request",
     "policy-budget": "has too little privacy budget left for this run, or none for its unit of privacy",
     "ledger": "has a privacy ledger that is not as it was written; its people must look into it",
+    "out-of-memory": "has too little memory for this run: lower training.per_device_train_batch_size, or set "
+    "training.gradient_checkpointing",
+    "device-lost": "lost its GPU in the middle of the work, and is starting again; its log says why",
     "withdrawn": "was withdrawn from this run by its people",
     "bundle": "did not admit the bundle of code; both sides need the same release of quorate",
     "other-config": "knows this run id under another run configuration",
@@ -55,10 +65,12 @@ REASONS = {
 }
 
 
-TRANSIENT = ("unreachable",)
+TRANSIENT = (UNREACHABLE,)
 """Codes that a site may recover from by itself: a process that was killed or is starting again."""
 _FIRST_REASK, _LONGEST_REASK = 2.0, 20.0
-"""Seconds before a site is asked again; doubled each time."""
+"""Seconds before a site that could not be reached is asked again; doubled each time."""
+TELL_SECONDS = 10.0
+"""How often it is said who is being waited for [s]."""
 
 
 def exclusion(code: str, reason: str | None = None) -> Exclusion:
@@ -70,6 +82,9 @@ def exclusion(code: str, reason: str | None = None) -> Exclusion:
 class Answers:
     """The books of one exchange with a cohort.
 
+    It ends when all sites that are not known to be away have answered and the quorum is there; `grace` after
+    the quorum was there; or after `timeout`.
+
     Args:
         sites: node id -> site name.
         quorum: good answers after which only `grace` seconds more are waited for the rest.
@@ -77,6 +92,11 @@ class Answers:
         grace: [s].
         reask: how long a site that could not be reached is asked again [s]; an identical request is answered
             from what the site has stored.
+        optional: the run can do without this exchange. Then answers of any kind make the quorum, and where
+            half of the sites have answered, no more than `grace + reask` is waited for the quorum.
+        expected: seconds that the work takes anyway; no grace begins before.
+        presence: who is known to be away.
+        on_wait: told now and then who is being waited for: site -> seconds since it was asked.
     """
 
     sites: Mapping[int, str]
@@ -84,7 +104,12 @@ class Answers:
     timeout: float
     grace: float
     reask: float = 0.0
+    optional: bool = False
+    expected: float = 0.0
+    presence: Presence = field(default_factory=Presence)
+    on_wait: Callable[[Mapping[str, float]], None] = lambda _sites: None
     good: int = 0
+    heard: int = 0
     excluded: dict[str, Exclusion] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
@@ -98,37 +123,53 @@ class Answers:
         with its reason; the others go on.
         """
         started = time.monotonic()
+        self.presence.look(grid)
+        away = requests.keys() - self.presence.present(requests)
         exchange, again = Exchange(grid, self.timeout), _Reasks(started + min(self.reask, self.timeout))
-        exchange.send(requests)
-        for node, request in requests.items():
-            self.bytes_down[self.sites[node]] = len(request.encoded)
-        missing = set(requests)
-        enough_since: float | None = None
-        while exchange.waiting or again.due:
+        patience = _Patience(self, started, len(requests))
+
+        def send(nodes: Iterable[int]) -> None:
+            asked = {node: requests[node] for node in nodes}
+            exchange.send(asked)
+            for node, request in asked.items():
+                again.sent(node)
+                site = self.sites[node]
+                self.bytes_down[site] = self.bytes_down.get(site, 0) + len(request.encoded)
+
+        send(node for node in requests if self.presence.to_ask(node))
+        missing, lost = set(requests), set[int]()
+        while missing:
             arrived = False
             for node, content in exchange.pull():
                 arrived = True
                 if content in TRANSIENT and again.plan(node):
                     continue
+                exchange.settle(node)
                 missing.discard(node)
+                self.heard += 1
+                lost |= {node} if content in TRANSIENT else set()
+                if node not in lost:
+                    self.presence.heard(node)
                 self.bytes_up[self.sites[node]] = len(content) if isinstance(content, bytes) else 0
                 update = self._checked(self.sites[node], requests[node], decode(content), check)
                 if update is not None:
                     yield self.sites[node], update
-            exchange.send({node: requests[node] for node in again.ready()})
-            if arrived or not (exchange.waiting or again.due):
-                continue
+            silent = missing - exchange.waiting - again.due.keys()
+            send(again.ready(missing) | (self.presence.look(grid) & silent))
             # Only between two looks at the grid: what has arrived counts, however long it takes to add up.
-            if self.good >= self.quorum:
-                enough_since = enough_since or time.monotonic()
-                if time.monotonic() - enough_since >= self.grace:
-                    break
-            left = started + self.timeout - time.monotonic()
-            if left <= 0:
+            if arrived or not missing:
+                continue
+            present = self.presence.present(missing)
+            if patience.over(bool(present)):
                 break
-            time.sleep(min(POLL_SECONDS, left))
+            if not present:  # they are needed all the same
+                send(silent)
+            patience.tell({self.sites[node]: self.presence.away.get(node, started) for node in missing})
+            time.sleep(POLL_SECONDS)
         for node in missing:
-            self.excluded[self.sites[node]] = exclusion("unreachable" if node in again.due else "timeout")
+            code = UNREACHABLE if node in again.due else "away" if node in away else "timeout"
+            self.excluded[self.sites[node]] = exclusion(code)
+        self.presence.missed(dict.fromkeys(missing | lost, started), exchange.leave())
 
     def _checked(self, site: str, request: RoundRequest, answer: Update | str, check: Check) -> Update | None:
         if isinstance(answer, str):
@@ -144,20 +185,70 @@ class Answers:
         return answer
 
 
+class _Patience:
+    """How long an exchange goes on.
+
+    Args:
+        answers: its books.
+        started: when it began (`time.monotonic`).
+        asked: how many sites it is with.
+    """
+
+    def __init__(self, answers: Answers, started: float, asked: int) -> None:
+        self._answers = answers
+        self._started = started
+        self._half = (asked + 1) // 2
+        self._quorum = min(answers.quorum, asked) if answers.optional else answers.quorum
+        self._since: dict[str, float] = {}
+        self._told = started
+
+    def over(self, present: bool) -> bool:
+        """Whether to wait no longer, for sites of which some are not known to be away (`present`)."""
+        answers, now = self._answers, time.monotonic()
+        counted = answers.heard if answers.optional else answers.good
+        if not present and counted >= (1 if answers.optional else self._quorum):
+            return True
+        waits = [("quorum", counted >= self._quorum, answers.grace)]
+        if answers.optional:
+            waits.append(("half", answers.heard >= self._half, answers.grace + answers.reask))
+        for name, reached, seconds in waits:
+            if reached:
+                since = self._since.setdefault(name, max(now, self._started + answers.expected))
+                if now - since >= seconds:
+                    return True
+        return now - self._started >= answers.timeout
+
+    def tell(self, waiting: Mapping[str, float]) -> None:
+        """Say, now and then, who is being waited for: site -> since when (`time.monotonic`)."""
+        now = time.monotonic()
+        if now - self._told >= TELL_SECONDS:
+            self._told = now
+            self._answers.on_wait({site: now - since for site, since in sorted(waiting.items())})
+
+
 class _Reasks:
     """Which nodes are to be asked again, and when.
 
+    A node that cannot be reached is asked soon, for as long as that goes on; a silent one seldom: it may be
+    at work, but the message, or its answer, may as well be lost.
+
     Args:
-        until: after this moment nobody is asked again (`time.monotonic`).
+        until: after this moment nobody who cannot be reached is asked again (`time.monotonic`).
     """
 
     def __init__(self, until: float) -> None:
         self._until = until
         self._delays: dict[int, float] = {}
+        self._silent: dict[int, tuple[float, float]] = {}
         self.due: dict[int, float] = {}
 
+    def sent(self, node: int) -> None:
+        """Take note that this node was asked."""
+        _, pause = self._silent.get(node, (0.0, FIRST_PAUSE / 2))
+        self._silent[node] = (time.monotonic() + 2 * pause, 2 * pause)
+
     def plan(self, node: int) -> bool:
-        """Ask this node again later; returns whether there is time for that."""
+        """Ask this node, which could not be reached, again later; returns whether there is time for that."""
         delay = self._delays.get(node, _FIRST_REASK)
         if time.monotonic() + delay > self._until:
             return False
@@ -166,12 +257,14 @@ class _Reasks:
         log.info("node %d could not be reached; asking it again in %.0f s", node, delay)
         return True
 
-    def ready(self) -> list[int]:
-        """Return the nodes whose time has come, and forget them."""
-        ready = [node for node, moment in self.due.items() if moment <= time.monotonic()]
+    def ready(self, missing: Set[int]) -> set[int]:
+        """Return the nodes of `missing` whose time has come."""
+        now = time.monotonic()
+        ready = {node for node, moment in self.due.items() if moment <= now}
+        silent = {node for node, (moment, _) in self._silent.items() if moment <= now}
         for node in ready:
             del self.due[node]
-        return ready
+        return (ready | (silent - self.due.keys())) & missing
 
 
 def in_order(

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from quorate.server.collect import exclusion
 from quorate.server.evaluation import scalars
 from quorate.server.joining import answers_of, request
-from quorate.server.outputs import best_state
+from quorate.server.outputs import best_state, good_round
 from quorate.server.records import Evaluation, Exclusion, Measured, Summary
 from quorate.server.rounds import Result
 from quorate.server.run import Run
@@ -25,11 +25,11 @@ MIN_SITES = 3
 
 
 def deliver(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str, Exclusion]:
-    """Send every site of a run that is done the best round's adapter, and what it should know.
+    """Send every site of a run that will not go on the best round's adapter, and what it should know.
 
     Returns: sites that did not take it, and why. None of them makes the run fail.
     """
-    if result.progress is None or result.stopped is not None:
+    if result.progress is None or result.status not in ("done", "diverged") or good_round(result) is None:
         return {}
     run.tell("phase", result.progress.round, "deliver")
     try:
@@ -52,7 +52,7 @@ def _send(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str, E
         plain = request(run, round, "finish", site, arrays)
         header = plain.header.model_copy(update={"delivery": delivery(summary, site)})
         asked[node] = RoundRequest(header, arrays)
-    answers = answers_of(run, members.by_node, len(asked))
+    answers = answers_of(run, members.by_node, members.presence)
 
     def check(_request: RoundRequest, _update: Update) -> None:
         """An answer without an error is all that is expected."""

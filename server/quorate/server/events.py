@@ -19,7 +19,7 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError
 from quorate.server.records import Exclusion, Record, RoundMetrics, RoundRecord, Summary
 from quorate.server.trackers import Tracker
 from quorate.shared.config.run import RunConfig
-from quorate.shared.files import writing
+from quorate.shared.files import open_to_append, writing
 from quorate.shared.messages import SiteDescription
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,15 @@ class PhaseBegan(_Event):
     """The step that begins."""
 
 
+class Waiting(_Event):
+    """Tracker.waiting."""
+
+    event: Literal["waiting"] = "waiting"
+    """Kind of event."""
+    sites: dict[str, float]
+    """Site -> seconds since it was asked, without an answer."""
+
+
 class RoundDone(_Event):
     """Tracker.round: the round is on disk."""
 
@@ -108,7 +117,7 @@ class Said(_Event):
     """What was said."""
 
 
-Event = Started | Refused | PhaseBegan | RoundDone | Finished | Said
+Event = Started | Refused | PhaseBegan | Waiting | RoundDone | Finished | Said
 _PARSER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
@@ -150,6 +159,10 @@ class EventsTracker:
         """Append that a step begins."""
         self.append(PhaseBegan(round=round, name=name))
 
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """Append who is being waited for."""
+        self.append(Waiting(sites=dict(sites)))
+
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Append a finished round."""
         self.append(RoundDone(record=record, metrics=metrics))
@@ -162,7 +175,7 @@ class EventsTracker:
         """Append one event. A single unbuffered write: a kill of this process leaves the line or nothing."""
         line = event.model_dump_json().encode() + b"\n"
         with writing(self._path):
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = open_to_append(self._path, private=True)
             try:
                 size = os.fstat(descriptor).st_size
                 if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a full disk, or the power went
@@ -260,6 +273,8 @@ def replay(event: Event, tracker: Tracker, output_dir: Path | None = None) -> No
             tracker.refused(event.sites)
         case PhaseBegan():
             tracker.phase(event.round, event.name)
+        case Waiting():
+            tracker.waiting(event.sites)
         case RoundDone():
             tracker.round(event.record, event.metrics)
         case Finished():

@@ -34,7 +34,8 @@ def all_the_same(result: Result, work: Callable[[], _T]) -> _T:
 def finish(grid: Grid, run: Run, result: Result) -> Summary:
     """Measure what the rounds gave, write it, and send the sites what is theirs of it.
 
-    Raises: QuorumNotMet, KeyboardInterrupt: what ended the run early, once everything is written.
+    Raises: QuorumNotMet, ModelDiverged, KeyboardInterrupt: what ended the run early, once everything is
+        written.
     """
     final, best, outcomes = all_the_same(result, lambda: measure(grid, run, result))
     compared = all_the_same(result, lambda: compare(grid, run, result, outcomes))
@@ -42,7 +43,7 @@ def finish(grid: Grid, run: Run, result: Result) -> Summary:
     summary = all_the_same(
         result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
     )
+    deliver(grid, run, result, summary)
     if result.stopped is not None:
         raise result.stopped
-    deliver(grid, run, result, summary)
     return summary

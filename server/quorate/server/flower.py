@@ -19,10 +19,14 @@ _TYPES: Mapping[Phase, str] = {
     "finish": MessageType.QUERY,
 }
 POLL_SECONDS = 0.5
+UNREACHABLE = "unreachable"
+"""Code of a message that Flower could not bring, or of an error of Flower's own."""
+Open = dict[str, int]
+"""Id of a message without a reply -> the node it went to."""
 
 
 class Exchange:
-    """Messages to nodes, and their replies.
+    """Messages to nodes, and their replies. A node may be sent the same message more than once.
 
     Args:
         grid: carries them.
@@ -33,12 +37,12 @@ class Exchange:
     def __init__(self, grid: Grid, ttl: float) -> None:
         self._grid = grid
         self._ttl = ttl
-        self._waiting: dict[str, int] = {}
+        self._open: Open = {}
 
     @property
-    def waiting(self) -> bool:
-        """Whether any message has no reply yet."""
-        return bool(self._waiting)
+    def waiting(self) -> set[int]:
+        """The nodes that have a message without a reply."""
+        return set(self._open.values())
 
     def send(self, requests: Mapping[int, RoundRequest]) -> None:
         """Push one request per node (node id -> request)."""
@@ -49,22 +53,47 @@ class Exchange:
             content = RecordDict({RECORD: ArrayRecord({ARRAY: array})})
             kind, group = _TYPES[request.header.phase], str(request.header.round)
             messages.append(self._grid.create_message(content, kind, node, group, self._ttl))
-        self._waiting.update(zip(self._grid.push_messages(messages), requests, strict=True))
+        if messages:
+            self._open.update(zip(self._grid.push_messages(messages), requests, strict=True))
 
     def pull(self) -> Iterator[tuple[int, bytes | str]]:
-        """Yield (node, message bytes or error code) of the replies that are there now.
+        """Yield (node, message bytes or error code) of the replies that are there now."""
+        return pull(self._grid, self._open)
 
-        A reply is matched on the message it answers, as Flower's own errors carry no node.
-        """
-        for message in self._grid.pull_messages(list(self._waiting)):
-            yield self._waiting.pop(message.metadata.reply_to_message_id), _content(message)
+    def settle(self, node: int) -> None:
+        """Wait for no further reply of this node."""
+        forget(self._open, node)
+
+    def leave(self) -> Open:
+        """Give up on all that is open; returns it."""
+        left, self._open = self._open, {}
+        return left
+
+
+def forget(messages: Open, node: int) -> None:
+    """Take the messages to this node out."""
+    for message in [message for message, to in messages.items() if to == node]:
+        del messages[message]
+
+
+def pull(grid: Grid, messages: Open) -> Iterator[tuple[int, bytes | str]]:
+    """Yield (node, message bytes or error code) of the replies that are there now, and take them out.
+
+    A reply is matched on the message it answers, as Flower's own errors carry no node.
+    """
+    if not messages:
+        return
+    for message in list(grid.pull_messages(list(messages))):
+        node = messages.pop(message.metadata.reply_to_message_id, None)
+        if node is not None:
+            yield node, _content(message)
 
 
 def _content(message: Message) -> bytes | str:
     if message.has_error():
         # Our ClientApp gives a code as the reason; Flower gives sentences, or the text of an exception.
         reason = message.error.reason or ""
-        return reason if re.fullmatch(ERROR_CODE, reason) else "unreachable"
+        return reason if re.fullmatch(ERROR_CODE, reason) else UNREACHABLE
     record = message.content.array_records.get(RECORD)
     return "protocol" if record is None or ARRAY not in record else bytes(record[ARRAY].data)
 

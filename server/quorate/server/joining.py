@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
-from quorate.server.collect import Answers, Check, exclusion
+from quorate.server.checks import MOST_ROWS
+from quorate.server.collect import TELL_SECONDS, Answers, Check, exclusion
 from quorate.server.flower import POLL_SECONDS
+from quorate.server.presence import Presence
 from quorate.server.records import Exclusion
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
@@ -25,6 +27,8 @@ from quorate.shared.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
+_MAY_COME = ("timeout", "unreachable", "absent")
+"""Codes of sites that did not join for want of an answer, and may still."""
 APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
 """Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
 
@@ -38,12 +42,18 @@ class Members:
         sites: site -> what it said of itself.
         initial: the adapter's seeded start, the same at every site.
         refused: sites that cannot take part, and why.
+        identity: what they have in common.
+        presence: which of them are known to be away.
+        late: those that may still join.
     """
 
     nodes: dict[str, int]
     sites: dict[str, SiteDescription]
     initial: Adapter
     refused: dict[str, Exclusion] = field(default_factory=dict)
+    identity: str = ""
+    presence: Presence = field(default_factory=Presence)
+    late: dict[int, str] = field(default_factory=dict)
 
     @property
     def by_node(self) -> dict[int, str]:
@@ -68,11 +78,35 @@ def request(
     return RoundRequest(header, arrays)
 
 
-def answers_of(run: Run, sites: Mapping[int, str], quorum: int) -> Answers:
-    """Return empty books for one exchange with these nodes (node id -> site)."""
+def answers_of(
+    run: Run,
+    sites: Mapping[int, str],
+    presence: Presence,
+    *,
+    quorum: int | None = None,
+    expected: float = 0.0,
+) -> Answers:
+    """Return empty books for one exchange.
+
+    Args:
+        run: says how long is waited.
+        sites: node id -> site.
+        presence: who is known to be away.
+        quorum: good answers without which the run does not go on; None for an exchange that the run can do
+            without.
+        expected: seconds that the work takes anyway.
+    """
     federation = run.config.federation
     return Answers(
-        sites, quorum, federation.timeout_seconds, federation.grace_seconds, federation.reask_seconds
+        sites,
+        min(federation.quorum, len(sites)) if quorum is None else quorum,
+        max(federation.timeout_seconds, 2 * expected),
+        federation.grace_seconds,
+        federation.reask_seconds,
+        optional=quorum is None,
+        expected=expected,
+        presence=presence,
+        on_wait=lambda sites: run.tell("waiting", sites),
     )
 
 
@@ -86,24 +120,24 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     Raises: QuorumNotMet: fewer than federation.quorum are left, with each one's reason.
     """
     run.tell("phase", 0, "join")
-    federation = run.config.federation
+    federation, presence = run.config.federation, Presence()
     known = {node: f"node {node}" for node in grid.get_node_ids()} if names is None else dict(names)
     online = set(known) if names is None else _wait_for(grid, run, names)
     asked = {node: request(run, 0, "join", names[node] if names else "") for node in sorted(online)}
-    answers = answers_of(run, known, len(asked))
-    private = isinstance(run.config.privacy, SitePrivacy)
-    labels = {} if private else run.config.task.label_counts(())
-
-    def check(_request: RoundRequest, update: Update) -> None:
-        _check(update, labels.keys(), private)
-
+    answers = answers_of(run, known, presence, quorum=federation.quorum)
     back = {name: node for node, name in known.items()}
+    check = join_check(run)
     replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
     for name, update in _once_approved(grid, run, answers, asked, check):
         replied.append((back[name], update))
-    members = _agreeing(run, replied)
+    members = _agreeing(replied)
+    members.presence = presence
     members.refused.update(answers.excluded)
     members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
+    members.late = {
+        back[name]: name for name, why in members.refused.items() if name in back and why.code in _MAY_COME
+    }
+    presence.missed(dict.fromkeys(known.keys() - online, time.monotonic()), {}, listed=False)
     if members.refused:
         run.tell("refused", members.refused)
     if len(members.nodes) < federation.quorum:
@@ -134,7 +168,7 @@ def _once_approved(
             run.tell("phase", 0, word)
             said = names
         time.sleep(min(APPROVAL_SECONDS, left))
-        again = answers_of(run, answers.sites, len(without))
+        again = answers_of(run, answers.sites, answers.presence)
         for node in without:
             del answers.excluded[answers.sites[node]]
         yield from again.ask(grid, {node: asked[node] for node in without}, check)
@@ -150,6 +184,7 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
     """Return the admitted nodes that are connected, once all are, or enough for long enough."""
     federation, started = run.config.federation, time.monotonic()
     enough_since: float | None = None
+    told = started
     while True:
         online, now = set(grid.get_node_ids()) & set(names), time.monotonic()
         if len(online) >= federation.quorum:
@@ -157,7 +192,21 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
         patient = enough_since is None or now - enough_since < federation.grace_seconds
         if len(online) == len(names) or not patient or now - started >= federation.reask_seconds:
             return online
+        if now - told >= TELL_SECONDS:
+            told = now
+            run.tell("waiting", {names[node]: now - started for node in sorted(names.keys() - online)})
         time.sleep(POLL_SECONDS)
+
+
+def join_check(run: Run) -> Check:
+    """Return what an answer to `join` must pass."""
+    private = isinstance(run.config.privacy, SitePrivacy)
+    labels = {} if private else run.config.task.label_counts(())
+
+    def check(_request: RoundRequest, update: Update) -> None:
+        _check(update, labels.keys(), private)
+
+    return check
 
 
 def _check(update: Update, labels: Set[str], private: bool) -> None:
@@ -172,15 +221,17 @@ def _check(update: Update, labels: Set[str], private: bool) -> None:
         raise ProtocolError("does not say what it does for the privacy that the run asks for.")
     if description.privacy is not None and not private:
         raise ProtocolError("claims a privacy that the run does not ask for.")
+    if any(count > MOST_ROWS for count in description.rows.values()):
+        raise ProtocolError(f"claims more rows than a site can have ({MOST_ROWS:,}).")
     check_versions(description.versions)
     update.arrays.check_finite()
 
 
-def _agreeing(run: Run, replied: list[tuple[int, Update]]) -> Members:
+def _agreeing(replied: list[tuple[int, Update]]) -> Members:
     """Keep the sites whose base model and seeded start are the most common ones."""
     members = Members({}, {}, Adapter({}))
     replied = sorted(replied, key=lambda each: (each[1].header.site, each[0]))  # who came first is chance
-    keys = {node: _identity(update) for node, update in replied}
+    keys = {node: identity(update) for node, update in replied}
     common = Counter(keys.values()).most_common(1)[0][0] if keys else None
     names = Counter(update.header.site for _, update in replied)
     for node, update in replied:
@@ -194,11 +245,12 @@ def _agreeing(run: Run, replied: list[tuple[int, Update]]) -> Members:
             members.refused[site] = exclusion("model", "holds another base model than most sites")
         else:
             members.nodes[site], members.sites[site] = node, description
-            members.initial = update.arrays
+            members.initial, members.identity = update.arrays, keys[node]
     return members
 
 
-def _identity(update: Update) -> str:
+def identity(update: Update) -> str:
+    """Return what sites of one run must have in common: the base model's files, and the adapter's start."""
     description = update.header.description
     files = description.model_files if description else {}
     return json.dumps([files, update.arrays.content_hash], sort_keys=True)

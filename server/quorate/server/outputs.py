@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,11 +12,10 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from quorate.server.card import model_card
-from quorate.server.checkpoint import load_checkpoint
-from quorate.server.evaluation import summarise
+from quorate.server.checkpoint import Progress, load_checkpoint
+from quorate.server.measuring import measure as measure_at_sites
 from quorate.server.records import (
     Answer,
-    Evaluation,
     Exclusion,
     Measured,
     References,
@@ -24,11 +24,11 @@ from quorate.server.records import (
     Worth,
 )
 from quorate.server.report import write_report
-from quorate.server.rounds import Result, evaluate_at_sites
+from quorate.server.rounds import Result
 from quorate.server.run import ADAPTER_DIR, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import QuorumNotMet
+from quorate.shared.errors import ModelDiverged, QuorumNotMet
 from quorate.shared.export import adapter_files
 from quorate.shared.files import write_file, write_folder
 from quorate.shared.outcomes import Outcomes
@@ -46,36 +46,59 @@ def measure(
     """
     if result.progress is None:
         return None, None, {}
-    last, best_round = result.progress.round, result.progress.best_round or result.progress.round
-    if result.stopped is not None or not run.config.evaluation.share_outcomes:
-        return (
-            Measured(round=last, validation=result.progress.metrics.validation),
-            Measured(round=best_round),
-            {},
-        )
-    run.tell("phase", last, "test")
-    final, outcomes = _measured(grid, run, result, result.state, last, result.progress.metrics.validation)
-    if best_round == last:
+    if result.stopped is None and run.config.evaluation.share_outcomes:
+        run.tell("phase", result.progress.round, "test")
+        try:
+            return _tested(grid, run, result, result.progress)
+        except ModelDiverged as error:
+            result.stopped = error
+    last = Measured(round=result.progress.round, validation=result.progress.metrics.validation)
+    good = good_round(result)
+    if good is None:
+        return last, None, {}
+    validation = load_checkpoint(run.output_dir, good)[1].metrics.validation if good != last.round else None
+    return last, last if good == last.round else Measured(round=good, validation=validation), {}
+
+
+def _tested(
+    grid: Grid, run: Run, result: Result, progress: Progress
+) -> tuple[Measured, Measured, dict[str, Outcomes]]:
+    final, outcomes = _measured(grid, run, result, result.state, progress)
+    if progress.best_round in (None, progress.round):
         return final, final, outcomes
-    state, progress = load_checkpoint(run.output_dir, best_round)
-    best, outcomes = _measured(grid, run, result, state, best_round, progress.metrics.validation)
+    best, outcomes = _measured(grid, run, result, *load_checkpoint(run.output_dir, progress.best_round))
     return final, best, outcomes
 
 
 def _measured(
-    grid: Grid, run: Run, result: Result, state: GlobalState, round: int, validation: Evaluation | None
+    grid: Grid, run: Run, result: Result, state: GlobalState, progress: Progress
 ) -> tuple[Measured, dict[str, Outcomes]]:
-    outcomes = evaluate_at_sites(grid, run, result.members, state, "test", round)
-    config = run.config
-    samples = config.evaluation.bootstrap_samples
-    test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
-    return Measured(round=round, validation=validation, test=test), outcomes
+    intervals = run.config.evaluation.bootstrap_samples > 0
+    test, outcomes = measure_at_sites(
+        grid, run, result.members, state, "test", progress.round, intervals=intervals
+    )
+    return Measured(round=progress.round, validation=progress.metrics.validation, test=test), outcomes
+
+
+def good_round(result: Result) -> int | None:
+    """Return the round whose model is the result: the best, or the last where nothing was validated.
+
+    Of a run whose model diverged, a round that sites have measured; None where there is none.
+    """
+    progress = result.progress
+    if progress is None:
+        return None
+    if progress.best_round is None and result.status == "diverged":
+        validation = progress.metrics.validation
+        return progress.round if validation and validation.sites else None
+    return progress.best_round or progress.round
 
 
 def best_state(run: Run, result: Result) -> GlobalState:
     """Return the state of the best round (the last, where nothing was validated)."""
-    if result.progress and result.progress.best_round not in (None, result.progress.round):
-        return load_checkpoint(run.output_dir, result.progress.best_round)[0]
+    good = good_round(result)
+    if result.progress and good not in (None, result.progress.round):
+        return load_checkpoint(run.output_dir, good)[0]
     return result.state
 
 
@@ -92,7 +115,9 @@ def write_outputs(
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
     run.tell("phase", result.progress.round if result.progress else 0, "outputs")
     summary = _summary(run, result, final, best, references, worth or {}, samples)
-    if result.progress is not None:
+    if good_round(result) is None:  # what an earlier end of the run left is no better known to be good
+        shutil.rmtree(run.output_dir / ADAPTER_DIR, ignore_errors=True)
+    else:
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
     write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
     write_report(run.output_dir)
@@ -130,12 +155,19 @@ def _summary(
             excluded.setdefault(site, {})[record.round] = why
     down = sum(sum(record.bytes_down.values()) for record in records)
     up = sum(sum(record.bytes_up.values()) for record in records)
+    stopped = result.early
+    if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
+        stopped = str(result.stopped)
+    if run.config.hides_participation:  # the summary is shown to those who must not know who was drawn
+        excluded = {site: {0: rounds[0]} for site, rounds in excluded.items() if 0 in rounds}
+        if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
+            stopped = f"{type(result.stopped).__name__}: the sites concerned are named in {RECORD_FILE} alone"
     return Summary(
         name=run.config.name,
         run_id=run.run_id,
         status=result.status,
         rounds=result.progress.round if result.progress else 0,
-        stopped=str(result.stopped) if isinstance(result.stopped, QuorumNotMet) else result.early,
+        stopped=stopped,
         metric=run.metric,
         seed=run.config.seed,
         config_hash=run.config.content_hash,

@@ -94,9 +94,11 @@ class Evaluation(Record):
     """Each site's own rows."""
     rows: dict[str, int]
     """Rows per site."""
+    missing: dict[str, Exclusion] = {}
+    """Sites that have such rows and were not measured, and why; `pooled` and `mean` are without them."""
     intervals: dict[str, Any] = {}
-    """95 % bootstrap intervals, [low, high], of every scalar metric: `pooled` > metric and
-    `sites` > NAME > metric."""
+    """95 % intervals, [low, high], of the metrics that have one: `pooled` > metric and `sites` > NAME >
+    metric. See `quorate.shared.intervals`."""
 
 
 class RoundMetrics(Record):
@@ -150,8 +152,8 @@ class Worth(Record):
     gain: Figure
     """federated - local_only."""
     interval: tuple[Figure, Figure] | None = None
-    """95 % interval of the gain, from resampling the site's test rows of both independently (so it is on the
-    wide side: the same rows were scored twice)."""
+    """95 % interval of the gain, for which the two figures are taken for independent (so it is on the wide
+    side: the same rows were scored twice)."""
 
 
 class SampleObject(Record):
@@ -239,8 +241,8 @@ class Summary(Record):
     """Name of the run file."""
     run_id: str
     """Identity of this run."""
-    status: Literal["done", "interrupted", "quorum-not-met"]
-    """How it ended."""
+    status: Literal["done", "interrupted", "quorum-not-met", "diverged"]
+    """How it ended; `diverged`: no site could measure the model."""
     rounds: int
     """Rounds completed."""
     metric: str
@@ -251,7 +253,7 @@ class Summary(Record):
     """SHA-256 of the resolved run configuration."""
     stopped: str | None = None
     """What ended the run before its last round, in words: early stopping (status `done`), or sites and
-    reasons (status `quorum-not-met`), never text of data."""
+    reasons (status `quorum-not-met` or `diverged`), never text of data."""
     final: Measured | None = None
     """The model after the last round."""
     best: Measured | None = None

@@ -152,9 +152,9 @@ class Pending:
 
 
 def write_released(output_dir: Path, released: Released, state: GlobalState) -> None:
-    """Write `released-N/`."""
+    """Write `released-N/`, for the server alone: it says who was drawn."""
     files = {_STATE: state.pack().to_bytes(), _ROUND: released.model_dump_json(indent=1).encode()}
-    write_folder(_folder(output_dir, released.round), files)
+    write_folder(_folder(output_dir, released.round), files, private=True)
 
 
 def read_released(output_dir: Path, round: int, started_from: str) -> Pending | None:

@@ -13,18 +13,19 @@ from flwr.serverapp import Grid
 from quorate.server.best import Standing
 from quorate.server.books import Books, round_seconds
 from quorate.server.checkpoint import Progress, drop_checkpoints, save_checkpoint
-from quorate.server.checks import check_measured, check_trained
+from quorate.server.checks import check_trained
 from quorate.server.client_privacy import CentralPrivacy
 from quorate.server.cohort import choose_cohort
 from quorate.server.collect import in_order
-from quorate.server.evaluation import summarise
 from quorate.server.joining import Members, answers_of, join, request, warn_of_changes
+from quorate.server.latecomers import Latecomers
+from quorate.server.measuring import measure
 from quorate.server.records import ClientClaim, Evaluation, RoundMetrics
 from quorate.server.run import Run
+from quorate.server.screening import Screen
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
-from quorate.shared.messages import RoundRequest, Split, Update
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.errors import CheckpointError, ConfigError, ModelDiverged, QuorumNotMet
+from quorate.shared.messages import RoundRequest, Update
 from quorate.shared.selection import downloaded, upload_schema
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,16 @@ class Result:
     state: GlobalState
     progress: Progress | None
     members: Members
-    stopped: KeyboardInterrupt | QuorumNotMet | None = None
+    stopped: KeyboardInterrupt | QuorumNotMet | ModelDiverged | None = None
     central: CentralPrivacy | None = None
 
     @property
-    def status(self) -> Literal["done", "interrupted", "quorum-not-met"]:
+    def status(self) -> Literal["done", "interrupted", "quorum-not-met", "diverged"]:
         """How the run ended."""
         if self.stopped is None:
             return "done"
+        if isinstance(self.stopped, ModelDiverged):
+            return "diverged"
         return "interrupted" if isinstance(self.stopped, KeyboardInterrupt) else "quorum-not-met"
 
     @property
@@ -85,15 +88,17 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
         "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
     )
     result = Result(state, progress, members, central=central)
+    latecomers = Latecomers(grid, run, members, names)
     first = progress.round + 1 if progress else 1
     try:
         for round in range(first, run.config.federation.rounds + 1):
             if result.early is not None:
                 break
+            latecomers.take(round)
             result.state, result.progress = run_round(
                 grid, run, members, result.state, result.progress, round, central
             )
-    except (KeyboardInterrupt, QuorumNotMet) as stop:
+    except (KeyboardInterrupt, QuorumNotMet, ModelDiverged) as stop:
         result.stopped = stop
         result.state, result.progress = run.reload() or (result.state, result.progress)
     return result
@@ -110,7 +115,8 @@ def run_round(
 ) -> tuple[GlobalState, Progress]:
     """Run one round from `state`; returns the state after it and the progress that was checkpointed.
 
-    Raises: QuorumNotMet: fewer good updates than federation.quorum.
+    Raises: QuorumNotMet: fewer good updates than federation.quorum. ModelDiverged: no site can measure what
+        came of them; the round then leaves no checkpoint.
     """
     if central and (pending := central.take_pending(round)):  # steps 1 to 7, done before a kill
         state, cohort, books = pending.state, pending.released.cohort, pending.released.books
@@ -120,8 +126,7 @@ def run_round(
     validation = None
     with books.timed(run, round, "evaluate"):  # 8 evaluate
         if run.config.measures_after(round):
-            outcomes = evaluate_at_sites(grid, run, members, state, "validation", round, books)
-            validation = summarise(run.config.task, "validation", outcomes)
+            validation, _ = measure(grid, run, members, state, "validation", round, books)
     # 9 checkpoint, then record
     progress = _finish(run, members, state, before, round, cohort, books, validation)
     if central:
@@ -146,8 +151,7 @@ def _step(
     with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
         accumulator = rule.init(state, round)
         clipped = central.clipped_sum(state, before, round) if central else None
-        for site, update in _trained(grid, run, members, state, cohort, round, books):
-            weight = rule.weight(update.header.num_examples, update.header.num_tokens)
+        for site, update, weight in _trained(grid, run, members, state, before, cohort, round, books):
             if clipped is None:
                 rule.add(accumulator, update.arrays, weight)
             else:
@@ -166,46 +170,20 @@ def _step(
     return after, cohort
 
 
-def evaluate_at_sites(
-    grid: Grid,
-    run: Run,
-    members: Members,
-    state: GlobalState,
-    split: Split,
-    round: int,
-    books: Books | None = None,
-) -> dict[str, Outcomes]:
-    """Have every site measure `state` on its own rows; returns site -> outcomes of those that answered."""
-    answers = answers_of(run, members.by_node, len(members.nodes))
-    arrays = downloaded(run.config, state, round)
-    asked = {
-        node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
-    }
-
-    def check(_request: RoundRequest, update: Update) -> None:
-        rows = members.sites[update.header.site].rows
-        check_measured(run.config.task, update, rows.get(split, 0))
-
-    outcomes = {
-        site: update.header.outcomes or Outcomes() for site, update in answers.ask(grid, asked, check)
-    }
-    if books is not None:
-        books.take(answers)
-    return outcomes
-
-
 def _trained(
     grid: Grid,
     run: Run,
     members: Members,
     state: GlobalState,
+    before: Progress | None,
     cohort: tuple[str, ...],
     round: int,
     books: Books,
-) -> Iterator[tuple[str, Update]]:
-    """Steps 2 to 4: yield (site, update) for every good update of the cohort, as they arrive."""
-    federation = run.config.federation
-    answers = answers_of(run, members.by_node, min(federation.quorum, len(cohort)))
+) -> Iterator[tuple[str, Update, float]]:
+    """Steps 2 to 4: yield (site, update, weight) for every good update of the cohort, as they arrive."""
+    federation, rule = run.config.federation, run.config.aggregation
+    quorum = min(federation.quorum, len(cohort))
+    answers = answers_of(run, members.by_node, members.presence, quorum=quorum)
     schema = upload_schema(run.config, members.initial.schema, round)
 
     def check(_request: RoundRequest, update: Update) -> None:
@@ -216,14 +194,24 @@ def _trained(
             state.adapter,
             members.sites[site].rows.get("train", 0),
             federation.max_update_norm,
-            run.config.aggregation.weighting,
+            rule.weighting,
         )
 
     arrays = downloaded(run.config, state, round)
     asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
     arriving = answers.ask(grid, asked, check)
-    # Order decides the last bits of a sum, which noise drowns; without it no update is held for another.
-    yield from arriving if run.config.private_clients else in_order(cohort, answers, arriving)
+    if run.config.private_clients:
+        # Whom another site's update would set aside, no noise hides; updates are clipped instead. Order
+        # decides the last bits of a sum, which noise drowns; without it no update is held for another.
+        yield from ((site, update, 1.0) for site, update in arriving)
+    else:
+        norm = state.adapter.subset(schema).l2_norm
+        last = list(before.record.update_norms.values()) if before else []
+        screen = Screen(federation, len(cohort), norm, last, books.norms, books.excluded)
+        yield from screen.passed(
+            (site, update, rule.weight(update.header.num_examples, update.header.num_tokens))
+            for site, update in in_order(cohort, answers, arriving)
+        )
     books.take(answers)
 
 
@@ -267,6 +255,7 @@ def _finish(
         round=round,
         best_round=standing.round,
         best_value=standing.value,
+        best_sites=dict(standing.sites),
         rounds_without_improvement=standing.without,
         initial_hash=members.initial.content_hash,
         sites=members.sites,
@@ -275,7 +264,8 @@ def _finish(
         metrics=metrics,
     )
     run.tell("phase", round, "checkpoint")
-    save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit)
+    private = run.config.hides_participation
+    save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit, private=private)
     seconds = {**books.seconds, "checkpoint": round_seconds(time.monotonic() - started)}
     record = record.model_copy(update={"seconds": seconds})
     run.append(record, metrics)

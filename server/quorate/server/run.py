@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import CheckpointError, OutputError
-from quorate.shared.files import alone, write_file, writing
+from quorate.shared.files import alone, open_to_append, write_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +119,11 @@ class Run:
         """
         for name, line in ((RECORD_FILE, record), (METRICS_FILE, metrics)):
             path = self.output_dir / name
-            with writing(path), path.open("a", encoding="utf-8") as stream:
-                stream.write(line.model_dump_json() + "\n")
+            with (
+                writing(path),
+                os.fdopen(open_to_append(path, private=self.config.hides_participation), "ab") as stream,
+            ):
+                stream.write(line.model_dump_json().encode() + b"\n")
 
     def tell(self, event: str, *arguments: object) -> None:
         """Call `event` on every tracker; one that fails is logged and does not stop the run."""
@@ -148,7 +152,8 @@ class Run:
             kind = RoundRecord if name == RECORD_FILE else RoundMetrics
             kept = [each for each in read_jsonl(path, kind) if each.round < last]
             kept += [line] if line else []
-            write_file(path, "".join(each.model_dump_json() + "\n" for each in kept))
+            lines = "".join(each.model_dump_json() + "\n" for each in kept)
+            write_file(path, lines, private=self.config.hides_participation)
 
 
 def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list[RoundRecord | RoundMetrics]:

@@ -12,7 +12,7 @@ from quorate.shared.errors import OutputError
 from quorate.shared.files import write_file
 
 STATUS_FILE = "status.json"
-State = Literal["running", "done", "interrupted", "quorum-not-met", "failed"]
+State = Literal["running", "done", "interrupted", "quorum-not-met", "diverged", "failed"]
 
 
 class RunStatus(Record):
@@ -23,7 +23,7 @@ class RunStatus(Record):
     """
 
     state: State
-    """Where it stands. `interrupted`: it was asked to stop."""
+    """Where it stands. `interrupted`: it was asked to stop; `diverged`: no site can measure its model."""
     exit_code: int | None = None
     """What the command line would return; None while it runs."""
     message: str = ""
@@ -47,5 +47,5 @@ class RunStatus(Record):
             ) from error
 
     def write(self, run_dir: Path) -> None:
-        """Write it, whole or not at all. Raises: OutputError."""
-        write_file(run_dir / STATUS_FILE, self.model_dump_json(indent=2) + "\n")
+        """Write it, whole or not at all, for its owner alone (it may name sites). Raises: OutputError."""
+        write_file(run_dir / STATUS_FILE, self.model_dump_json(indent=2) + "\n", private=True)

@@ -23,8 +23,8 @@ TENSORBOARD_DIR = "tensorboard"
 class Tracker(Protocol):
     """What the round loop tells. Calls come in this order: start, then per round phases and round, finish.
 
-    `refused` comes before `start`, only where there are such sites. `phase` also comes before `start` (sites
-    join, round 0) and after the last round (test, outputs).
+    `refused` comes before `start`, only where there are such sites. `phase` and `waiting` also come before
+    `start` (sites join, round 0) and after the last round (test, outputs).
     """
 
     def refused(self, sites: Mapping[str, Exclusion]) -> None:
@@ -42,6 +42,9 @@ class Tracker(Protocol):
 
     def phase(self, round: int, name: str) -> None:
         """Take note that a step of `round` begins."""
+
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """Take note of who is being waited for: site -> seconds since it was asked. Told now and then."""
 
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Take note of a finished round, which is on disk already."""
@@ -74,6 +77,7 @@ class TensorboardTracker:
                 "run `pip install 'quorate[tensorboard]'`, or take tensorboard out of report_to."
             ) from error
         self._make = SummaryWriter
+        self._hidden = False
         self._writer: Any = None
 
     def refused(self, sites: Mapping[str, Exclusion]) -> None:
@@ -88,6 +92,7 @@ class TensorboardTracker:
         resumed_from: int,
     ) -> None:
         """Open the log. Points of rounds after `resumed_from`, which will be run again, are purged."""
+        self._hidden = run.hides_participation
         purge = resumed_from + 1 if resumed_from else None
         self._writer = self._make(str(output_dir / TENSORBOARD_DIR), purge_step=purge)
         if not resumed_from:
@@ -99,9 +104,16 @@ class TensorboardTracker:
     def phase(self, round: int, name: str) -> None:
         """Phases are in the record's seconds; there is nothing to plot yet."""
 
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """There is nothing to plot of it."""
+
     def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's scalars and flush, so that a run that is killed later has them."""
         if self._writer is None:  # `start` failed, and that was said
+            return
+        if self._hidden:  # all but the figures of an evaluation depends on who was drawn
+            validation = metrics.validation
+            self._write(dict(_evaluation_scalars(validation)) if validation else {}, record.round)
             return
         self._write(dict(_round_scalars(record, metrics)), record.round)
 

@@ -14,7 +14,8 @@
     ├── RequestRefused           exit 1   a site says no to a request (policy, wrong run)
     ├── NotReady                 exit 1   a full disk, a certificate at its end, the other end not there
     ├── AuditMissing             exit 1   an adapter was not audited, or its claim is refuted
-    └── QuorumNotMet             exit 3   a round had too few good updates
+    ├── QuorumNotMet             exit 3   a round had too few good updates
+    └── ModelDiverged            exit 4   no site can measure the model: its figures are not finite
 
 An error that crosses from a site to the coordinator carries `code` alone, never its text: the text
 may quote a patient's record.
@@ -125,3 +126,10 @@ class QuorumNotMet(QuorateError):
 
     code = "quorum"
     exit_code = 3
+
+
+class ModelDiverged(QuorateError):
+    """The model of a round gives no site finite figures: training diverged, or an update was poisoned."""
+
+    code = "diverged"
+    exit_code = 4

@@ -45,13 +45,15 @@ def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
         sync_folder(path.parent)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], *, private: bool = False) -> None:
     """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
 
     An existing folder is replaced. Everything is on disk (fsync) before the name appears. On a file system
     that cannot exchange two names in one step (NFS), a kill in between leaves the earlier folder as
     `.NAME.old`; `restore_folder` gives it its name back.
 
+    Args:
+        private: for its owner alone, whatever the umask.
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
@@ -60,9 +62,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         try:
             if temporary.exists():
                 shutil.rmtree(temporary)
-            temporary.mkdir(parents=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(PRIVATE_FOLDER if private else 0o777)
             for name, content in files.items():
-                _write_synced(temporary / name, content)
+                _write_synced(temporary / name, content, private)
             sync_folder(temporary)
             if not folder.exists():
                 temporary.rename(folder)
@@ -91,15 +94,15 @@ def restore_folder(folder: Path) -> None:
             sync_folder(folder.parent)
 
 
-def write_file(path: Path, content: str) -> None:
-    """Write a text file atomically.
+def write_file(path: Path, content: str, *, private: bool = False) -> None:
+    """Write a text file atomically; `private` for its owner alone, whatever the umask.
 
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
-            _write_synced(temporary, content.encode())
+            _write_synced(temporary, content.encode(), private)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -214,8 +217,19 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
+def open_to_append(path: Path, *, private: bool) -> int:
+    """Return the descriptor of a file to append to, made where it is not there; see `write_file`."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE if private else 0o666)
+    if private:
+        os.fchmod(descriptor, PRIVATE)
+    return descriptor
+
+
+def _write_synced(path: Path, content: bytes, private: bool) -> None:
+    if private:
+        path.unlink(missing_ok=True)  # what a kill left may be anybody's to read
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE if private else 0o666)
+    with os.fdopen(descriptor, "wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

@@ -2,8 +2,8 @@
 
 A SuperLink, or a SuperNode, gives a process that it has work for 30 seconds for its first heartbeat, and else
 hands the work to another one, which is then as late, and so on for ever, each in the way of the others. On a
-machine that is busy enough loading takes that long. This needs the standard library alone, so that the first
-heartbeat goes out at once.
+machine that is busy enough loading takes that long. This needs little but the standard library, so that the
+first heartbeat goes out at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
+
+from quorate.shared import task_token
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +32,24 @@ def beating(program: str, arguments: Sequence[str]) -> Iterator[None]:
 
     Args:
         program: Flower's name for it, `flwr-serverapp` or `flwr-clientapp`.
-        arguments: of that program, which say where to and with which token.
+        arguments: of that program, which say where to, and where the token is.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--insecure", action="store_true")
-    for name in ("--runtime-api-address", "--token", "--root-certificates"):
+    for name in ("--runtime-api-address", task_token.TOKEN_FILE, "--root-certificates"):
         parser.add_argument(name)
     known, _ = parser.parse_known_args(arguments)
-    if not (known.runtime_api_address and known.token and (known.root_certificates or known.insecure)):
+    if not (known.runtime_api_address and known.token_file and (known.root_certificates or known.insecure)):
         yield  # no program of Flower's would start like this; it says why itself
         return
+    token = task_token.read(known.token_file)
     done = threading.Event()
     context = None if known.insecure else ssl.create_default_context(cafile=known.root_certificates)
 
     def beat() -> None:
         while not done.is_set():
             try:
-                beat_once(program, known.runtime_api_address, known.token, context)
+                beat_once(program, known.runtime_api_address, token, context)
             except (OSError, http.client.HTTPException) as error:
                 log.debug("no heartbeat: %s", error)  # Flower tries again, and says what is wrong
             done.wait(_EVERY_SECONDS)

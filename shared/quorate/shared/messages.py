@@ -142,7 +142,8 @@ class UpdateHeader(ConfigModel):
     metrics: dict[MetricName, float] = {}
     """Figures of the training, such as `train_loss` and `grad_norm`; under privacy none that rows decide."""
     seconds: float = Field(0.0, ge=0)
-    """Time the site worked on the request; a stacked pass is shared out equally."""
+    """Time the site worked on the request; a stacked pass is shared out equally. None under record- or
+    group-level privacy."""
     outcomes: Outcomes | None = None
     """Result of an evaluation."""
     description: SiteDescription | None = None

@@ -2,8 +2,8 @@
 
 An outcome is a short tuple of integers that a task defines, for single-label classification
 (true class, predicted class); there is one per row, or per token, entity or box. Counts of outcomes add up
-over sites, all of a task's metrics follow from them, and resampling with replacement is a multinomial draw
-over the counts.
+over sites, and all of a task's metrics follow from them. Where a row has several outcomes, sums of products
+of a row's counts may say how they hang together.
 """
 
 from __future__ import annotations
@@ -88,12 +88,6 @@ class Outcomes(ConfigModel):
             num_rows=None if rows == sum(counts) else rows,
             sums=sums,
         )
-
-    def resampled(self, rng: np.random.Generator) -> Outcomes:
-        """Return one bootstrap sample of the outcomes, drawn with replacement; sums are kept."""
-        counts = rng.multinomial(self.units, np.array(self.counts) / self.units)
-        # Not validated again: a bootstrap makes thousands of these from values that were.
-        return self.model_copy(update={"counts": tuple(counts.tolist())})
 
     def arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return values [outcomes, width] and counts [outcomes]."""

@@ -21,9 +21,11 @@ from quorate.server.joining import request
 from quorate.server.records import Exclusion, Measured, References, Worth
 from quorate.server.run import Run
 from quorate.shared.adapter import Adapter
+from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import RoundRequest, Split, Update
+from quorate.shared.messages import Phase, RoundRequest, Split, Update
 from quorate.shared.outcomes import Outcomes
+from quorate.shared.selection import downloaded
 from quorate.shared.tasks.base import Row
 
 POOL = "(all sites)"
@@ -56,7 +58,7 @@ def run_references(
     Returns: the references, and what the federation was worth to each site (with local_only).
     """
     wanted = run.config.evaluation.references
-    config, samples = run.config, run.config.evaluation.bootstrap_samples
+    config, intervals = run.config, run.config.evaluation.bootstrap_samples > 0
     local: dict[str, Measured] = {}
     gains: dict[str, Worth] = {}
     failed: dict[str, Exclusion] = {}
@@ -67,24 +69,18 @@ def run_references(
             outcomes = _measure(run, site, rows, name, candidate, failed)
             if outcomes is None:
                 continue
-            test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+            test = summarise(config.task, "test", outcomes, intervals=intervals)
             local[name] = Measured(round=candidate.round, test=test)
             if federated.get(name, Outcomes()).rows:
                 gains[name] = worth(
-                    config.task,
-                    run.metric,
-                    federated[name],
-                    outcomes[name],
-                    samples=samples,
-                    seed=config.seed,
-                    site=name,
+                    config.task, run.metric, federated[name], outcomes[name], intervals=intervals
                 )
     if "centralised" in wanted:
         best = train_alone(run, _all_steps(config, rows), site, [POOL], initial, "centralised", failed)
         for candidate in best.values():
             outcomes = _measure(run, site, rows, POOL, candidate, failed)
             if outcomes is not None:
-                test = summarise(config.task, "test", outcomes, samples=samples, seed=config.seed)
+                test = summarise(config.task, "test", outcomes, intervals=intervals)
                 centralised = Measured(round=candidate.round, test=test)
     return References(local_only=local, centralised=centralised, failed=failed), gains
 
@@ -126,12 +122,14 @@ def train_alone(
     asking = Run(config, run.output_dir, run.run_id)
     for round in range(1, config.federation.rounds + 1):
         run.tell("phase", round, what)
-        asked = [request(asking, round, "fit", name, arrays) for name, arrays in current.items()]
-        current = {name: update.arrays for name, update in _answers(site, asked, failed).items()}
+        asked = [_asking(asking, round, "fit", name, adapter) for name, adapter in current.items()]
+        trained = _answers(site, asked, failed)
+        current = {name: initial.updated(update.arrays) for name, update in trained.items()}
         if round % config.evaluation.every and round != config.federation.rounds:
             continue
         asked = [
-            request(asking, round, "evaluate", name, arrays, "validation") for name, arrays in current.items()
+            _asking(asking, round, "evaluate", name, adapter, "validation")
+            for name, adapter in current.items()
         ]
         answered = _answers(site, asked, failed)
         current = {name: current[name] for name in answered}
@@ -153,13 +151,20 @@ def _measure(
 ) -> dict[str, Outcomes] | None:
     """Return an adapter's test outcomes on every site's rows; None, and `whose` in `failed`, if one fails."""
     asking = Run(single(run.config), run.output_dir, run.run_id)
-    asked = [request(asking, candidate.round, "evaluate", name, candidate.adapter, "test") for name in rows]
+    asked = [_asking(asking, candidate.round, "evaluate", name, candidate.adapter, "test") for name in rows]
     wrong: dict[str, Exclusion] = {}
     answers = _answers(site, asked, wrong)
     if wrong:
         failed[whose] = next(iter(wrong.values()))
         return None
     return {name: update.header.outcomes or Outcomes() for name, update in answers.items()}
+
+
+def _asking(
+    run: Run, round: int, phase: Phase, name: str, adapter: Adapter, split: Split | None = None
+) -> RoundRequest:
+    """Return a request that starts from `adapter`, of which it brings what the run's rule sends."""
+    return request(run, round, phase, name, downloaded(run.config, GlobalState(adapter), round), split)
 
 
 def _answers(site: Site, requests: list[RoundRequest], failed: dict[str, Exclusion]) -> dict[str, Update]:

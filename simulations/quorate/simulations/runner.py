@@ -48,7 +48,7 @@ def simulate(
         origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
     Raises: BadInput: before anything is trained, where something cannot work. QuorumNotMet,
-        KeyboardInterrupt: after writing what finished rounds gave.
+        ModelDiverged, KeyboardInterrupt: after writing what finished rounds gave.
     """
     if config.federation.quorum > len(rows):
         raise ConfigError(

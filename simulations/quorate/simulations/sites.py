@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quorate.client.data import load_splits
+from quorate.client.data import image_columns, load_splits, measured_apart
 from quorate.client.mapping import LoadedRow
+from quorate.client.placing import Placing
+from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.config.sites import PartitionedData, SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import BadInput, ConfigError, DataError
@@ -43,6 +45,8 @@ def load_sites(sites: SitesConfig, base_dir: Path, run: RunConfig) -> dict[str, 
             loaded = partition(data.partition, rows)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+    if isinstance(run.privacy, SitePrivacy):
+        loaded = {name: _measured_apart(data, name, splits, run) for name, splits in loaded.items()}
     # The task gets its own columns and no others: what a run does not name stays out of it.
     return {
         name: {
@@ -76,6 +80,15 @@ def _load_one(
         return load_splits(source, base_dir, run.task.columns, labels)
     except BadInput as error:
         raise type(error)(f"{where}: {error}") from error
+
+
+def _measured_apart(
+    data: PartitionedData | SiteList, name: str, splits: Mapping[Split, Sequence[LoadedRow]], run: RunConfig
+) -> Mapping[Split, Sequence[LoadedRow]]:
+    """Leave out of a site's training rows what is measured too, as a site does under privacy."""
+    (source,) = [site for site in data.sites if site.name == name] if isinstance(data, SiteList) else [data]
+    images = image_columns(source, run.task.columns)
+    return measured_apart(splits, Placing.of_seed(source.split.seed), images, by_group=False)[0]
 
 
 def default_sites_path(run_path: Path) -> Path:

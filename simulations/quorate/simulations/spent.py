@@ -12,6 +12,7 @@ from quorate.server.records import Record
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.privacy.shown import at_most, delta_shown
 from quorate.shared.tasks.base import Row
 
 
@@ -32,8 +33,9 @@ class SearchSpending(Record):
         """In words, for terminals and pages."""
         return (
             f"Every trial spends privacy of its own: {self.trials} of them together come to epsilon "
-            f"{self.epsilon:.3g} at delta {self.delta:.1g} for the rows of {self.site}, which no report of a "
-            "single run says. Figures on validation rows, which chose among them, hold no noise."
+            f"{at_most(self.epsilon)} at delta {delta_shown(self.delta)} for the rows of {self.site}, which "
+            "no report of a single run says. Figures on validation rows, which chose among them, hold no "
+            "noise."
         )
 
 

@@ -17,7 +17,7 @@ from quorate.server.records import Exclusion, RoundMetrics, RoundRecord, Summary
 from quorate.server.run import Run
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
-from quorate.shared.errors import ConfigError, QuorumNotMet
+from quorate.shared.errors import ConfigError, ModelDiverged, QuorumNotMet
 from quorate.shared.messages import SiteDescription
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.grid import InProcessGrid
@@ -136,6 +136,9 @@ class _Watch:
         """Learn how many rounds there are."""
         self.rounds = run.federation.rounds
 
+    def waiting(self, sites: Mapping[str, float]) -> None:
+        """Sites in this process keep nobody waiting."""
+
     def phase(self, round: int, name: str) -> None:
         """Nothing to report yet."""
 
@@ -170,7 +173,7 @@ def objective(trial: Trial, search: Search, site: Site) -> float:
         trial.set_user_attr(BEST_ROUND, result.progress.best_round)
     if isinstance(result.stopped, Pruned):
         raise TrialPruned
-    if isinstance(result.stopped, QuorumNotMet):
+    if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
         trial.set_user_attr(DIVERGED, str(result.stopped))
         raise Diverged
     if result.stopped is not None:

@@ -24,7 +24,7 @@ def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
         options: how thorough.
     Raises: OutputError: no such result. AdapterError, DataError, ModelError: as `audit_result`.
     """
-    held = AtSite(SiteFolder.find(folder))
+    held = AtSite(SiteFolder.find(folder), looks_only=True)
     received = held.folder.state / RECEIVED
     if not (received / run_id).is_dir():
         there = sorted(path.name for path in received.glob("*/")) if received.is_dir() else []

@@ -12,6 +12,7 @@ from quorate.client.node.credentials import node_key
 from quorate.client.node.folder import SITE_YAML, SiteFolder, local_data
 from quorate.client.node.owners import Account, accounts
 from quorate.client.node.server_check import server_lines
+from quorate.client.node.site_file import check_process
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError, DataError, ModelError
 from quorate.shared.looks import Line, line
@@ -38,6 +39,7 @@ def check(folder: Path, run_path: Path | None = None) -> list[Line]:
         for alias in site.config.data:
             lines.append(line(f"data.{alias}", lambda alias=alias: _data(site, alias)))  # type: ignore[misc]
         lines += storage(site)
+        lines.append(line("site process", lambda: check_process(site)))
         if run_path is not None:
             lines.append(line(f"run {run_path.name}", lambda: _run(site, run_path)))
     lines.append(line("node.key", lambda: node_key(site)))
@@ -164,7 +166,7 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     policy = site.config.policy.model_copy(update={"approve_each_run": False})  # nobody asks for it yet
     config = site.config.model_copy(update={"policy": policy})
     admit(run, RoundRequest(header), config, site.state)
-    at_site = AtSite(site)
+    at_site = AtSite(site, looks_only=True)
     at_site.at_hand(run)
     rows = at_site.rows(run, site.connection.site)
     budgets = Budgets(site.config, site.path, epsilon)

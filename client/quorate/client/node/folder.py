@@ -9,6 +9,7 @@ FOLDER/                 unpacked start-up kit
   anchor/               heads of the privacy ledger, unless site.yaml names another folder
   state/                site.sock, and what the site process keeps
     ledger/             the privacy ledger
+    splits/             what rows are placed by, and which of them private runs were trained on
     bin/                the only commands that Flower finds
     logs/               one file per program
     supervisor/         lock and status

@@ -11,6 +11,8 @@ from quorate.client.node.conditions import certificates, holdings, storage
 from quorate.client.node.contact import silent, standing
 from quorate.client.node.folder import SiteFolder
 from quorate.client.node.server_check import server_lines
+from quorate.client.node.site_file import SiteFileState
+from quorate.client.node.site_file import standing as standing_of_file
 from quorate.client.service import MODEL, check_health
 from quorate.shared.config.base import ConfigModel
 from quorate.shared.looks import Line
@@ -61,6 +63,8 @@ class SiteStatus(ConfigModel):
     """The connection."""
     base_model_loaded: bool
     """Whether the site process holds a base model; it loads one when a run first asks."""
+    site_file: SiteFileState | None
+    """Whether the site process works by site.yaml as it is now; None where none runs."""
     checks: tuple[Line, ...]
     """Disk, ledger, certificates, models, data and the way to the server: what the next round needs."""
     waiting: tuple[str, ...]
@@ -89,6 +93,7 @@ def site_status(site: SiteFolder) -> SiteStatus:
         programs=programs,
         server=server,
         base_model_loaded=status is not None and check_health(site.socket, name=MODEL),
+        site_file=standing_of_file(site),
         checks=(*storage(site), *certificates(site), *holdings(site), *_way(site, server)),
         waiting=tuple(waiting_runs(site.state)) if runs else (),
         withdrawn=tuple(withdrawn_runs(site.state)) if runs else (),

@@ -22,12 +22,7 @@ from quorate.shared.supervisor import Program
 _NEVER_PROXIED = ("127.0.0.1", "localhost", "::1")
 _POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # Flower's own setting; a second when left out
 _SUPERNODE = (sys.executable, "-P", "-m", "quorate.client.node.run_supernode")
-_SUPEREXEC = (
-    sys.executable,
-    "-P",
-    "-c",
-    "from flwr.supercore.cli import flower_superexec; flower_superexec()",
-)
+_SUPEREXEC = (sys.executable, "-P", "-m", "quorate.client.node.run_superexec")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from quorate.client.trainer.canaries import Canaries
 from quorate.client.trainer.checkpointing import checkpointed
+from quorate.client.trainer.secret import seed_secretly
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import RunConfig
@@ -64,21 +65,28 @@ class Share:
 
 
 def row_losses(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, shares: Sequence[Share]
+    model: LoadedModel,
+    stack: AdapterStack,
+    run: RunConfig,
+    shares: Sequence[Share],
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the rows of several sites through the model.
 
     Sites with fewer rows are filled up with copies of a row of theirs.
 
+    Args:
+        length: what rows are padded to [tokens]; the longest of them when left out.
     Returns: each row's own loss [k, b], and which rows are real [k, b].
     """
     most = max(len(share.rows) for share in shares)
     filled = [e for share in shares for e in (*share.rows, *[share.rows[0]] * (most - len(share.rows)))]
-    batch = run.task.collate(filled, model.processor).to(model.peft.device)
+    batch = run.task.collate(filled, model.processor, length).to(model.peft.device)
     real = torch.tensor(
         [[r < len(share.rows) for r in range(most)] for share in shares], device=batch.weights.device
     )
     _lay_out(stack, run, shares)
+    stack.layout.padded_in_front = getattr(model.processor, "padding_side", "right") == "left"
     return run.task.loss(_logits(model, run, batch), batch).view(len(shares), most), real
 
 
@@ -86,8 +94,6 @@ def _lay_out(stack: AdapterStack, run: RunConfig, shares: Sequence[Share]) -> No
     layout = stack.layout
     layout.sites = tuple(share.position for share in shares)
     layout.rows = tuple(len(share.rows) for share in shares)
-    layout.lengths = tuple(max(map(run.task.length, share.rows)) for share in shares)
-    layout.length = max(layout.lengths)
     head = run.adapter.head
     with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
     layout.generators = tuple(share.dropout for share in shares) if with_dropout else None
@@ -100,16 +106,21 @@ def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
 
 
 @contextmanager
-def training_mode(model: LoadedModel, stack: AdapterStack, run: RunConfig, seed: int) -> Iterator[None]:
+def training_mode(
+    model: LoadedModel, stack: AdapterStack, run: RunConfig, seed: int | None
+) -> Iterator[None]:
     """Put the model in training mode and back.
 
     The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the
     rows of a batch would leak into one another. The global generator, from which only the base's own dropout
-    draws, is set to `seed` and put back.
+    draws, is set to `seed` (to a secret state when that is None) and put back.
     """
     devices = [model.peft.device] if model.peft.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        if seed is None:
+            seed_secretly(model.peft.device)
+        else:
+            torch.manual_seed(seed)
         model.peft.train(run.training.base_dropout)
         for module in model.peft.modules():
             if isinstance(module, _BatchNorm):

@@ -70,14 +70,15 @@ def fit_privately(
     Returns: one result per site, in order; their metrics depend on no row.
     Raises: ModelError: rows of this model cannot be told apart. ConfigError: see `private_plan`.
     """
-    check_rows_apart(model, stack, run, sites[0].examples)
+    lengths = [check_rows_apart(model, stack, run, site.site, site.examples) for site in sites]
+    length = max((each for each in lengths if each is not None), default=None)
     stack.load([site.start for site in sites], trainable)
     members = [_member(stack, run, round, position, site) for position, site in enumerate(sites)]
-    with training_mode(model, stack, run, seed=secrets.randbits(63)):
+    with training_mode(model, stack, run, seed=None):
         check_batch_statistics(model)
         for step in range(max(member.plan.steps_per_round for member in members)):
             live = [i for i, member in enumerate(members) if step < member.plan.steps_per_round]
-            _step(model, stack, run, members, live, step)
+            _step(model, stack, run, members, live, step, length)
             names = tuple(members[i].task.site for i in live)
             on_step(StepEvent(names, round, step + 1, members[live[0]].plan.steps_per_round, None))
     return [
@@ -153,8 +154,13 @@ def _step(
     members: list[_Member],
     live: list[int],
     step: int,
+    length: int | None,
 ) -> None:
-    """Take one private step with every site that has steps left, each on a batch of its own."""
+    """Take one private step with every site that has steps left, each on a batch of its own.
+
+    Args:
+        length: see `row_losses`.
+    """
     size = run.training.per_device_train_batch_size
     passes = {i: list(_passes(_drawn(members[i]), size)) for i in live}
     sums = {i: _empty_sum(members[i]) for i in live}
@@ -165,7 +171,7 @@ def _step(
             member = members[i]
             rows = [member.task.examples[row] for _, row in passes[i][number][0]]
             shares.append(Share(i, run.task.augment(rows, member.augment, model.processor), member.dropout))
-        kept = backward_by_row(model, stack, run, shares)
+        kept = backward_by_row(model, stack, run, shares, length)
         for at, i in enumerate(present):
             pairs, goes_on = passes[i][number]
             gradients = kept.of_site(stack.arrays, at, len(pairs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from quorate.client.trainer.sampling import BalancedWalk
 from quorate.shared.config.run import TrainingConfig
@@ -54,26 +55,26 @@ class Plan:
         """Optimiser steps of one round."""
         if self.training.max_steps is not None:
             return self.training.max_steps
-        return self.training.num_train_epochs * math.ceil(self.rows / self.rows_per_step)
+        return self.training.num_train_epochs * math.ceil(self.rows / self.rows_per_step)  # of each epoch
 
     def steps(self, round: int) -> list[list[list[int]]]:
         """Return the round's steps (round from 1), each a list of micro-batches of row indices."""
-        if self.training.max_steps is None and self.training.sampling == "balanced":
-            count = self.training.num_train_epochs * self.rows
-            walk = self._walk((round - 1) * count)
-            batches = list(_chunks([next(walk) for _ in range(count)], self.rows_per_step))
-        elif self.training.max_steps is None:
-            epochs = range(
-                (round - 1) * self.training.num_train_epochs, round * self.training.num_train_epochs
-            )
-            batches = [chunk for epoch in epochs for chunk in _chunks(self._epoch(epoch), self.rows_per_step)]
-        else:
-            start = (round - 1) * self.training.max_steps * self.rows_per_step
-            walk = self._walk(start)
+        if self.training.max_steps is None:
+            first = (round - 1) * self.training.num_train_epochs
+            epochs = range(first, first + self.training.num_train_epochs)
+            # An epoch ends in a short step, with either way to sample, so that both take as many steps.
             batches = [
-                [next(walk) for _ in range(self.rows_per_step)] for _ in range(self.training.max_steps)
+                chunk for epoch in epochs for chunk in _chunks(self._rows_of(epoch), self.rows_per_step)
             ]
+        else:
+            walk = self._walk((round - 1) * self.training.max_steps * self.rows_per_step)
+            batches = [list(islice(walk, self.rows_per_step)) for _ in range(self.training.max_steps)]
         return [list(_chunks(batch, self.training.per_device_train_batch_size)) for batch in batches]
+
+    def _rows_of(self, epoch: int) -> list[int]:
+        if self.training.sampling == "balanced":
+            return list(islice(self._walk(epoch * self.rows), self.rows))
+        return self._epoch(epoch)
 
     def _epoch(self, epoch: int) -> list[int]:
         order: list[int] = rng(self.seed, "order", self.site, epoch).permutation(self.rows).tolist()

@@ -17,11 +17,13 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from quorate.client.trainer.dropout import draw_keys, keep_probability, kept
 from quorate.client.trainer.per_sample import PerSample, convolution, grouped, linear, scaled, spread
 from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
 from quorate.shared.errors import AdapterError
 from quorate.shared.heads import HeadDropout
 from quorate.shared.model import LoadedModel
+from quorate.shared.tasks.base import Example
 
 
 @dataclass
@@ -31,17 +33,15 @@ class Layout:
     Args:
         sites: stack positions present in the batch, in its order.
         rows: real rows of each of them (the rest of its share is padding).
-        lengths: each site's own padded length, before padding to the longest site.
-        length: the batch's padded length.
         generators: each site's dropout generator; None turns LoRA dropout off.
+        padded_in_front: whether short rows are padded in front, not behind.
         per_sample: where rows' own gradients are kept; None sums them up as usual.
     """
 
     sites: tuple[int, ...] = (0,)
     rows: tuple[int, ...] = ()
-    lengths: tuple[int, ...] = ()
-    length: int = 0
     generators: tuple[torch.Generator, ...] | None = None
+    padded_in_front: bool = False
     per_sample: PerSample | None = None
 
 
@@ -59,6 +59,23 @@ class Stacked(nn.Module):
             return stack
         return stack[list(sites)]
 
+    def check_rows(self, x: Tensor) -> int:
+        """Return how many rows of each site the input has, padding included; 1 where it is not one of rows.
+
+        Raises: AdapterError: it is not made of rows (a table of positions, for instance), and of several
+            sites, whose parts of it nothing tells apart.
+        """
+        sites, most = len(self.layout.sites), max(self.layout.rows, default=1)
+        if x.shape[0] % (sites * most) == 0:
+            return most
+        if sites > 1:
+            raise AdapterError(
+                f"a trained layer is given {x.shape[0]} entries for {sites * most} rows, so its input is not "
+                "made of rows; train one site at a time (training.max_stack: 1), or leave the layer out "
+                "of adapter.target_modules."
+            )
+        return 1
+
 
 class StackedLinear(Stacked):
     """`nn.Linear` for K sites: weight [K, d_out, d_in], bias [K, d_out]."""
@@ -73,6 +90,8 @@ class StackedLinear(Stacked):
     def forward(self, x: Tensor) -> Tensor:
         """Map [k * b, ..., d_in] to [k * b, ..., d_out], each site's rows by its own weight."""
         weight = self.of_batch(self.weight)
+        if len(weight) > 1:
+            self.check_rows(x)
         flat = x.reshape(weight.shape[0], -1, self.in_features)
         bias = None if self.bias is None else self.of_batch(self.bias)
         if (kept := self.layout.per_sample) is not None:
@@ -118,9 +137,11 @@ class StackedConv2d(Stacked):
 
 
 class StackedDropout(Stacked):
-    """LoRA dropout that draws each site's mask from that site's generator.
+    """LoRA dropout in which each row's mask follows from a key that its site's generator draws.
 
-    The mask has the shape the site would see alone, so padding to another site's length changes no draw.
+    A mask does not depend on how far the row is padded, in whichever of its axes; so a site that is padded to
+    the rows of another one drops what it would have dropped alone. See `quorate.client.trainer.dropout`. A
+    model that puts something behind the padding would break that.
     """
 
     def __init__(self, p: float, layout: Layout) -> None:
@@ -128,18 +149,20 @@ class StackedDropout(Stacked):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop and rescale when the layout carries generators; else return `x`."""
+        """Drop and rescale when the layout carries generators; else return `x`, [k * b * ..., ...]."""
         layout = self.layout
-        if layout.generators is None:
+        if layout.generators is None or self.p == 0:
             return x
-        mask = torch.ones_like(x).view(len(layout.sites), -1, *x.shape[1:])
+        most = self.check_rows(x)
+        device = layout.generators[0].device
+        # Rows that fill a site's share up count for nothing, and need no key of their own.
+        keys = torch.zeros(len(layout.sites), most, dtype=torch.int64, device=device)
         for index, generator in enumerate(layout.generators):
-            part = mask[index, : layout.rows[index]]
-            if x.ndim > 2 and x.shape[1] == layout.length:
-                part = part[:, : layout.lengths[index]]
-            drawn = torch.rand(part.shape, generator=generator, device=generator.device)
-            part.copy_((drawn >= self.p).to(part) / (1 - self.p))
-        return x * mask.view_as(x)
+            count = min(layout.rows[index], most)
+            keys[index, :count] = draw_keys(generator, count)
+        parts = x.reshape(keys.numel(), -1, *x.shape[1:])
+        mask = kept(keys.flatten().to(x.device), parts.shape[1:], self.p, from_end=layout.padded_in_front)
+        return (parts * (mask.to(x.dtype) / keep_probability(self.p))).view_as(x)
 
 
 class StackedDora(Stacked):
@@ -183,6 +206,21 @@ class StackedDora(Stacked):
         return added
 
 
+@dataclass(frozen=True)
+class RowsApart:
+    """What was seen not to mix at a site.
+
+    Args:
+        rows: the examples that were tried.
+        checkpointed: whether that was under gradient checkpointing.
+        length: what all rows must be padded to for it [tokens]; None for the longest of a batch.
+    """
+
+    rows: tuple[Example, ...]
+    checkpointed: bool
+    length: int | None
+
+
 @dataclass
 class AdapterStack:
     """The stacked arrays of a model by adapter name, and their layout."""
@@ -190,8 +228,8 @@ class AdapterStack:
     layout: Layout
     arrays: dict[str, nn.Parameter]
     lora_layers: list[LoraLayer] = field(default_factory=list)
-    rows_apart: bool = False
-    """Whether the rows of a batch were seen not to mix, see `quorate.client.trainer.row_check`."""
+    rows_apart: dict[str, RowsApart] = field(default_factory=dict)
+    """Of which sites the rows of a batch were seen not to mix, see `quorate.client.trainer.row_check`."""
 
     @classmethod
     def install(cls, model: LoadedModel) -> AdapterStack:

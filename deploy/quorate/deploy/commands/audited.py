@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quorate.deploy.commands.common import print_json
+from quorate.shared.privacy.shown import at_least, at_most
 
 if TYPE_CHECKING:
     from quorate.shared.privacy.audit.record import AuditRecord
@@ -68,14 +69,14 @@ def _print_tables(record: AuditRecord) -> None:
         table = Table("site", "claimed epsilon", "at least", "confidence", "guesses right", box=SIMPLE)
         for each in record.mechanism:
             right = f"{each.guesses.right} of {each.guesses.made}"
-            figures = f"{each.claim.epsilon:.3g}", f"{each.epsilon_at_least:.3g}", f"{each.confidence:.1%}"
+            figures = at_most(each.claim.epsilon), at_least(each.epsilon_at_least), f"{each.confidence:.1%}"
             table.add_row(Text(each.site), *figures, right)
         console.print(table)
     if (client := record.client) is not None:
         typer.echo(
-            f"site-level privacy: epsilon {client.epsilon:.3g} claimed; by {client.canaries} canary sites "
-            f"{client.epsilon_estimated:.3g} estimated, and {client.epsilon_at_least:.3g} at least with "
-            f"{client.confidence:.1%} confidence"
+            f"site-level privacy: epsilon {at_most(client.epsilon)} claimed; by {client.canaries} canary "
+            f"sites {at_most(client.epsilon_estimated)} estimated, and {at_least(client.epsilon_at_least)} "
+            f"at least with {client.confidence:.1%} confidence"
         )
     if record.membership is not None:
         attack, allowed = record.membership.attack, record.membership.allowed_tpr

@@ -16,6 +16,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_model,
 )
+from quorate.shared.privacy.shown import at_most, delta_shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,7 +96,7 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
             console.print(said, markup=False, soft_wrap=True)
     counted = any(site.ledger for site in found.sites)
     console.print(
-        f"largest epsilon of a site: {found.largest_epsilon:.3g}, for this run alone"
+        f"largest epsilon of a site: {at_most(found.largest_epsilon)}, for this run alone"
         + ("" if counted else ": what earlier runs on the same rows spent comes on top"),
         markup=False,
         soft_wrap=True,
@@ -117,7 +118,7 @@ def _settings(site: SiteForecast) -> Table:
     def row(plan: Plan) -> tuple[str, ...]:
         return (
             plan.change,
-            f"{plan.epsilon_pld:.3g}",
+            at_most(plan.epsilon_pld),
             f"{plan.noise_multiplier:.3g}",
             f"{plan.sampling_probability:.3g}",
             str(plan.steps),
@@ -158,7 +159,7 @@ def _facts(site: SiteForecast) -> list[str]:
 
     plan = site.privacy.configured
     lines = [
-        f"delta {site.privacy.delta:.2g}; epsilon by Renyi divergence {plan.epsilon_rdp:.3g}; "
+        f"delta {delta_shown(site.privacy.delta)}; epsilon by Renyi divergence {at_most(plan.epsilon_rdp)}; "
         f"{plan.trained_values:,} numbers are trained, clipped to norm {site.clipping_norm:g}",
         f"sends {decimal(site.bytes_up)} and receives {decimal(site.bytes_down)} in {plan.rounds} rounds",
     ]
@@ -184,12 +185,12 @@ def _spending(site: SiteForecast) -> Table:
         table.add_row(what, *figures, note)
 
     add("rounds in the ledger", (str(each.entries) for each in site.budgets))
-    add("spent so far", (f"{each.spent:.4g}" for each in site.budgets))
+    add("spent so far", (at_most(each.spent, 4) for each in site.budgets))
     refused = "refused" if site.refusal else ""
-    add(site.privacy.configured.change, (f"{each.after:.4g}" for each in site.budgets), refused)
+    add(site.privacy.configured.change, (at_most(each.after, 4) for each in site.budgets), refused)
     for plan in site.privacy.alternatives:
         refused = "refused" if plan.change in site.refused else ""
-        add(plan.change, (f"{each.alternatives[plan.change]:.4g}" for each in site.budgets), refused)
+        add(plan.change, (at_most(each.alternatives[plan.change], 4) for each in site.budgets), refused)
     add("cap", ("none" if each.max_epsilon is None else f"{each.max_epsilon:g}" for each in site.budgets))
     add("at delta", (f"{each.delta:g}" for each in site.budgets))
     return table

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quorate.deploy.commands.common import print_model
 from quorate.deploy.commands.forecast_own import settings_table
+from quorate.shared.privacy.shown import at_most, delta_shown
 
 if TYPE_CHECKING:
     from quorate.simulations.forecast import ClientForecast, ClientPlanForecast
@@ -23,7 +24,7 @@ def print_client_forecast(found: ClientForecast, *, as_json: bool) -> None:
     def row(plan: ClientPlanForecast) -> tuple[str, ...]:
         return (
             plan.change,
-            f"{plan.epsilon:.3g}",
+            at_most(plan.epsilon),
             f"{plan.noise_multiplier:.3g}",
             f"{plan.expected_cohort:g}",
             str(plan.releases),
@@ -47,8 +48,8 @@ def _facts(found: ClientForecast) -> list[str]:
 
     plan = found.configured
     lines = [
-        f"delta {found.delta:.2g}; {plan.trained_values:,} numbers are trained, updates clipped to norm "
-        f"{found.clipping_norm:g} in round 1"
+        f"delta {delta_shown(found.delta)}; {plan.trained_values:,} numbers are trained, updates clipped to "
+        f"norm {found.clipping_norm:g} in round 1"
     ]
     if plan.sampling_probability == 1:
         lines.append("every site takes part in every round")

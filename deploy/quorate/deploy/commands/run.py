@@ -154,4 +154,5 @@ def _words(ended: RunStatus) -> str:
     """Return what the command line says of an end, as a simulation's would."""
     if ended.state == "interrupted":
         return "interrupted"
-    return f"QuorumNotMet: {ended.message}" if ended.state == "quorum-not-met" else ended.message
+    errors = {"quorum-not-met": "QuorumNotMet: ", "diverged": "ModelDiverged: "}
+    return errors.get(ended.state, "") + ended.message

@@ -37,6 +37,8 @@ def list_(
 ) -> None:
     """List the runs, the newest first. `lost` runs were killed and go on with `quorate run --resume`.
 
+    A run that goes on although the command that started it is gone is said to be `alone`.
+
     Example: quorate runs list --federation heart
     """
     configure_logging(log_level)
@@ -54,11 +56,18 @@ def list_(
 
     from quorate.deploy.terminal import stdout_console
 
-    table = Table("id", "name", "state", "rounds", "started (UTC)", box=SIMPLE)
+    table = Table("id", "name", "state", "rounds", "started (UTC)", "heard of (UTC)", box=SIMPLE)
     for each in found:
         rounds = f"{each['round']}/{each['rounds']}"
-        table.add_row(each["id"], each["name"], each["state"], rounds, each["started"][:19].replace("T", " "))
+        state = f"{each['state']}, alone" if each["command"] == "gone" else each["state"]
+        started, heard = (moment[:19].replace("T", " ") for moment in (each["started"], each["heard"] or ""))
+        table.add_row(each["id"], each["name"], state, rounds, started, heard)
     stdout_console().print(table)
+    if any(each["command"] == "gone" for each in found):
+        typer.echo(
+            "alone: no command follows the run, and it would not be submitted again; follow it with `quorate "
+            "run --resume`, or stop it with `quorate runs stop`"
+        )
 
 
 @runs.command("show")
@@ -176,7 +185,9 @@ def stop(
 
 def _described(run: RunFolder) -> dict[str, Any]:
     """Return what `list` and `show` say of a run."""
-    config = run.config
+    config, command, heard = run.config, None, run.heard
+    if run.state in ("running", "waiting"):
+        command = {True: "follows", False: "gone", None: "unknown"}[run.followed]
     return {
         "id": run.run_id,
         "name": config.name,
@@ -184,4 +195,6 @@ def _described(run: RunFolder) -> dict[str, Any]:
         "round": run.rounds_done,
         "rounds": config.federation.rounds,
         "started": run.started.isoformat(),
+        "heard": heard.isoformat() if heard else None,
+        "command": command,
     }

@@ -18,6 +18,7 @@ from quorate.deploy.commands.common import (
 from quorate.deploy.commands.site_audit import site_audit
 from quorate.deploy.commands.site_ledger import ledger
 from quorate.deploy.commands.site_report import print_checks, print_status
+from quorate.deploy.commands.site_runs import site_runs
 
 if TYPE_CHECKING:
     from quorate.client.node.folder import SiteFolder
@@ -35,6 +36,7 @@ models = typer.Typer(
 site.add_typer(models)
 site.add_typer(ledger)
 site.command("audit")(site_audit)
+site.command("runs")(site_runs)
 FolderArgument = Annotated[
     Path,
     # Readable: no. With two users, either may walk through the folder, and not list it.

@@ -16,6 +16,7 @@ from quorate.deploy.commands.common import (
     configure_logging,
     print_json,
 )
+from quorate.shared.privacy.shown import at_least, at_most
 
 if TYPE_CHECKING:
     from quorate.client.ledger_check import Verdict
@@ -176,11 +177,11 @@ def _print_accounts(found: list[Account]) -> None:
         return
     table = Table("data", "unit", "entries", "epsilon spent", "at delta", "cap", "remaining", box=SIMPLE)
     for each in found:
-        spent = "infinite" if each.epsilon is None else f"{each.epsilon:.4g}"
+        spent = "infinite" if each.epsilon is None else at_most(each.epsilon, 4)
         cap, left = (
             ("none", "")
             if each.max_epsilon is None or each.remaining is None
-            else (f"{each.max_epsilon:g}", f"{each.remaining:.4g}")
+            else (f"{each.max_epsilon:g}", at_least(each.remaining, 4))
         )
         unit = "record" if each.group is None else f"group ({each.group})"
         table.add_row(Text(each.data), Text(unit), str(each.entries), spent, f"{each.delta:g}", cap, left)

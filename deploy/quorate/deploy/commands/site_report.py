@@ -54,6 +54,8 @@ def print_status(found: SiteStatus) -> None:
         since = f" since {found.server.since:%Y-%m-%d %H:%M:%S} UTC" if found.server.since else ""
         typer.echo(f"server {found.server.address}: {found.server.state}{detail}{since}")
         typer.echo(f"base model: {'loaded' if found.base_model_loaded else 'none loaded yet'}")
+        if found.site_file is not None:
+            typer.echo(f"site.yaml: {found.site_file.said}")
         if found.server.state == "refused":
             typer.echo(
                 "The coordinator has not admitted this node key, or has revoked it (`quorate site check` "

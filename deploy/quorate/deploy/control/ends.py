@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import stat
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from quorate.server.trackers import TENSORBOARD_DIR
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, NotReady, OutputError
-from quorate.shared.files import make_folder, writing
+from quorate.shared.files import make_folder, write_atomically, writing
 from quorate.shared.looks import check_room
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ def fetch_results(run: RunFolder, output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             if (run.path / name).is_file():
-                shutil.copyfile(run.path / name, output_dir / name)
+                mode = stat.S_IMODE((run.path / name).stat().st_mode)
+                write_atomically(output_dir / name, (run.path / name).read_bytes(), mode)
         for name in _FOLDERS:
             if (run.path / name).is_dir():
                 shutil.rmtree(output_dir / name, ignore_errors=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,16 +14,17 @@ from typing import Literal
 from pydantic import ValidationError
 
 from quorate.server.checkpoint import list_checkpoints
+from quorate.server.events import EVENTS_FILE
 from quorate.server.federation import FederationFolder
 from quorate.server.records import Record
 from quorate.server.run import RUN_FILE
-from quorate.server.status import RunStatus, State
+from quorate.server.status import STATUS_FILE, RunStatus, State
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import ConfigError, OutputError
-from quorate.shared.files import held, write_atomically
+from quorate.shared.files import held, write_atomically, writing
 
-CONTROL_FILE = "control.json"
+CONTROL_FILE, CONTROL_LOCK = "control.json", "control.lock"
 RunState = State | Literal["waiting", "lost"]
 """As in status.json; `waiting` for a ServerApp to begin, `lost` where it died and the run was not submitted
 again."""
@@ -101,6 +106,47 @@ class RunFolder:
         # A file system without locks: only status.json says how the run stands.
         status = RunStatus.read(self.path)
         return status is not None and status.state == "running"
+
+    @contextmanager
+    def follow(self) -> Iterator[None]:
+        """Be seen to follow the run; several commands may. The lock is gone with the process.
+
+        Raises: OutputError: the folder cannot be written.
+        """
+        with writing(self.path):
+            descriptor = os.open(self.path / CONTROL_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with suppress(OSError):  # a file system without locks: `followed` does not know then
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            with suppress(OSError):  # not by closing alone: a process that was forked may have it open too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    @property
+    def followed(self) -> bool | None:
+        """Whether a command follows the run and would submit it again; None where locks do not tell."""
+        try:
+            descriptor = os.open(self.path / CONTROL_LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+        return False
+
+    @property
+    def heard(self) -> datetime | None:
+        """When the ServerApp last wrote a word (UTC); None before its first."""
+        files = [self.path / name for name in (STATUS_FILE, EVENTS_FILE)]
+        found = [path.stat().st_mtime for path in files if path.is_file()]
+        return datetime.fromtimestamp(max(found), UTC) if found else None
 
     @property
     def state(self) -> RunState:

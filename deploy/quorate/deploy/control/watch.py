@@ -77,6 +77,10 @@ class Controller:
 
         Raises: ServerNotUp, ControlError: it cannot be submitted. QuorateError: it died too often.
         """
+        with self._run.follow():
+            return self._carry_out()
+
+    def _carry_out(self) -> RunStatus:
         number = self._under_way()
         if number is None:
             number = self._submit()

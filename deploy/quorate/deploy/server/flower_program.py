@@ -1,18 +1,21 @@
 """`python -m quorate.deploy.server.flower_program NAME ...`: one of Flower's programs, with this very Python.
 
-Its scripts need not be on the PATH then, and a PATH cannot name others.
+Its scripts need not be on the PATH then, and a PATH cannot name others. A SuperExec started like this gives
+no task's token away in the arguments of what it starts.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import distribution
 
+from quorate.shared import task_token
 from quorate.shared.heartbeat import beating
 
-SERVERAPP = "flwr-serverapp"
+SERVERAPP, SUPEREXEC = "flwr-serverapp", "flower-superexec"
 
 
 def load(name: str, arguments: list[str]) -> Callable[[], int | None]:
@@ -23,6 +26,8 @@ def load(name: str, arguments: list[str]) -> Callable[[], int | None]:
         program: Callable[[], int | None] = entries.select(group="console_scripts", name=name)[name].load()
         if name == SERVERAPP:  # with all that a run needs: once Flower runs it, this takes its time as well
             import quorate.server.app  # noqa: F401
+        if name == SUPEREXEC:
+            task_token.install(importlib.import_module(task_token.EXECUTOR))
     return program
 
 

@@ -6,6 +6,7 @@ from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Section, Table
 from quorate.shared.privacy.audit.membership import LOW_FPR, Attack
 from quorate.shared.privacy.audit.record import AuditRecord, ClientAudit, MembershipAudit, TokenLeak
+from quorate.shared.privacy.shown import at_least, at_most, delta_shown
 
 
 def audit_section(files: RunFiles) -> Section:
@@ -40,8 +41,8 @@ def _mechanism(record: AuditRecord) -> Table:
     rows = [
         [
             Cell(each.site),
-            Cell(f"{each.claim.epsilon:.3g}"),
-            Cell(f"{each.epsilon_at_least:.3g}", "bad" if each.refuted else ""),
+            Cell(at_most(each.claim.epsilon)),
+            Cell(at_least(each.epsilon_at_least), "bad" if each.refuted else ""),
             Cell(f"{each.confidence:.1%}"),
             Cell(f"{each.guesses.right} of {each.guesses.made}"),
             Cell(f"{each.guesses.canaries}"),
@@ -59,10 +60,10 @@ def _mechanism(record: AuditRecord) -> Table:
 def _client(found: ClientAudit) -> Table:
     rows = [
         [
-            Cell(f"{found.epsilon:.3g}", small=f"delta {found.delta:g}"),
-            Cell(f"{found.epsilon_at_least:.3g}", "bad" if found.refuted else ""),
+            Cell(at_most(found.epsilon), small=f"delta {delta_shown(found.delta)}"),
+            Cell(at_least(found.epsilon_at_least), "bad" if found.refuted else ""),
             Cell(f"{found.confidence:.1%}"),
-            Cell(f"{found.epsilon_estimated:.3g}"),
+            Cell(at_most(found.epsilon_estimated)),
             Cell(f"{found.cosine * found.values**0.5:.2f}"),
             Cell(f"{found.canaries}"),
         ]

@@ -24,6 +24,9 @@ def cost_section(files: RunFiles) -> Section:
     """Show traffic and time."""
     section = Section("cost", "What it cost")
     records = files.records
+    if files.config.hides_participation:
+        section.say("Traffic and times of a round depend on who was drawn, which is hidden.")
+        return section
     if not records:
         section.say("No round was finished, so no cost was recorded.")
         return section

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,6 +17,23 @@ from quorate.shared.errors import OutputError
 from quorate.shared.privacy.audit.record import AUDIT_FILE, AuditRecord
 
 _R = TypeVar("_R", bound=BaseModel)
+_HIDDEN: dict[str, Any] = {
+    "cohort": (),
+    "seconds": {},
+    **{
+        name: {}
+        for name in (
+            "weights",
+            "num_examples",
+            "num_steps",
+            "update_norms",
+            "excluded",
+            "bytes_down",
+            "bytes_up",
+        )
+    },
+}
+"""What of a round's record depends on who was drawn."""
 SAMPLES_DIR, SAMPLES_FILE = "samples", "samples.jsonl"
 
 
@@ -60,11 +77,17 @@ class RunFiles:
         summary = output_dir / "summary.json"
         audit = output_dir / AUDIT_FILE
         samples = _lines(output_dir / SAMPLES_DIR / SAMPLES_FILE, Sample)
+        config = load_run(path)
+        records = _lines(output_dir / "record.jsonl", RoundRecord)
+        metrics = _lines(output_dir / "metrics.jsonl", RoundMetrics)
+        if config.hides_participation:  # no section can show what it is not given
+            records = [each.model_copy(update=_HIDDEN) for each in records]
+            metrics = [each.model_copy(update={"train": {}}) for each in metrics]
         return cls(
-            config=load_run(path),
+            config=config,
             config_text=path.read_text(encoding="utf-8"),
-            records=_lines(output_dir / "record.jsonl", RoundRecord),
-            metrics=_lines(output_dir / "metrics.jsonl", RoundMetrics),
+            records=records,
+            metrics=metrics,
             summary=_parse(Summary, _text(summary), str(summary)) if summary.is_file() else None,
             samples=samples,
             images={each.file: _bytes(output_dir / SAMPLES_DIR / each.file) for each in samples},
@@ -112,6 +135,11 @@ class RunFiles:
             picked = max(values, key=lambda r: (sign * values[r], -r))
             best = Measured(round=picked if self.picks_best else self.records[-1].round)
         return best.model_copy(update={"validation": best.validation or validated.get(best.round)})
+
+    @property
+    def final(self) -> Measured | None:
+        """The last round's model."""
+        return self.summary.final if self.summary else None
 
     @cached_property
     def result(self) -> Evaluation | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quorate.server.records import USELESS, Evaluation, Worth
+from quorate.server.records import USELESS, Evaluation, Measured, Worth
 from quorate.server.report import figures
 from quorate.server.report.figures import count, listed, metric_in_sentence, show, show_gain, show_interval
 from quorate.server.report.files import RunFiles, interval_of, value_of
@@ -44,9 +44,7 @@ def _result(files: RunFiles) -> str:
         return "No round of this run was finished, so there is no federated model yet."
     if result is None:
         rounds = count(rounds_done(files), "round")
-        shared = files.config.evaluation.share_outcomes
-        why = "no site has rows for that" if shared else "sites send no outcomes (evaluation.share_outcomes)"
-        return f"The federated model was trained for {rounds}, but not measured: {why}."
+        return f"The federated model was trained for {rounds}, but not measured: {why_unmeasured(files)}."
     rows = f"{count(sum(result.rows.values()), f'{result.split} row')} of {whose_rows(files, result)}"
     for metric, words in (
         ("accuracy", "gets {} of the {} right"),
@@ -61,6 +59,25 @@ def _result(files: RunFiles) -> str:
     interval = show_interval(metric, interval_of(result, metric))
     said = f"reaches a {metric_in_sentence(metric)} of {show(metric, value_of(result, metric))} on the {rows}"
     return f"The federated model {said}" + (f" (95\u00a0% interval {interval})." if interval else ".")
+
+
+def why_unmeasured(files: RunFiles) -> str:
+    """Write why there are no figures of the model."""
+    if not files.config.evaluation.share_outcomes:
+        return "sites send no outcomes (evaluation.share_outcomes)"
+    found = [each for measured in (files.best, files.final) if measured for each in evaluations(measured)]
+    found += [each.validation for each in files.metrics if each.validation]
+    reasons = {site: why.reason for each in found for site, why in each.missing.items()}
+    if reasons:
+        return "; ".join(f"{site} {reason.rstrip('.')}" for site, reason in sorted(reasons.items()))
+    if files.summary and files.summary.status != "done":
+        return "the run did not come to that"
+    return "no site has rows for that"
+
+
+def evaluations(measured: Measured) -> list[Evaluation]:
+    """Return the evaluations of a model that there are."""
+    return [each for each in (measured.test, measured.validation) if each]
 
 
 def worths(files: RunFiles) -> dict[str, Worth]:
@@ -207,8 +224,16 @@ def _warnings(files: RunFiles) -> list[str]:
             f"The run stopped after {done} of {asked} rounds for want of a quorum: "
             + (summary.stopped or "--resume continues it once enough sites can take part.")
         )
+    elif summary.status == "diverged":
+        kept = f"the adapter is that of round {files.best.round}" if files.best else "there is no adapter"
+        found.append(f"The run failed after {done} of {asked} rounds, and {kept}: {summary.stopped}")
     elif summary.stopped:
         found.append(f"{summary.stopped[0].upper()}{summary.stopped[1:]} (early stopping).")
+    if result and result.missing:
+        found.append(
+            f"Without {listed(sorted(result.missing))}, which did not give figures that count: the result is "
+            "that of the other sites' rows."
+        )
     if result and result.split != "test":
         found.append(
             f"No figures on test rows: these are on {result.split} rows"
@@ -247,7 +272,7 @@ def _tiles(files: RunFiles) -> list[Tile]:
         tiles.append(Tile(show(metric, value_of(central, metric)), "Centralised", _detail(metric, interval)))
     best = f"round {files.best.round} is the best" if files.best and result and files.picks_best else ""
     tiles.append(Tile(f"{rounds_done(files)} of {files.config.federation.rounds}", "Rounds", best))
-    if files.records:
+    if files.records and not files.config.hides_participation:
         total = sum(sum(r.bytes_down.values()) + sum(r.bytes_up.values()) for r in files.records)
         seconds = sum(sum(r.seconds.values()) for r in files.records)
         each = total / max(sum(len(r.cohort) for r in files.records), 1)

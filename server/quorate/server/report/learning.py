@@ -9,6 +9,7 @@ from quorate.server.report import charts, figures
 from quorate.server.report.curves import Line, curves
 from quorate.server.report.figures import DASH, count, metric_name, show
 from quorate.server.report.files import RunFiles, value_of
+from quorate.server.report.headline import why_unmeasured
 from quorate.server.report.page import Cell, Chart, Section, Table
 from quorate.server.report.svg import FEDERATED, OTHER, SERIES, variable
 from quorate.shared.config.privacy import SitePrivacy
@@ -21,7 +22,8 @@ def learning_section(files: RunFiles) -> Section:
     """Draw the validation metric, pooled and per site, and the training loss per site."""
     section = Section("learning", "How it learnt")
     validated = [each for each in files.metrics if value_of(each.validation, files.metric) is not None]
-    trained = [each for each in files.metrics if each.train]
+    hidden = files.config.hides_participation
+    trained = [each for each in files.metrics if each.train or hidden]
     if not trained:
         section.say("No round was finished, so there is nothing to show.")
         return section
@@ -37,11 +39,11 @@ def learning_section(files: RunFiles) -> Section:
         )
         section.blocks.append(_validation_chart(files, validated))
     else:
-        why = (
-            "as no site has validation rows"
-            if files.config.evaluation.share_outcomes
-            else "as the run has sites send no outcomes (evaluation.share_outcomes)"
-        )
+        why = "as no site has validation rows"
+        if not files.config.evaluation.share_outcomes:
+            why = "as the run has sites send no outcomes (evaluation.share_outcomes)"
+        elif any(each.validation and each.validation.missing for each in files.metrics):
+            why = f"for want of an answer that counts ({why_unmeasured(files)})"
         section.say(
             f"The model was not tested between rounds, {why}; the last round's model is kept.", "note"
         )
@@ -49,7 +51,8 @@ def learning_section(files: RunFiles) -> Section:
     if losses:
         section.blocks.append(_loss_chart(losses))
     else:
-        section.say("The sites report no training loss.", "note")
+        why = "Whose training loss there is, is hidden" if hidden else "The sites report no training loss"
+        section.say(f"{why}.", "note")
     section.blocks.append(_table(files, trained))
     return section
 

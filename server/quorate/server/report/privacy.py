@@ -8,6 +8,7 @@ from quorate.server.records import USELESS, ClientClaim, Summary
 from quorate.server.report.files import RunFiles
 from quorate.server.report.page import Cell, Section, Table
 from quorate.shared.privacy.claim import PrivacyClaim
+from quorate.shared.privacy.shown import at_least, at_most, delta_shown
 
 
 def privacy_section(files: RunFiles) -> Section:
@@ -18,10 +19,12 @@ def privacy_section(files: RunFiles) -> Section:
         return section
     if summary.client_privacy is not None:
         _client(section, summary.client_privacy)
+        _references(section, summary)
         _audited(section, files)
     if claims := site_claims(summary):
         _sites(section, claims)
         _beside_the_claim(section, files, summary)
+        _references(section, summary)
         _audited(section, files)
     return section
 
@@ -45,11 +48,13 @@ def _sites_in_words(claims: Mapping[str, PrivacyClaim]) -> str:
     unit = "training row" if weakest.unit == "record" else "group of training rows, such as a patient"
     delta = max(claim.delta for claim in claims.values())
     return (
-        f"Differential privacy at the sites: for adding or removing one {unit} of a site, the updates of all "
-        f"rounds, and so this adapter, are ({weakest.epsilon:.3g}, {delta:.2g})-differentially private, if "
-        "each site added the noise it says it did. That does not cover the numbers of rows, any figures on "
-        "validation and test rows, which hold no noise, nor earlier runs and choices of settings on the same "
-        "data; and it holds for each site by itself, so whoever has rows at two sites is covered by the sum."
+        f"Differential privacy at the sites: for replacing one {unit} of a site by an empty one, the "
+        f"updates of all rounds, and so this adapter, are ({at_most(weakest.epsilon)}, "
+        f"{delta_shown(delta)})-differentially private, if each site added the noise it says it did. How "
+        "many there are is public, and noise, sampling and steps follow from it. That does not cover the "
+        "numbers of rows, any figures on validation and test rows, which hold no noise, nor earlier runs "
+        "and choices of settings on the same data; and it holds for each site by itself, so whoever has "
+        "rows at two sites is covered by the sum."
     )
 
 
@@ -67,8 +72,8 @@ def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
         [
             site,
             f"{claim.units:,}",
-            f"{claim.epsilon:.3g}",
-            f"{claim.delta:.2g}",
+            at_most(claim.epsilon),
+            delta_shown(claim.delta),
             f"{claim.noise_multiplier:.4g}",
             f"{claim.sampling_probability:.4g}",
             f"{claim.steps:,}",
@@ -80,7 +85,8 @@ def _sites(section: Section, claims: Mapping[str, PrivacyClaim]) -> None:
     columns += ["Chance to be in a step", "Steps", "Clipping norm"]
     hint = (
         "Before round 1 each site says what all rounds will cost: Poisson-subsampled Gaussian mechanisms, by "
-        f"{first.accountant}. Add or remove one {first.unit}. Any accountant can check the figures."
+        f"{first.accountant}. Neighbours differ in one {first.unit}, an empty one in its place (add or "
+        "remove, at a public number of units). Any accountant can check the figures."
     )
     section.blocks.append(Table("What each site claims", columns, rows, hint=hint))
     section.say(
@@ -102,17 +108,20 @@ def _beside_the_claim(section: Section, files: RunFiles, summary: Summary) -> No
         else "(nothing on validation and test rows: the sites sent no figures on them)"
     )
     section.say(
-        f"The largest epsilon of a site is {largest.epsilon:.3g}. Covered: every update a site sent, and so "
-        "the adapter of every round and whatever is made from it. Not covered: how many rows a site has, the "
-        f"names of the labels, {measured}, and choosing settings by runs on the same data, each of which "
-        "costs privacy of its own. A person with several records has less protection by the record than "
-        "stands here; a group (privacy.unit: group) protects all of a person's records at one site."
+        f"The largest epsilon of a site is {at_most(largest.epsilon)}. Covered: every update a site sent, "
+        "and so the adapter of every round and whatever is made from it. Not covered: how many rows a site "
+        f"has, the names of the labels, {measured}, and choosing settings by runs on the same data, each of "
+        "which costs privacy of its own. A person with several records has less protection by the record "
+        "than stands here; a group (privacy.unit: group) protects all of a person's records at one site."
     )
-    references = summary.references
-    if references is not None:
+
+
+def _references(section: Section, summary: Summary) -> None:
+    """That reference runs are without privacy, where there are any."""
+    if summary.references is not None:
         section.say(
             "The reference runs (local only, centralised) of this simulation are not covered: they used the "
-            "same rows, and figures of theirs stand on this page.",
+            "same rows without any noise, and figures of theirs stand on this page.",
             "note",
         )
 
@@ -125,22 +134,24 @@ def _audited(section: Section, files: RunFiles) -> None:
     elif audit.mechanism:
         found = max(audit.mechanism, key=lambda each: each.epsilon_at_least)
         section.say(
-            f"An audit found epsilon of at least {found.epsilon_at_least:.3g} at {found.site}, where "
-            f"{found.claim.epsilon:.3g} is claimed (see What attacks on it found)."
+            f"An audit found epsilon of at least {at_least(found.epsilon_at_least)} at {found.site}, where "
+            f"{at_most(found.claim.epsilon)} is claimed (see What attacks on it found)."
         )
     elif audit.client is not None:
         section.say(
-            f"An audit with canary sites found epsilon of at least {audit.client.epsilon_at_least:.3g}, "
-            f"where {audit.client.epsilon:.3g} is claimed (see What attacks on it found)."
+            "An audit with canary sites found epsilon of at least "
+            f"{at_least(audit.client.epsilon_at_least)}, where {at_most(audit.client.epsilon)} is claimed "
+            "(see What attacks on it found)."
         )
 
 
 def _client_in_words(claim: ClientClaim) -> str:
     return (
-        f"Site-level differential privacy: this adapter is ({claim.epsilon:.3g}, {claim.delta:g})-"
-        "differentially private for adding or removing all data of one site, if the coordinator added the "
-        "noise it says it did. That does not cover the figures on this page, which hold no noise, nor the "
-        "choice of settings in earlier runs on the same data."
+        f"Site-level differential privacy: this adapter is ({at_most(claim.epsilon)}, "
+        f"{delta_shown(claim.delta)})-differentially private for replacing one site by one that sends "
+        "nothing, if the coordinator added the noise it says it did. How many sites there are is public. "
+        "That does not cover the figures on this page, which hold no noise, nor the choice of settings in "
+        "earlier runs on the same data."
     )
 
 
@@ -155,9 +166,9 @@ def _client(section: Section, claim: ClientClaim) -> None:
         )
     facts = [
         ("Unit", "a site, with all its data"),
-        ("Epsilon, spent", f"{claim.epsilon:.4g}"),
-        ("Epsilon, if all rounds are run", f"{claim.planned_epsilon:.4g}"),
-        ("Delta", f"{claim.delta:g}"),
+        ("Epsilon, spent", at_most(claim.epsilon, 4)),
+        ("Epsilon, if all rounds are run", at_most(claim.planned_epsilon, 4)),
+        ("Delta", delta_shown(claim.delta)),
         ("Noise multiplier of a round", f"{claim.noise_multiplier:.4g}"),
         ("Noise multiplier of the sum of updates", f"{claim.sum_multiplier:.4g}"),
         ("Clipping norm of the last round", f"{claim.clipping_norm:.4g}" if claim.clipping_norm else "none"),
@@ -176,12 +187,14 @@ def _client(section: Section, claim: ClientClaim) -> None:
     if events:
         columns = ["Releases", "Chance to be in one", "Noise multiplier"]
         hint = (
-            "Poisson-subsampled Gaussian mechanisms, add or remove one site; any accountant can check them."
+            "Poisson-subsampled Gaussian mechanisms, add or remove one site at a public number of sites; any "
+            "accountant can check them."
         )
         section.blocks.append(Table("What epsilon was computed from", columns, events, hint=hint))
     if claim.participation_hidden:
         section.say(
             "Sampling counts as amplification because nobody but the coordinator knows who took part. This "
-            "page names them: it is not for those from whom participation is hidden.",
+            "page leaves it out; record.jsonl, metrics.jsonl and the checkpoints say it, and are the "
+            "coordinator's alone (mode 600).",
             "note",
         )

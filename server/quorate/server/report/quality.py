@@ -127,7 +127,7 @@ def _boxes_per_class(per_class: dict[str, dict[str, float]]) -> Table:
         rows,
         folded=len(rows) > 2 * MOST_CLASSES,
         hint="Average precision: the precision at every recall, averaged; for AP also over overlaps from 0.5 "
-        "to 0.95. It is measured as COCO does; images are not resampled, so there is no interval.",
+        "to 0.95. It is measured as COCO does; it has no interval.",
     )
 
 

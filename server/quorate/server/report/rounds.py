@@ -23,6 +23,14 @@ def participation_section(files: RunFiles) -> Section:
     federation = files.config.federation
     if not records:
         section.say("No round was finished.")
+    elif files.config.hides_participation:
+        section.say(
+            "Who took part in which round is hidden (privacy.participation_hidden), and so left out here. "
+            f"A round needs {count(federation.quorum, 'good update')} of those drawn (the quorum)."
+        )
+        if excluded:
+            section.blocks.append(_exclusions(excluded))
+        return section
     else:
         asked = sum(len(record.cohort) for record in records)
         counted = sum(len(record.weights) for record in records)

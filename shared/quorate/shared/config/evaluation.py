@@ -24,7 +24,8 @@ class EvaluationConfig(ConfigModel):
     references: tuple[Literal["local_only", "centralised"], ...] = ()
     """Reference runs: each site alone, and all rows in one place, both with the same budget of steps."""
     bootstrap_samples: int = Field(1000, ge=0)
-    """Resamples of the test rows for the 95 % intervals; 0 leaves intervals out."""
+    """0 leaves the 95 % intervals of test figures out. Any other number gives them: they are computed, no
+    longer resampled, so it does not matter which."""
     share_outcomes: bool = True
     """Sites send what the model gets right and wrong on their validation and test rows, as exact counts and
     sums. False: they send none, so nothing is measured and the last round is the result."""

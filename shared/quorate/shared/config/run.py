@@ -181,9 +181,10 @@ class FederationConfig(ConfigModel):
     quorum: int = Field(1, ge=1)
     """A round needs at least this many good updates, else the run stops with exit code 3."""
     timeout_seconds: float = Field(3600, gt=0)
-    """Longest wait for a round's replies."""
+    """Longest wait for replies, in joining, training, evaluation and delivery alike."""
     grace_seconds: float = Field(60, ge=0)
-    """How long to wait for the rest once the quorum has replied."""
+    """How long to wait for the rest once the quorum has replied. Afterwards a site that is still silent is
+    known to be away: it is asked again, and not waited for until it answers."""
     reask_seconds: float = Field(300, ge=0)
     """How long a site that cannot be reached is waited for, and asked again; more than a restart takes."""
     approval_seconds: float = Field(3600, ge=0)
@@ -191,6 +192,11 @@ class FederationConfig(ConfigModel):
     with the others, or ends where they are fewer than the quorum."""
     max_update_norm: float | None = Field(None, gt=0)
     """Set aside an update that moved further than this L2 norm [parameter units]."""
+    max_norm_ratio: float | None = Field(10.0, gt=1)
+    """Set aside an update that moved more than so many times as far as the median of the round's updates;
+    null for none. Not with client-level privacy, which clips updates."""
+    max_weight_share: float | None = Field(0.5, gt=0, le=1)
+    """Largest share of a round's weight that one site may have, of two sites 0.9 at least; null for none."""
 
 
 class RunConfig(ConfigModel):
@@ -227,6 +233,11 @@ class RunConfig(ConfigModel):
     def private_clients(self) -> bool:
         """Whether the server adds noise that hides whole sites."""
         return isinstance(self.privacy, ClientPrivacy)
+
+    @property
+    def hides_participation(self) -> bool:
+        """Whether nobody but the coordinator may know which sites were drawn in which round."""
+        return isinstance(self.privacy, ClientPrivacy) and self.privacy.participation_hidden
 
     @property
     def picks_best(self) -> bool:

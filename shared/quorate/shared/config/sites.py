@@ -29,11 +29,12 @@ class SplitConfig(ConfigModel):
     """Shares of the training rows that become splits for which the source has no file of its own."""
 
     validation: float = Field(0.15, ge=0, lt=1)
-    """Share of rows for validation."""
+    """Share of rows for validation, to within chance: each row (or group) is placed by itself."""
     test: float = Field(0.2, ge=0, lt=1)
-    """Share of rows for the test."""
+    """Share of rows for the test, likewise."""
     seed: int = 0
-    """Seed of the split; rows are stratified by label where every label has enough of them."""
+    """What the splits of simulated sites follow from. A site's own rows are placed by a secret that it keeps,
+    whatever the seed."""
 
     @model_validator(mode="after")
     def _leaves_train(self) -> SplitConfig:

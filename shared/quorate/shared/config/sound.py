@@ -44,6 +44,11 @@ def _unsound(run: RunConfig) -> str | None:
             "training.base_dropout puts the whole base in training mode, where it cannot be shown that rows "
             "do not mix; use adapter.lora_dropout"
         )
+    if run.model.load_in_8bit:
+        return (
+            "model.load_in_8bit computes in full precision whatever columns stand out in any row of a batch "
+            "(LLM.int8()), so a row changes the others; use load_in_4bit, or neither"
+        )
     if run.aggregation.weighting == "tokens":
         return (
             "aggregation.weighting tokens has sites send how many tokens their rows have, to which no noise "

@@ -9,6 +9,7 @@ from functools import lru_cache
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import Accountant, epsilon
 from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.shown import at_most
 
 LEAST_NOISE = 0.01
 """Noise multipliers below this are not considered: a step's epsilon is in the thousands there."""
@@ -93,9 +94,9 @@ def _used_up(target: float, delta: float, used: float) -> ConfigError:
             f"up to {MOST_NOISE:g}; raise it."
         )
     return ConfigError(
-        f"privacy: these data have already spent epsilon {used:.4g} (delta {delta:g}), so no amount of noise "
-        f"keeps another step within privacy.target_epsilon {target:g}; raise that, or train on units that no "
-        "earlier run has used."
+        f"privacy: these data have already spent epsilon {at_most(used, 4)} (delta {delta:g}), so no amount "
+        f"of noise keeps another step within privacy.target_epsilon {target:g}; raise that, or train on "
+        "units that no earlier run has used."
     )
 
 

@@ -7,17 +7,19 @@ from typing import Literal
 from pydantic import Field
 
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.privacy.shown import at_most, delta_shown
 
 
 class PrivacyClaim(ConfigModel):
-    """(epsilon, delta) of the whole run for one unit added or removed, and the mechanism it follows from.
+    """(epsilon, delta) of the whole run for one unit replaced by an empty one, and what it follows from.
 
-    It covers what training on the site's training rows gives away. The numbers of rows are taken as public;
-    figures on validation and test rows are exact and outside of the claim.
+    That is adding or removing a unit while their number stays: noise, sampling probability and steps follow
+    from the exact number of units, which is public. It covers what training on the site's training rows gives
+    away; figures on validation and test rows are exact and outside of the claim.
     """
 
     unit: Literal["record", "group"]
-    """What one difference between neighbouring data sets is."""
+    """What one difference between neighbouring data sets is: one of these is replaced by an empty one."""
     units: int = Field(ge=1, le=2**53)
     """Units among the training rows; taken as public."""
     epsilon: float = Field(ge=0)
@@ -39,7 +41,8 @@ class PrivacyClaim(ConfigModel):
     def sentence(self) -> str:
         """The claim in words, for logs and reports."""
         return (
-            f"({self.epsilon:.3g}, {self.delta:.1g})-differential privacy for each of {self.units} "
-            f"{self.unit}s: {self.steps} steps at sampling probability {self.sampling_probability:.3g}, "
-            f"noise multiplier {self.noise_multiplier:.3g}, clipping norm {self.clipping_norm:g}"
+            f"({at_most(self.epsilon)}, {delta_shown(self.delta)})-differential privacy for each of "
+            f"{self.units} {self.unit}s, against an empty one in its place: {self.steps} steps at sampling "
+            f"probability {self.sampling_probability:.3g}, noise multiplier {self.noise_multiplier:.3g}, "
+            f"clipping norm {self.clipping_norm:g}"
         )

@@ -2,9 +2,9 @@
 
 Nothing here derives from the run's seed, which everybody in the run knows. A generator of torch on the CPU is
 no secret either: it takes 32 bits of its seed, which anyone can try out (`manual_seed(5)` and
-`manual_seed(5 + 2**32)` draw the same numbers). So numbers are drawn by NumPy's PCG64 from 128 bits of the
-operating system's, or, as `secure_rng` asks, from the key stream of AES-256 in counter mode, which cannot be
-told from chance even by someone who sees part of it.
+`manual_seed(5 + 2**32)` draw the same numbers). So numbers are drawn from the key stream of AES-256 in
+counter mode, which cannot be told from chance even by someone who sees part of it, or, with `secure_rng:
+false`, by NumPy's PCG64 from 128 bits of the operating system's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 Floats = npt.NDArray[np.float64]
+_CHUNK = 8192
+"""Normal numbers made at a time: what lies between stays in a processor's cache."""
 
 
 class SecretSource(ABC):
@@ -71,6 +73,10 @@ class CipherSource(SecretSource):
 
     def normal(self, count: int) -> Floats:
         """Return standard normal numbers, [count]."""
+        parts = [self._normal(min(_CHUNK, count - at)) for at in range(0, count, _CHUNK)]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    def _normal(self, count: int) -> Floats:
         radius = np.sqrt(-2 * np.log1p(-self.uniform(2 * (count + 1))))
         angle = 2 * math.pi * self.uniform(2 * (count + 1))
         cosines, sines = (radius * np.cos(angle)).reshape(2, -1), (radius * np.sin(angle)).reshape(2, -1)

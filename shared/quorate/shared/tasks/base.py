@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quorate.shared.config.base import ConfigModel
+from quorate.shared.intervals import MeanOfRatios, UnitCounts
 from quorate.shared.outcomes import Outcomes
 
 Metrics = dict[str, Any]
@@ -96,8 +97,8 @@ class Task(ConfigModel, ABC):
     """Whether `num_tokens` counts something."""
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     """Metrics of which a smaller value is the better one."""
-    resamples: ClassVar[bool] = True
-    """Whether outcomes may be resampled one by one for an interval; not where several come from one row."""
+    largest_loss: ClassVar[float] = 1e6
+    """Largest loss of a row or token [nats] that a model gives which is of any use; no loss is negative."""
     counted: ClassVar[str] = "rows"
     """What `label_counts` counts, as the report calls it."""
     peft_task_type: ClassVar[str | None]
@@ -105,8 +106,6 @@ class Task(ConfigModel, ABC):
     no type for, whose head is named by `head_modules`."""
     auto_class: ClassVar[str]
     """Name of the transformers Auto class that loads the base model with this task's head."""
-    no_interval: ClassVar[frozenset[str]] = frozenset({"loss"})
-    """Metrics whose spread resampled outcomes do not show, for instance as only a sum over rows is known."""
     processor_class: ClassVar[str] = "AutoTokenizer"
     """Name of the transformers Auto class that loads what `encode` and `collate` take."""
     class_name: ClassVar[str] = "class"
@@ -215,9 +214,16 @@ class Task(ConfigModel, ABC):
     def length(self, example: Example) -> int:
         """Return the example's size before padding, to sort by; 0 where all are of one size."""
 
+    def longest(self, example: Example) -> Example | None:
+        """Return an example of the largest size that this task makes, out of `example`'s own parts.
+
+        None where all are of one size.
+        """
+        return None
+
     @abstractmethod
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad examples to the longest of them."""
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad examples to `length`, or to the longest of them; where all are of one size neither matters."""
 
     def forward(self, model: Any, batch: Batch) -> Any:
         """Run the model; what it returns is the `logits` of the methods below."""
@@ -249,6 +255,15 @@ class Task(ConfigModel, ABC):
     @abstractmethod
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return every metric of these outcomes; scalars at the top level are those that are compared."""
+
+    def ratios(self, outcomes: Outcomes) -> dict[str, MeanOfRatios]:
+        """Return the metrics that have intervals, as ratios of what `unit_counts` counts."""
+        return {}
+
+    def unit_counts(self, outcomes: Outcomes) -> UnitCounts:
+        """Return what independent units count: here each row is a unit, with one outcome."""
+        counts = np.array(outcomes.counts, dtype=np.float64)
+        return UnitCounts(counts, counts)
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from quorate.shared.errors import DataError, ModelError, ProtocolError
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row, Task
-from quorate.shared.tasks.sequences import IGNORED, apart, bins, count_learnt, cut, joined, nll
+from quorate.shared.tasks.sequences import IGNORED, apart, bins, count_learnt, cut, joined, nll, stretched
 from quorate.shared.tasks.text import check_length, set_pad_token
 from quorate.shared.tasks.tokenizing import Format, Tokenizing
 
@@ -37,8 +37,6 @@ class CausalLM(Task):
     default_metric: ClassVar[str] = "loss"
     counts_tokens: ClassVar[bool] = True
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
-    # Tokens of one text depend on one another: resampled one by one they would seem surer than they are.
-    no_interval: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity", "token_accuracy"})
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
@@ -202,20 +200,29 @@ class CausalLM(Task):
         """Return the number of tokens."""
         return len(example.features["input_ids"])
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest: at the right, and bare prompts at the left, for answers follow at the right."""
+    def longest(self, example: Example) -> Example:
+        """Return the example with its tokens over and over, up to max_length."""
+        ids = stretched(example.features["input_ids"], self.max_length)
+        features = {**example.features, "input_ids": ids, "lengths": [len(ids)]}
+        return replace(example, features=features, target=stretched(example.target, self.max_length))
+
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad to `length`, or to the longest: at the right.
+
+        Bare prompts are padded at the left, to the longest, for answers follow at the right.
+        """
         pad = processor.pad_token_id
         if examples[0].target is not None:
-            return self._collated(examples, pad)
+            return self._collated(examples, pad, length)
         width = max(map(self.length, examples))
         ids = [[pad] * (width - self.length(e)) + list(e.features["input_ids"]) for e in examples]
         mask = [[0] * (width - self.length(e)) + [1] * self.length(e) for e in examples]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         return Batch(inputs, None, torch.ones(len(examples)))
 
-    def _collated(self, examples: Sequence[Example], pad: int) -> Batch:
+    def _collated(self, examples: Sequence[Example], pad: int, width: int | None = None) -> Batch:
         """Return a batch with per-token loss weights [rows, tokens] that sum to each example's weight."""
-        width = max(map(self.length, examples))
+        width = width or max(map(self.length, examples))
         shape = (len(examples), width)
         ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
         weights = torch.zeros(shape)
@@ -271,8 +278,10 @@ class CausalLM(Task):
         return np.asarray(right[:, None].cpu().numpy(), dtype=np.int64)
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
-        """Raise ProtocolError unless outcomes are right or wrong, at least one for each row."""
-        if any(value not in ((0,), (1,)) for value in outcomes.values) or outcomes.units < outcomes.rows:
+        """Raise ProtocolError unless outcomes are right or wrong, from one to max_length for each row."""
+        most = outcomes.rows * self.max_length
+        known = all(value in ((0,), (1,)) for value in outcomes.values)
+        if not known or not outcomes.rows <= outcomes.units <= most:
             raise ProtocolError(
                 "sent outcomes that are not right or wrong tokens of rows, as this task has them."
             )

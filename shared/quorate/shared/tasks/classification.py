@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
+from quorate.shared.intervals import MeanOfRatios
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Metrics, Row, TargetTask
 
@@ -233,6 +234,29 @@ class Classification(TargetTask):
             for i, label in enumerate(self.labels)
         }
         return result
+
+    def ratios(self, outcomes: Outcomes) -> dict[str, MeanOfRatios]:
+        """Return accuracy, or exact_match and micro_f1, and macro_f1."""
+        if not outcomes.rows:
+            return {}
+        values, counts = outcomes.arrays()
+        each, one = np.arange(len(self.labels)), np.ones((1, len(values)))
+        if self.multi_label:
+            truth, guess = (part.astype(bool).T for part in np.split(values, 2, axis=1))
+            exact = (truth == guess).all(axis=0)
+        else:
+            truth, guess = values[:, 0] == each[:, None], values[:, 1] == each[:, None]
+            exact = values[:, 0] == values[:, 1]
+        right, both = 2.0 * (truth & guess), truth.astype(np.float64) + guess
+        # A class that is only guessed enters macro_f1 where `metrics` lets it in.
+        enters = (both if self.multi_label else truth) @ counts > 0
+        found = {"macro_f1": MeanOfRatios(right[enters], both[enters])} if enters.any() else {}
+        if self.multi_label:
+            found["micro_f1"] = MeanOfRatios(right.sum(axis=0)[None], both.sum(axis=0)[None])
+        return {
+            "exact_match" if self.multi_label else "accuracy": MeanOfRatios(exact[None] * one, one),
+            **found,
+        }
 
     def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:
         """Return each row's label (or labels) and the probability of every label."""

@@ -126,7 +126,7 @@ class ImageTask(TargetTask):
         """Zero: all images are of one size."""
         return 0
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
         """Normalise as the model's image processor does."""
         pixels = pixel_values([e.features["image"] for e in examples], processor)
         targets = torch.tensor([e.target for e in examples])

@@ -39,7 +39,6 @@ class ObjectDetection(Task):
     """Find objects in images. Columns: `image`, and `objects` (label id, x, y, width, height in pixels)."""
 
     default_metric: ClassVar[str] = "map"
-    resamples: ClassVar[bool] = False
     counted: ClassVar[str] = "boxes"
     peft_task_type: ClassVar[str | None] = None
     auto_class: ClassVar[str] = "AutoModelForObjectDetection"
@@ -207,7 +206,7 @@ class ObjectDetection(Task):
         """Return 0: all images are of one size."""
         return 0
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
         """Normalise images as the model's processor does; targets stay a list, one per image."""
         pixels = pixel_values([each.features["image"] for each in examples], processor)
         weights = torch.tensor([each.weight for each in examples], dtype=torch.float32)

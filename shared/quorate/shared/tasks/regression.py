@@ -23,6 +23,7 @@ class Regression(TargetTask):
 
     default_metric: ClassVar[str] = "rmse"
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "rmse", "mae"})
+    largest_loss: ClassVar[float] = float(np.finfo(np.float32).max)  # targets need not be standardised
 
     target_mean: float = 0.0
     """Subtracted from targets before training; about their mean. The same at every site, so it is stated."""
@@ -74,6 +75,12 @@ class Regression(TargetTask):
             raise ProtocolError("sent outcomes that are not the sums of a regression.")
         if not all(map(math.isfinite, outcomes.sums.values())):
             raise ProtocolError("sent sums that are not finite.")
+        sums, slack = outcomes.sums, 1 + 1e-6  # of rounding
+        for total, squares in (("absolute", "squared"), ("target", "target_squared")) if sums else ():
+            if sums[squares] < 0 or sums[total] ** 2 > slack * outcomes.rows * sums[squares]:
+                raise ProtocolError(f"sent sums of numbers and of their squares that no {total} values have.")
+        if sums and sums["absolute"] < 0:
+            raise ProtocolError("sent a negative sum of absolute errors.")
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return rmse, mae, r2 (against the mean of these rows' targets) and loss."""

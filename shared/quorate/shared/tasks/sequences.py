@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ IGNORED = -100
 LEAST_CONTEXT = 4
 """A prompt that is cut keeps at least one part in so many of the longest length."""
 Ids = list[int]
+T = TypeVar("T")
 
 
 def learnt(mask: Sequence[int], ids: Ids) -> Ids:
@@ -96,6 +99,12 @@ def joined(examples: Sequence[Example]) -> Example:
         },
         [label for example in examples for label in (IGNORED, *example.target[1:])],
     )
+
+
+def stretched(values: Sequence[T], size: int) -> list[T]:
+    """Return `size` values: the first and the last as they are, and those between them again and again."""
+    within = values[1:-1] or values
+    return [*values[:1], *islice(cycle(within), max(0, size - 2)), *values[-1:]][:size]
 
 
 def count_learnt(labels: Sequence[int]) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from quorate.shared.errors import ModelError
 from quorate.shared.tasks.base import Batch, Example, Kind, Row, TargetTask, Task
+from quorate.shared.tasks.sequences import stretched
 
 SPECIAL = "special_tokens_mask"
 
@@ -65,6 +67,11 @@ class TextTask(Task):
         """Return the number of tokens."""
         return len(example.features["input_ids"])
 
+    def longest(self, example: Example) -> Example:
+        """Return the example with its tokens over and over, up to max_length."""
+        features = {name: stretched(values, self.max_length) for name, values in example.features.items()}
+        return replace(example, features=features)
+
 
 class TextTargetTask(TextTask, TargetTask):
     """A task on texts with one target a row; a class beside it says what the target is."""
@@ -83,13 +90,25 @@ class TextTargetTask(TextTask, TargetTask):
         features = [{name: encoded[name][index] for name in encoded} for index in range(len(rows))]
         return [Example(each, target) for each, target in zip(features, targets, strict=True)]
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest text of the batch."""
-        names = [name for name in examples[0].features if name != SPECIAL]
-        inputs = processor.pad({k: [e.features[k] for e in examples] for k in names}, return_tensors="pt")
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad to `length`, or to the longest text of the batch."""
+        inputs = padded(examples, processor, length)
         targets = torch.tensor([e.target for e in examples])
         weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)
-        return Batch(dict(inputs), targets, weights)
+        return Batch(inputs, targets, weights)
+
+
+def padded(examples: Sequence[Example], processor: Any, length: int | None) -> dict[str, Tensor]:
+    """Return the examples' features, name -> [rows, tokens], padded to `length` or the longest of them."""
+    names = [name for name in examples[0].features if name != SPECIAL]
+    return dict(
+        processor.pad(
+            {name: [example.features[name] for example in examples] for name in names},
+            padding="longest" if length is None else "max_length",
+            max_length=length,
+            return_tensors="pt",
+        )
+    )
 
 
 def _noise_token(processor: Any) -> int | None:

@@ -19,11 +19,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
+from quorate.shared.entity_counts import check_products, ratios, sums_of_products, unit_counts
 from quorate.shared.errors import DataError, ModelError, ProtocolError
+from quorate.shared.intervals import MeanOfRatios, UnitCounts
 from quorate.shared.outcomes import Outcomes
 from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row
 from quorate.shared.tasks.classification import Label
-from quorate.shared.tasks.text import SPECIAL, TextTask
+from quorate.shared.tasks.text import TextTask, padded
 from quorate.shared.words import CUT, NO_PIECE, Words, places_of, split_text
 
 OUTSIDE = "O"
@@ -182,22 +184,24 @@ class TokenClassification(TextTask):
                 counts[self.types[index]] += 1
         return counts
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to the longest; targets: `pieces`, label ids [rows, pieces], and `words`, one Words a row."""
-        names = [name for name in examples[0].features if name != SPECIAL]
-        inputs = processor.pad({k: [e.features[k] for e in examples] for k in names}, return_tensors="pt")
-        rows, length = inputs["input_ids"].shape
-        pieces = torch.full((rows, length), IGNORED)
+    def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
+        """Pad to `length`, or to the longest.
+
+        Targets: `pieces`, label ids [rows, pieces], and `words`, one Words a row.
+        """
+        inputs = padded(examples, processor, length)
+        rows, width = inputs["input_ids"].shape
+        pieces = torch.full((rows, width), IGNORED)
         words = []
         for row, example in enumerate(examples):
-            shift = length - self.length(example) if processor.padding_side == "left" else 0
+            shift = width - self.length(example) if processor.padding_side == "left" else 0
             places = tuple(place + shift if place >= 0 else place for place in example.target.places)
             words.append(replace(example.target, places=places))
             for place, tag in zip(places, example.target.tags, strict=True):
                 if place >= 0:
                     pieces[row, place] = tag
         weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)
-        return Batch(dict(inputs), {"pieces": pieces, "words": words}, weights)
+        return Batch(inputs, {"pieces": pieces, "words": words}, weights)
 
     def loss(self, logits: Any, batch: Batch) -> Tensor:
         """Return weighted cross-entropy, the mean over each row's own labelled pieces, [rows]."""
@@ -228,20 +232,31 @@ class TokenClassification(TextTask):
 
     def outcomes(self, logits: Any, batch: Batch) -> npt.NDArray[np.int64]:
         """Return (type index, RIGHT, WRONG or MISSED) of each entity that is there or was found, [n, 2]."""
-        found: list[tuple[int, int]] = []
+        found = [each for row in self._found(logits, batch) for each in row]
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def _found(self, logits: Any, batch: Batch) -> Iterator[list[tuple[int, int]]]:
+        """Yield the outcomes of each row."""
         outside = self.labels.index(OUTSIDE)
         for row, words in zip(logits.argmax(dim=-1).tolist(), batch.targets["words"], strict=True):
             truth = set(self.entities(words.tags))
             said = set(self.entities([row[place] if place >= 0 else outside for place in words.places]))
-            for kind, group in ((RIGHT, truth & said), (WRONG, said - truth), (MISSED, truth - said)):
-                found += [(entity[0], kind) for entity in group]
-        return np.array(found, dtype=np.int64).reshape(-1, 2)
+            groups = ((RIGHT, truth & said), (WRONG, said - truth), (MISSED, truth - said))
+            yield [(entity[0], kind) for kind, group in groups for entity in group]
+
+    def sums(self, logits: Any, batch: Batch) -> dict[str, float]:
+        """Return sums over rows of the products of two counts, of which a row has three for each type.
+
+        See `quorate.shared.entity_counts`.
+        """
+        return sums_of_products(self._found(logits, batch), len(self.types))
 
     def check_outcomes(self, outcomes: Outcomes) -> None:
         """Raise ProtocolError unless outcomes are pairs of a type of entity and what became of it."""
         for value in outcomes.values:
             if len(value) != 2 or not (0 <= value[0] < len(self.types) and RIGHT <= value[1] <= MISSED):
                 raise ProtocolError("sent outcomes that are not (type of entity, right, wrong or missed).")
+        check_products(outcomes, len(self.types))
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return precision, recall and f1 over all entities, macro_f1 over types, loss, and per_class.
@@ -271,6 +286,14 @@ class TokenClassification(TextTask):
                 for index, kind in enumerate(self.types)
             },
         }
+
+    def ratios(self, outcomes: Outcomes) -> dict[str, MeanOfRatios]:
+        """Return precision, recall and f1, and macro_f1; a row (a sentence) is a unit."""
+        return ratios(len(self.types)) if outcomes.sums else {}  # else no entity is there, nor was one found
+
+    def unit_counts(self, outcomes: Outcomes) -> UnitCounts:
+        """Return what sentences count: for each type its right, wrong and missed entities."""
+        return unit_counts(outcomes, len(self.types))
 
     def predictions(self, logits: Any, batch: Batch, processor: Any) -> list[dict[str, Any]]:
         """Return each text's entities with their words' mean probability, and how many words were cut off."""

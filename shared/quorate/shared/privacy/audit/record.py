@@ -12,6 +12,7 @@ from quorate.shared.config.names import Sha256
 from quorate.shared.privacy.audit.membership import LOW_FPR, Attack
 from quorate.shared.privacy.audit.one_run import Guesses
 from quorate.shared.privacy.claim import PrivacyClaim
+from quorate.shared.privacy.shown import at_least, at_most
 
 AUDIT_FILE = "audit.json"
 
@@ -137,15 +138,15 @@ class AuditRecord(ConfigModel):
     def refuted(self) -> tuple[str, ...]:
         """What refutes a claim, in words; empty when nothing does."""
         found = [
-            f"{each.site}: epsilon is {each.epsilon_at_least:.3g} or more with {each.confidence:.1%} "
-            f"confidence, and {each.claim.epsilon:.3g} is claimed"
+            f"{each.site}: epsilon is {at_least(each.epsilon_at_least)} or more with {each.confidence:.1%} "
+            f"confidence, and {at_most(each.claim.epsilon)} is claimed"
             for each in self.mechanism
             if each.refuted
         ]
         if self.client is not None and self.client.refuted:
             found.append(
-                f"sites: epsilon is {self.client.epsilon_at_least:.3g} or more with "
-                f"{self.client.confidence:.1%} confidence, and {self.client.epsilon:.3g} is claimed"
+                f"sites: epsilon is {at_least(self.client.epsilon_at_least)} or more with "
+                f"{self.client.confidence:.1%} confidence, and {at_most(self.client.epsilon)} is claimed"
             )
         if self.membership is not None and self.membership.refuted:
             found.append(

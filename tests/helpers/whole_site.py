@@ -1,0 +1,75 @@
+"""All handlers of a site process, nested as `serve` nests them, without the socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from quorate.client import serve
+from quorate.client.answered import Answered
+from quorate.client.node.folder import SiteFolder
+from quorate.client.runs_book import DATABASE, RunsBook
+from quorate.client.site import Site
+from quorate.shared.messages import RoundRequest, Update
+
+
+class WholeSite:
+    """A site process in this one.
+
+    Args:
+        folder: of site.yaml.
+    """
+
+    def __init__(self, folder: SiteFolder) -> None:
+        self.folder = folder
+        self.steps = 0
+        self.on_step: Callable[[], None] = lambda: None
+        folder.state.mkdir(exist_ok=True)
+        self.start()
+
+    def start(self) -> None:
+        """Begin, as a new process does."""
+        self.folder = SiteFolder.find(self.folder.path)
+        self.at_site = serve.AtSite(self.folder)
+        site = Site(self.at_site, on_step=self._step, received=self.folder.state / serve.RECEIVED)
+        self._answered = Answered(self.folder.state / serve.ANSWERS_FILE, site)
+        self._accounted = serve.account_for(self.folder, self.at_site, self._answered)
+        self._book = RunsBook(self.folder.state / DATABASE)
+        self._book.settle()
+        self._front, self._limited = serve.front_of(self.folder, self.at_site, self._book, self._accounted)
+
+    def stop(self) -> None:
+        """End."""
+        for each in (self._accounted, self._answered, self._book):
+            each.close()
+
+    def restart(self) -> None:
+        """End, and begin again."""
+        self.stop()
+        self.start()
+
+    def configure(self, **policy: Any) -> None:
+        """Change the policy in site.yaml, as a person does while the process runs."""
+        path = self.folder.path / "site.yaml"
+        content = yaml.safe_load(path.read_text())
+        content["policy"] |= policy
+        path.write_text(yaml.safe_dump(content))
+
+    def rewrite(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change anything in site.yaml."""
+        path = self.folder.path / "site.yaml"
+        content = yaml.safe_load(path.read_text())
+        change(content)
+        path.write_text(yaml.safe_dump(content))
+
+    def ask(self, asked: RoundRequest) -> Update:
+        """Answer one request as it comes from the socket."""
+        (update,) = self._front.handle([RoundRequest.decode(asked.encoded)])
+        return update
+
+    def _step(self, event: Any) -> None:
+        self.steps += 1
+        self._limited.on_step(event)
+        self.on_step()

@@ -1,0 +1,230 @@
+"""A site's secret of its splits, and its book of rows that private runs were trained on, on a real folder."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from site_folder import SITE, request, sha256_of, write_folder
+
+from quorate.client.accounted import Accounted
+from quorate.client.answered import Answered
+from quorate.client.inspection import inspect_own_data
+from quorate.client.node.folder import SiteFolder
+from quorate.client.serve import ANSWERS_FILE, AtSite, account_for
+from quorate.client.site import Site
+from quorate.client.site_splits import open_splits
+from quorate.shared.errors import LedgerError
+from quorate.shared.messages import Split, Update
+
+MEASURED: tuple[Split, ...] = ("validation", "test")
+LABELS = ("cardiac", "hepatic", "pulmonary")
+PRIVATE = {"unit": "record", "noise_multiplier": 1.0}
+
+
+class Place:
+    """The folder of a site with 90 rows of thirty patients, and what its process is made of."""
+
+    def __init__(self, path: Path, model: Path) -> None:
+        write_folder(path, model)
+        self.path, self.model = path, model
+        self.write(90)
+        self.start()
+
+    def write(self, rows: int, name: str = "notes.csv") -> None:
+        lines = [f"note {n} {'abc'[n % 3]},{LABELS[n % 3]},{n % 30}" for n in range(rows)]
+        (self.path / name).write_text("text,label,patient\n" + "\n".join(lines) + "\n")
+
+    def configure(self, **source: Any) -> None:
+        file = self.path / "site.yaml"
+        content = yaml.safe_load(file.read_text())
+        content["data"]["notes"] = {"source": "notes.csv", **source}
+        file.write_text(yaml.safe_dump(content))
+
+    def start(self) -> None:
+        self.folder = SiteFolder.find(self.path)
+        self.folder.state.mkdir(exist_ok=True)
+        self.at_site = AtSite(self.folder)
+        self.answered = Answered(self.folder.state / ANSWERS_FILE, Site(self.at_site))
+        self.accounted: Accounted = account_for(self.folder, self.at_site, self.answered)
+
+    def stop(self) -> None:
+        self.accounted.close()
+        self.answered.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def ask(self, run: Any, phase: str = "fit", **fields: Any) -> Update:
+        (update,) = self.accounted.handle([request(run, phase, **fields)])
+        return update
+
+    def texts(self, run: Any) -> dict[Split, list[str]]:
+        rows = self.at_site.rows(run, SITE)
+        return {split: [row.values["text"] for row in members] for split, members in rows.items()}
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_bert: Path) -> Iterator[Place]:
+    made = Place(tmp_path / "kit", tiny_bert)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def make(tiny_bert: Path, make_run: Any) -> Any:
+    def run(**sections: Any) -> Any:
+        return make_run(
+            model={"sha256": sha256_of(tiny_bert)},
+            federation={"rounds": 3},
+            training={"max_steps": 1},
+            **sections,
+        )
+
+    return run
+
+
+def measured(texts: dict[Split, list[str]]) -> set[str]:
+    return {text for split in MEASURED for text in texts[split]}
+
+
+@pytest.mark.parametrize("group", [None, "patient"], ids=["records", "groups"])
+def test_rows_trained_on_stay_out_of_what_is_measured(place: Place, make: Any, group: str | None) -> None:
+    """One row more and a restart; then other shares, whose row is whose, and files of the site's own."""
+    columns = {} if group is None else {"columns": {"group": group}}
+    place.configure(**columns)
+    place.restart()
+    private = make(privacy={**PRIVATE, "unit": "record" if group is None else "group"})
+    before = place.texts(private)
+    trained = set(before["train"])
+    assert len(trained) > 30 and all(before[split] for split in MEASURED)
+    assert place.ask(private).header.error is None
+
+    place.write(91)
+    place.restart()
+    for run in (private, make()):
+        after = place.texts(run)
+        assert {text: split for split in after for text in after[split] if "note 90 " not in text} == {
+            text: split for split in before for text in before[split]
+        }, "the same row is on the same side"
+
+    place.configure(split={"validation": 0.4, "test": 0.45}, **columns)
+    place.restart()
+    for run in (private, make()):
+        assert measured(place.texts(run)) and not measured(place.texts(run)) & trained
+
+    place.configure(split={"validation": 0.4, "test": 0.4})  # nobody says any more whose row it is
+    place.restart()
+    assert not measured(place.texts(make())) & trained
+
+    (place.path / "own").mkdir()
+    for name, rows in (("train", 3), ("test", 120)):
+        place.write(rows, f"own/{name}.csv")
+    place.configure(source="own", **columns)
+    place.restart()
+    own = place.texts(make())
+    assert not set(own["test"]) & trained, "whatever file names them"
+    rows_of_group = 1 if group is None else 4 / 3  # there is a fourth row of each patient now
+    left_out = round(len(trained) * rows_of_group)
+    assert len(own["test"]) == 120 - left_out
+    update = place.ask(make(), "evaluate", split="test", run_id="f" * 16)
+    assert update.header.error is None and update.header.num_examples == len(own["test"])
+    report = inspect_own_data(place.folder.config, place.path, make())
+    assert report.sources[0].rows["test"] == 120 and report.sites[0].splits["test"].rows == len(own["test"])
+    assert any(str(left_out) in note for note in report.notes)
+
+
+def test_a_group_that_was_trained_on_is_not_measured_by_its_other_rows(place: Place, make: Any) -> None:
+    place.configure(columns={"group": "patient"})
+    place.restart()
+    private = make(privacy={**PRIVATE, "unit": "group"})
+    patients = {row.group for row in place.at_site.rows(private, SITE)["train"]}
+    assert place.ask(private).header.error is None
+    (place.path / "own").mkdir()
+    place.write(3, "own/train.csv")
+    lines = [f"another note {n},hepatic,{n}" for n in range(30)]
+    (place.path / "own/test.csv").write_text("text,label,patient\n" + "\n".join(lines) + "\n")
+    place.configure(source="own", columns={"group": "patient"})
+    place.restart()
+    assert {row.group for row in place.at_site.rows(make(), SITE)["test"]} == {
+        str(n) for n in range(30)
+    } - patients
+
+
+def test_rows_are_written_down_before_they_are_trained_on(
+    place: Place, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = make(privacy=PRIVATE)
+    trained = place.texts(private)["train"]
+    book = open_splits(place.folder).book
+    seen: list[bool] = []
+    handle = place.answered.handle
+
+    def noting(requests: Any) -> Any:
+        with closing(sqlite3.connect(book)) as db:
+            seen.append(db.execute("SELECT count(*) FROM trained").fetchone() == (len(trained),))
+        return handle(requests)
+
+    monkeypatch.setattr(place.answered, "handle", noting)
+    assert place.ask(private).header.error is None and seen == [True]
+    monkeypatch.undo()
+    spent = place.accounted.open().rows
+    book.unlink()
+    book.mkdir()  # what cannot be written
+    assert place.ask(private, round=2).header.error == "output"
+    assert place.accounted.open().rows == spent, "nothing was reserved, and so nothing trained"
+
+
+def test_the_key_is_secret_and_never_made_again(place: Place, make: Any) -> None:
+    texts = place.texts(make())
+    splits = place.folder.state / "splits"
+    key = (splits / "key").read_bytes()
+    assert len(key) == 32
+    for path in (splits / "key", splits / "trained.db"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(splits.stat().st_mode) == 0o700
+    place.restart()
+    assert place.texts(make()) == texts and (splits / "key").read_bytes() == key
+
+    (splits / "key").unlink()
+    place.restart()
+    with pytest.raises(LedgerError, match="key is gone"):
+        place.at_site.rows(make(), SITE)
+    assert place.ask(make(), "join", round=0).header.error == "ledger" and not (splits / "key").exists()
+    (splits / "key").write_bytes(bytes(32))
+    with pytest.raises(LedgerError, match="not the key"):
+        place.at_site.rows(make(), SITE)
+    (splits / "key").write_bytes(key[:7])
+    with pytest.raises(LedgerError, match="holds 7 bytes"):
+        place.at_site.rows(make(), SITE)
+    (splits / "key").write_bytes(key)
+    assert place.texts(make()) == texts
+
+
+def test_a_ledger_that_has_spent_wants_the_key_too(place: Place, make: Any) -> None:
+    """The whole folder is gone: put back from a copy without it, or of a release that had none."""
+    assert place.ask(make(privacy=PRIVATE)).header.error is None
+    for path in (place.folder.state / "splits").iterdir():
+        path.unlink()
+    place.restart()
+    with pytest.raises(LedgerError, match="private runs were trained here"):
+        place.at_site.rows(make(), SITE)
+    (place.folder.state / "splits" / "key").write_bytes(bytes(32))  # as docs/data.md says, on purpose
+    assert place.texts(make())["train"]
+
+
+def test_who_only_looks_makes_no_key(place: Place, make: Any) -> None:
+    looking = AtSite(place.folder, looks_only=True)
+    assert looking.rows(make(), SITE)["train"]
+    assert inspect_own_data(place.folder.config, place.path, make()).ok
+    assert not (place.folder.state / "splits").exists()
+    texts = place.texts(make())
+    rows = AtSite(place.folder, looks_only=True).rows(make(), SITE)
+    assert [row.values["text"] for row in rows["train"]] == texts["train"]

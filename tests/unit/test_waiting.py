@@ -1,0 +1,285 @@
+"""Who is waited for, and for how long: in joining, training, evaluation, the local reference and delivery."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import clock as clocks
+import pytest
+from flwr.app import Error, Message
+from rich.console import Console
+from tampered import NAMES, Tampered, only
+
+from quorate.client.site import Site
+from quorate.deploy.console import ConsoleTracker
+from quorate.server.best import Standing
+from quorate.server.events import EventsReader, EventsTracker
+from quorate.server.finish import finish
+from quorate.server.presence import FIRST_PAUSE, LONGEST_PAUSE
+from quorate.server.records import Evaluation, RoundMetrics, RoundRecord
+from quorate.server.rounds import run_rounds
+from quorate.server.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
+from quorate.shared.messages import Update
+
+SIZES = {"north": 8, "south": 7, "west": 5}
+FEDERATION = {"quorum": 2, "grace_seconds": 60, "timeout_seconds": 3600, "reask_seconds": 300}
+SOUTH = 1002
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> clocks.Clock:
+    return clocks.installed(monkeypatch)
+
+
+class Falling(Tampered):
+    """A grid on which one site hangs during some rounds.
+
+    What it answers while it hangs is held back, and comes when it wakes. `gone`: it is off Flower's list
+    instead, and its messages come back as Flower's errors.
+    """
+
+    def __init__(self, site: Site, hangs: range, *, gone: bool = False) -> None:
+        super().__init__(site, lambda update: update)
+        self.hangs, self.gone = hangs, gone
+        self.asked_south: list[str] = []
+        self.held_back: list[Message] = []
+        self.round = 0
+
+    @property
+    def away(self) -> bool:
+        return self.round in self.hangs
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in super().get_node_ids() if not (self.gone and self.away and node == SOUTH)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = list(messages)
+        ids = list(super().push_messages(pushed))
+        for request, message in zip(self.requests[-len(pushed) :], pushed, strict=True):
+            self.round = max(self.round, request.header.round)
+            if message.metadata.dst_node_id == SOUTH:
+                self.asked_south.append(f"{request.header.phase} {request.header.round}")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        out = []
+        for message in super().pull_messages(message_ids):
+            theirs = self.asked[message.metadata.reply_to_message_id].metadata.dst_node_id == SOUTH
+            if not (theirs and self.away):
+                out.append(message)
+            elif self.gone:
+                asked = self.asked[message.metadata.reply_to_message_id]
+                out.append(Message(Error(3, "The node is not available."), reply_to=asked))
+            else:
+                self.held_back.append(message)
+        if not self.away:
+            wanted = set(message_ids)
+            out += [each for each in self.held_back if each.metadata.reply_to_message_id in wanted]
+            self.held_back = [each for each in self.held_back if each not in out]
+        return out
+
+
+def opened(make_run: Any, make_sites: Any, tmp_path: Path, **sections: Any) -> tuple[Site, Run]:
+    site = Site(make_sites(**SIZES))
+    sections["federation"] = {**FEDERATION, "rounds": 1, **sections.get("federation", {})}
+    return site, Run.open(site.prepare(make_run(**sections)), tmp_path / "out")
+
+
+def records(run: Run) -> list[Any]:
+    return read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
+
+
+@pytest.mark.parametrize("phase", ["join", "fit", "evaluate", "alone", "finish"])
+def test_a_silent_site_costs_an_exchange_its_grace_and_not_its_timeout(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock, phase: str
+) -> None:
+    site, run = opened(
+        make_run, make_sites, tmp_path, evaluation={"references": ["local_only"], "bootstrap_samples": 0}
+    )
+    grid = Tampered(site, only("south", lambda _: None, phase))
+    result = run_rounds(grid, run, NAMES)
+    summary = finish(grid, run, result)
+    assert summary.status == "done"
+    # Grace once, and what the site's rounds take in the reference; the test and the rest find it away.
+    assert FEDERATION["grace_seconds"] <= clock.waited < 1.5 * FEDERATION["grace_seconds"]
+
+
+def test_where_all_are_needed_a_silent_site_does_not_stall_what_the_run_can_do_without(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path, federation={"quorum": 3})
+    run_rounds(Tampered(site, only("south", lambda _: None, "evaluate")), run, NAMES)
+    assert clock.waited == pytest.approx(FEDERATION["grace_seconds"] + FEDERATION["reask_seconds"], abs=2)
+
+
+def test_figures_name_the_sites_that_were_not_measured(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path)
+    grid = Tampered(site, only("south", lambda _: None, "evaluate"))
+    summary = finish(grid, run, run_rounds(grid, run, NAMES))
+    (metrics,) = read_jsonl(run.output_dir / METRICS_FILE, RoundMetrics)
+    assert metrics.validation.missing["south"].code == "timeout"
+    assert set(metrics.validation.sites) == {"north", "west"}
+    assert summary.best.test.missing["south"].code == "away"
+    assert "Without south, which did not give figures" in (run.output_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_site_known_to_be_away_is_not_waited_for_again_and_counts_when_it_is_back(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock, gone: bool
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path, federation={"rounds": 8})
+    grid = Falling(site, range(2, 6), gone=gone)
+    run_rounds(grid, run, NAMES)
+    counted = ["south" in record.weights for record in records(run)]
+    assert counted[0] and not any(counted[1:5]) and all(counted[6:]), counted
+    # One grace when it went, at most one while it comes back; four rounds without it would be eight.
+    assert FEDERATION["grace_seconds"] <= clock.waited <= 2 * FEDERATION["grace_seconds"] + 5
+    codes = [record.excluded["south"].code for record in records(run)[1:5]]
+    assert codes == ["unreachable"] * 4 if gone else codes == ["timeout", "away", "away", "away"]
+
+
+def test_a_site_that_hangs_is_not_sent_every_question(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    """It would work them all off, one by one, when it wakes."""
+    site, run = opened(make_run, make_sites, tmp_path, federation={"rounds": 12})
+    grid = Falling(site, range(2, 99))
+    run_rounds(grid, run, NAMES)
+    asked = Counter(each.split()[0] for each in grid.asked_south if each.split()[1] not in "01")
+    assert sum(asked.values()) <= 4, asked
+
+
+def test_a_lost_message_is_sent_again_as_it_was(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    lost: list[Update] = []
+
+    def change(update: Update) -> Update | None:
+        if update.header.phase == "fit" and update.header.site == "south" and not lost:
+            lost.append(update)
+            return None
+        return update
+
+    site, run = opened(make_run, make_sites, tmp_path, federation={"quorum": 3})
+    grid = Tampered(site, change)
+    run_rounds(grid, run, NAMES)
+    assert set(records(run)[0].weights) == set(SIZES)
+    assert FIRST_PAUSE <= clock.waited <= FIRST_PAUSE + 2
+    fits = [each for each in grid.requests if each.header.phase == "fit" and each.header.site == "south"]
+    assert len(fits) == 2 and fits[0].header == fits[1].header
+    assert fits[0].arrays.content_hash == fits[1].arrays.content_hash
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_site_that_missed_the_join_takes_part_once_it_answers(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock, gone: bool
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path, federation={"rounds": 5})
+    grid = Falling(site, range(0, 2), gone=gone)
+    result = run_rounds(grid, run, NAMES)
+    cohorts = ["south" in record.cohort for record in records(run)]
+    assert not cohorts[0] and cohorts[-1], cohorts
+    assert "south" in records(run)[-1].weights
+    assert "south" in result.members.sites and "south" not in result.members.refused
+    assert clock.waited <= 2 * FEDERATION["grace_seconds"]
+
+
+def test_a_latecomer_with_another_base_is_refused(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path, federation={"rounds": 4})
+    grid = Falling(site, range(0, 2))
+
+    def other(update: Update) -> Update:
+        assert update.header.description is not None
+        description = update.header.description.model_copy(update={"model_files": {"model": "00"}})
+        return Update(update.header.model_copy(update={"description": description}), update.arrays)
+
+    grid.change = only("south", other, "join")
+    result = run_rounds(grid, run, NAMES)
+    assert result.members.refused["south"].code == "model"
+    assert all("south" not in record.cohort for record in records(run))
+
+
+def test_it_is_said_who_is_waited_for_and_since_when(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path)
+    said = io.StringIO()
+    trackers = [ConsoleTracker(Console(file=said, width=110)), EventsTracker(tmp_path / "events.jsonl")]
+    run.trackers = trackers
+    run_rounds(Tampered(site, only("south", lambda _: None, "evaluate")), run, NAMES)
+    waiting = [e.sites for e in EventsReader(tmp_path / "events.jsonl").read() if e.event == "waiting"]
+    assert [round(each["south"]) for each in waiting] == [10, 20, 30, 40, 50, 60] or len(waiting) == 5
+    assert all(set(each) == {"south"} for each in waiting)
+    lines = [line for line in said.getvalue().splitlines() if "waiting for south since" in line]
+    assert [line.split("since ")[1] for line in lines] == ["10 s", "20 s", "40 s"]
+    assert all("evaluate" in line for line in lines), "and in which step"
+
+
+# --- Which round is the best, where not every site was measured in each
+
+
+def scored(pooled: float, **sites: tuple[float, int]) -> Evaluation:
+    return Evaluation(
+        split="validation",
+        pooled={"macro_f1": pooled},
+        mean={},
+        sites={site: {"macro_f1": value} for site, (value, _) in sites.items()},
+        rows={site: rows for site, (_, rows) in sites.items()},
+    )
+
+
+def best(run: Any, rounds: Mapping[int, Evaluation]) -> Standing:
+    standing = Standing()
+    for number, evaluation in rounds.items():
+        standing = standing.after(run, number, evaluation)
+    return standing
+
+
+def test_rounds_are_compared_on_the_sites_that_both_measured(make_run: Any) -> None:
+    run = make_run(federation={"rounds": 9})
+    whole = scored(0.6, north=(0.9, 10), south=(0.3, 10))
+    # Without the site that is hard to please the pooled figure is better, though north does worse.
+    assert best(run, {1: whole, 2: scored(0.8, north=(0.8, 10))}).round == 1
+    better = best(run, {1: whole, 2: scored(0.95, north=(0.95, 10))})
+    assert better.round == 2
+    # South is back: north decides, and it does worse, though the pooled figure rose.
+    back = {1: scored(0.95, north=(0.95, 10)), 2: scored(0.97, north=(0.9, 10), south=(0.99, 9))}
+    assert best(run, back).round == 1
+    other = best(run, {1: scored(0.5, north=(0.5, 10)), 2: scored(0.9, south=(0.9, 10))})
+    assert (other.round, other.without) == (1, 0), "nothing in common: neither better nor worse"
+
+
+def test_a_resumed_run_compares_as_the_uninterrupted_one(make_run: Any) -> None:
+    from quorate.server.checkpoint import Progress
+
+    run = make_run(federation={"rounds": 9})
+    standing = best(run, {1: scored(0.6, north=(0.9, 10), south=(0.3, 10))})
+    fields = {
+        "run_id": "r",
+        "config_hash": "c",
+        "round": 1,
+        "best_round": standing.round,
+        "best_value": standing.value,
+        "best_sites": dict(standing.sites),
+        "initial_hash": "i",
+        "sites": {},
+        "metrics": RoundMetrics(round=1, train={}),
+        "record": RoundRecord(
+            round=1, cohort=(), weights={}, num_examples={}, num_steps={}, update_norms={}, excluded={},
+            bytes_down={}, bytes_up={}, seconds={}, state_hash="s",
+        ),
+    }  # fmt: skip
+    read = Progress.model_validate_json(Progress.model_validate(fields).model_dump_json())
+    assert read.standing == standing
+
+
+def test_pauses_are_as_documented() -> None:
+    assert FIRST_PAUSE == 30 and LONGEST_PAUSE == 600

@@ -158,6 +158,12 @@ def cmdline(pid: int) -> bytes:
         return b""
 
 
+def test_a_log_is_there_before_anything_is_said(tmp_path: Path) -> None:
+    logs = Logs([tmp_path / "x.log"])
+    logs.close()
+    assert (tmp_path / "x.log").read_bytes() == b""
+
+
 def test_much_at_once_comes_through_whole(tmp_path: Path) -> None:
     logs = Logs([tmp_path / "x.log"])
     count = 200_000

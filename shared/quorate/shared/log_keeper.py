@@ -135,6 +135,7 @@ def keep(pipes: Sequence[tuple[int, LogFile]]) -> None:
     with selectors.DefaultSelector() as selector:
         for descriptor, file in pipes:
             streams[descriptor] = Stream(file)
+            file.write(b"")  # so that it is there for whoever is sent to look into it
             selector.register(descriptor, selectors.EVENT_READ)
         waiting = False
         while streams:

@@ -100,9 +100,8 @@ def _ask(site: SiteFolder, *, signed: bool, seconds: float) -> Answer:
         with httpx.Client(
             verify=context, timeout=seconds, trust_env=proxied, event_hooks={"response": [note]}
         ) as client:
-            reply = (
-                knock(site, client) if signed else client.get(f"https://{server}/")
-            )  # 404, and no line in its log
+            # `/` is answered 404, and is not worth a line of the server's log.
+            reply = knock(site, client) if signed else client.get(f"https://{server}/")
     except httpx.ProxyError as error:
         raise Unreached(f"{server}: the proxy {through} refused ({error}); ask its people.") from error
     except httpx.ConnectError as error:

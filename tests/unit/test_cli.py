@@ -20,7 +20,7 @@ from quorate.deploy.commands.predict import read_texts
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import report_failure
 from quorate.shared.config.load import load_run
-from quorate.shared.errors import CheckpointError, DataError, QuorumNotMet, RequestRefused
+from quorate.shared.errors import CheckpointError, DataError, QuorateError, QuorumNotMet, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "cli_flags.txt"
@@ -123,7 +123,10 @@ def test_the_documented_exit_codes_are_those_of_the_errors() -> None:
     documented = [
         int(line.split("|")[1]) for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()
     ]
-    assert documented == [0, 1, 2, 3, 130]
+    kinds = [QuorateError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert documented == sorted({0, 130, *(kind.exit_code for kind in kinds)}) == [0, 1, 2, 3, 4, 130]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,8 @@ def test_outcomes_of_another_task_are_refused() -> None:
     for value in ((2, 0), (-1, 0), (0, 3), (0, -1), (0,), (0, 0, 0)):
         with pytest.raises(ProtocolError):
             task().check_outcomes(Outcomes(values=(value,), counts=(1,)))
-    task().check_outcomes(Outcomes(values=((0, 0), (1, 2)), counts=(1, 1)))
+    sums = {"0x0": 1.0, "5x5": 1.0}
+    task().check_outcomes(Outcomes(values=((0, 0), (1, 2)), counts=(1, 1), sums=sums))
 
 
 @pytest.mark.parametrize(
@@ -185,9 +186,8 @@ def test_a_row_that_cannot_be_used_is_named(
     path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
     which = make_run(task=ORGANS).task
     with pytest.raises(DataError) as caught:
-        which.encode(
-            load_splits(SourceConfig(source=str(path)), tmp_path, which.columns, which.labels)["train"], None
-        )
+        source = SourceConfig(source=str(path), split={"validation": 0, "test": 0})
+        which.encode(load_splits(source, tmp_path, which.columns, which.labels)["train"], None)
     assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
     assert "pain" not in str(caught.value)
 

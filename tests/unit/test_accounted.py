@@ -15,6 +15,7 @@ from site_folder import RUN_ID, request, sha256_of, write_folder
 
 from quorate.client.accounted import Accounted
 from quorate.client.answered import Answered
+from quorate.client.device_errors import OUT_OF_MEMORY
 from quorate.client.ledger import Ledger
 from quorate.client.ledger_check import Anchor, verify
 from quorate.client.ledger_rows import Commit, Reservation
@@ -193,7 +194,7 @@ def test_a_training_that_fails_keeps_its_reservation(world: Any, private: Any) -
 
     site.on_step = fail
     for _ in range(3):
-        assert site.ask(request(private())).header.error == "internal"
+        assert site.ask(request(private())).header.error == OUT_OF_MEMORY
         assert site.counts() == (1, 0)
     site.on_step = lambda: None
     assert site.ask(request(private())).header.error is None

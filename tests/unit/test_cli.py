@@ -123,7 +123,7 @@ def test_the_documented_exit_codes_are_those_of_the_errors() -> None:
     documented = [
         int(line.split("|")[1]) for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()
     ]
-    assert documented == [0, 1, 2, 3, 130]
+    assert documented == [0, 1, 2, 3, 4, 130]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

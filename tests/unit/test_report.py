@@ -179,7 +179,7 @@ def test_intervals_are_announced_only_where_a_figure_has_one(tmp_path: Path) -> 
 
 
 def test_a_worse_model_is_called_worse(tmp_path: Path) -> None:
-    page = report(tmp_path, replace(FAST, federated=0.5))
+    page = report(tmp_path, replace(FAST, federated=0.3))
     assert "not better for any of the 5 sites" in page.header and "not worth it" in page.header
     assert "worse for 5 of 5" in page.header
 

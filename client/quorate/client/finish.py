@@ -82,6 +82,11 @@ def report(run: RunConfig, run_id: str, site: str, told: Delivery, claim: Privac
         if told.gain is not None:
             gain, low, high = told.gain
             lines += [f"The federation brought {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})."]
+        elif told.metric in told.own:
+            lines += [
+                f"The federation's: {told.own[told.metric]:.4f}. These are too few rows, or too few of a "
+                "class, to say how sure the difference is."
+            ]
         lines += [""]
     lines += _privacy(run, told, claim)
     lines += ["Try it: `quorate predict adapter TEXT`", ""]

@@ -179,10 +179,10 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_where_it_was(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = rounds.save_checkpoint
 
-    def full(output_dir: Path, state: Any, progress: Any, keep: int) -> Path:
+    def full(output_dir: Path, state: Any, progress: Any, keep: int, **options: Any) -> Path:
         if progress.round == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
-        return real(output_dir, state, progress, keep)
+        return real(output_dir, state, progress, keep, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(rounds, "save_checkpoint", full)

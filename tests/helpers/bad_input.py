@@ -31,7 +31,8 @@ evaluation: {bootstrap_samples: 20}
 """
 SITES = "data: {notes: {source: notes.csv, partition: {by: iid, sites: [north, south]}}}\n"
 LISTED = "data: {notes: {sites: [{name: north, source: north.csv}, {name: south, source: south.csv}]}}\n"
-ROWS = [(text, label) for _ in range(20) for label, text in TEXTS.items()]
+# No two alike: rows that are lie on one side of a split.
+ROWS = [(f"{text}{' pain' * number}", label) for number in range(20) for label, text in TEXTS.items()]
 
 Spoil = Callable[[Path], Any]
 

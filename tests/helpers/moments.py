@@ -6,7 +6,8 @@ from cli_forks import Point
 
 STEP = "quorate.client.trainer.fit:_step"
 MEASURE = "quorate.client.site:evaluate"
-OPEN, RENAME, REPLACE = "pathlib:Path.open", "pathlib:Path.rename", "pathlib:Path.replace"
+OPEN, APPEND = "quorate.shared.files:opened", "quorate.server.run:opened"
+RENAME, REPLACE = "pathlib:Path.rename", "pathlib:Path.replace"
 
 PHASES: dict[str, tuple[Point, int]] = {
     "join": (Point("quorate.client.site:Site._join", 0, "join", nth=2), 0),
@@ -17,9 +18,9 @@ PHASES: dict[str, tuple[Point, int]] = {
     "evaluate": (Point(MEASURE, 2, "evaluate", nth=2), 1),
     "before-rename": (Point(RENAME, 2, "checkpoint", file=".checkpoint-2.tmp"), 1),
     "after-rename": (Point(RENAME, 2, "checkpoint", file=".checkpoint-2.tmp", when="after"), 2),
-    "half-a-record": (Point(OPEN, 2, "checkpoint", file="record.jsonl", when="torn"), 2),
+    "half-a-record": (Point(APPEND, 2, "checkpoint", file="record.jsonl", when="torn"), 2),
     "train-3": (Point(STEP, 3, "train", nth=2), 2),
-    "half-a-removal": (Point("os:unlink", 3, "checkpoint", when="after"), 3),
+    "half-a-removal": (Point("os:unlink", 2, "checkpoint", when="after"), 2),
     "test": (Point(MEASURE, 3, "test", nth=2), 3),
     "half-an-adapter": (Point(OPEN, 3, "outputs", file="adapter_model.safetensors", when="torn"), 3),
 }
@@ -31,11 +32,11 @@ WRITES: dict[str, tuple[Point, int]] = {
     "before-run-yaml": (Point(REPLACE, file=".run.yaml.tmp"), 0),
     "half-a-state": (Point(OPEN, 2, "checkpoint", file="state.safetensors", when="torn"), 1),
     "half-a-progress": (Point(OPEN, 2, "checkpoint", file="progress.json", when="torn"), 1),
-    "between-the-lines": (Point(OPEN, 2, "checkpoint", file="metrics.jsonl"), 2),
-    "half-the-metrics": (Point(OPEN, 2, "checkpoint", file="metrics.jsonl", when="torn"), 2),
+    "between-the-lines": (Point(APPEND, 2, "checkpoint", file="metrics.jsonl"), 2),
+    "half-the-metrics": (Point(APPEND, 2, "checkpoint", file="metrics.jsonl", when="torn"), 2),
     "after-the-lines": (Point("quorate.deploy.console:ConsoleTracker.round", 2, "checkpoint"), 2),
     "last-rename": (Point(RENAME, 3, "checkpoint", file=".checkpoint-3.tmp", when="after"), 3),
-    "last-record": (Point(OPEN, 3, "checkpoint", file="record.jsonl", when="torn"), 3),
+    "last-record": (Point(APPEND, 3, "checkpoint", file="record.jsonl", when="torn"), 3),
     "before-the-adapter": (Point(RENAME, 3, "outputs", file=".adapter.tmp"), 3),
     "half-a-summary": (Point(OPEN, 3, "outputs", file=".summary.json.tmp", when="torn"), 3),
     "before-the-report": (Point(REPLACE, 3, "outputs", file=".report.html.tmp"), 3),

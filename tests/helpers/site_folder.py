@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
@@ -56,6 +57,14 @@ def write_folder(path: Path, model: Path, **policy: Any) -> SiteFolder:
     (path / "site.yaml").write_text(dump_yaml(site))
     (path / "connection.yaml").write_text(dump_yaml(connection))
     return SiteFolder.find(path)
+
+
+def fix_splits(folder: SiteFolder) -> None:
+    """Give the site a key as its process would make one; with this one, 58 of the 90 rows are trained on."""
+    place = folder.state / "splits"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (place / "key").write_bytes(hashlib.sha256(b"366").digest())
+    (place / "key").chmod(0o600)
 
 
 def request(

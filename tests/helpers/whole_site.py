@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
+from site_folder import fix_splits
 
 from quorate.client import serve
 from quorate.client.answered import Answered
@@ -26,7 +27,7 @@ class WholeSite:
         self.folder = folder
         self.steps = 0
         self.on_step: Callable[[], None] = lambda: None
-        folder.state.mkdir(exist_ok=True)
+        fix_splits(folder)
         self.start()
 
     def start(self) -> None:

@@ -88,7 +88,7 @@ def fill_missing_splits(
             "group) is placed by itself, so few of them may all lie on one side; give more rows, lower the "
             "shares in `split`, or give files for the splits."
         )
-    if empty := [name for name in made if not filled[name]]:
+    if len(train) > 1 and (empty := [name for name in made if not filled[name]]):
         log.warning(
             "no row of %d lies in %s: each is placed by itself, so a small share of few rows may be none",
             len(train),

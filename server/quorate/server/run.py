@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run import RunConfig
 from quorate.shared.errors import CheckpointError, OutputError
-from quorate.shared.files import alone, open_to_append, write_file, writing
+from quorate.shared.files import alone, opened, write_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +118,7 @@ class Run:
         """
         for name, line in ((RECORD_FILE, record), (METRICS_FILE, metrics)):
             path = self.output_dir / name
-            with (
-                writing(path),
-                os.fdopen(open_to_append(path, private=self.config.hides_participation), "ab") as stream,
-            ):
+            with writing(path), opened(path, "ab", private=self.config.hides_participation) as stream:
                 stream.write(line.model_dump_json().encode() + b"\n")
 
     def tell(self, event: str, *arguments: object) -> None:

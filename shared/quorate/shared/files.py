@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from quorate.shared.errors import OutputError
 
@@ -218,18 +219,29 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def open_to_append(path: Path, *, private: bool) -> int:
-    """Return the descriptor of a file to append to, made where it is not there; see `write_file`."""
+    """Return the descriptor of a file to append to, made where it is not there; see `opened`."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE if private else 0o666)
     if private:
         os.fchmod(descriptor, PRIVATE)
     return descriptor
 
 
-def _write_synced(path: Path, content: bytes, private: bool) -> None:
+def opened(path: Path, mode: Literal["ab", "wb"], *, private: bool) -> BinaryIO:
+    """Open a file to write it anew or to append to it, made where it is not there.
+
+    Args:
+        private: for its owner alone, from its first byte on, whatever the umask and whatever was there.
+    """
+    if mode == "ab":
+        return os.fdopen(open_to_append(path, private=private), mode)
     if private:
         path.unlink(missing_ok=True)  # what a kill left may be anybody's to read
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE if private else 0o666)
-    with os.fdopen(descriptor, "wb") as stream:
+    return os.fdopen(descriptor, mode)
+
+
+def _write_synced(path: Path, content: bytes, private: bool) -> None:
+    with opened(path, "wb", private=private) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

@@ -243,7 +243,7 @@ def attacked(arrays: Arrays, kinds: list[str], draw: random.Random, start: Adapt
             shape = arrays[name].shape
             arrays[name] = normal(*draw.choice([(*shape, 1), tuple(d + 1 for d in shape), (), (0,)]))
         elif kind == "oversized":
-            arrays[name] = normal(*(d * 50 for d in arrays[name].shape), 1)
+            arrays[name] = normal(*draw.choice([(400, 1000), (50, 50, 50), (10**6,)]))
         elif kind == "residual":
             rank = draw.choice([1, 4, 32, 33, 100])
             arrays |= {layer + RESIDUAL_B: normal(32, rank), layer + RESIDUAL_A: normal(rank, 32)}

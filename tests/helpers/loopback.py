@@ -45,7 +45,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def place_as_simulated(site: Path) -> None:
-    """Give a site the key of a simulation's splits, so that both train on the same rows; its own is secret."""
+    """Give a site the key of a simulation's splits, so that both train on the same rows."""
     place = site / "state" / "splits"
     place.mkdir(mode=0o700, parents=True)
     (site / "state").chmod(0o750)

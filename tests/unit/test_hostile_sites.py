@@ -16,6 +16,7 @@ from tampered import NAMES, Tampered, described, edited
 from quorate.client.site import Site
 from quorate.server import screening
 from quorate.server.checkpoint import list_checkpoints
+from quorate.server.finish import finish
 from quorate.server.records import RoundMetrics, RoundRecord, Summary
 from quorate.server.rounds import run_rounds
 from quorate.server.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
@@ -242,6 +243,40 @@ def test_one_sites_bad_answer_does_not_say_that_the_model_diverged(
     assert result.status == "done" and result.progress is not None
     missing = result.progress.metrics.validation.missing
     assert missing["south"].code == ("protocol" if how == "others silent" else "rows")
+
+
+@pytest.mark.parametrize("diverges", [2, 4])
+def test_a_model_that_diverged_between_evaluations_falls_back_to_the_last_measured_one(
+    make_run: Any, make_sites: Any, tmp_path: Path, diverges: int
+) -> None:
+    """And a summary that hides who took part gives no totals that tell it."""
+
+    def fails(update: Update) -> Update:
+        measured = update.header.phase == "evaluate" and update.header.round == diverges
+        return edited(update, error="non-finite") if measured else update
+
+    site, out = Site(make_sites(**SIZES)), tmp_path / "out"
+    privacy = {"unit": "client", "noise_multiplier": 0.5, "clipping_norm": 0.1, "delta": 1e-3}
+    config = make_run(
+        federation={"rounds": 4},
+        evaluation={"every": 2},
+        aggregation={"name": "fedavg", "weighting": "uniform"},
+        privacy={**privacy, "participation_hidden": True},
+    )
+    run = Run.open(site.prepare(config), out)
+    grid = Tampered(site, fails)
+    result = run_rounds(grid, run)
+    with pytest.raises(ModelDiverged):
+        finish(grid, run, result)
+    summary = Summary.model_validate(json.loads((out / SUMMARY_FILE).read_text()))
+    assert summary.status == "diverged" and not summary.bytes and not summary.seconds
+    page = (out / "report.html").read_text()
+    if diverges == 2:
+        assert summary.best is None and not (out / "adapter").exists()
+        assert "there is no adapter" in page
+    else:
+        assert summary.best is not None and summary.best.round == 2
+        assert (out / "adapter").exists() and "the adapter is that of round 2" in page
 
 
 # --- The screen itself

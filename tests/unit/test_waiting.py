@@ -407,3 +407,83 @@ def test_with_everybody_away_what_the_run_can_do_without_ends_soon(
     assert finish(grid, run, result).status == "done"
     patience = FEDERATION["grace_seconds"] + FEDERATION["reask_seconds"]
     assert clock.waited - before <= 4 * (patience + 5)  # the test, its best round, the reference, delivery
+
+
+# --- Sites that join late, and people who have not given their word
+
+
+@pytest.mark.parametrize("says", ["unreachable", "policy-approval"])
+def test_a_latecomer_that_cannot_join_yet_is_asked_again(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock, says: str
+) -> None:
+    """Listed all the time; it could not be reached at the join, and has the word of its people only later."""
+    federation = {"rounds": 8, "quorum": 1, "reask_seconds": 30}
+    site, run = opened(make_run, make_sites, tmp_path, federation=federation)
+    joins: list[float] = []
+
+    def change(update: Update) -> Update | Error:
+        header = update.header
+        if header.site == "north" and header.phase == "fit":
+            clock.sleep(120)
+        if header.site == "south" and header.phase == "join":
+            joins.append(clock.waited)
+            if clock.waited < (300 if says == "unreachable" else 120):
+                return Error(3, "ClientApp raised an exception")
+            if clock.waited < 400:
+                return edited(update, error="policy-approval")
+        return update
+
+    result = run_rounds(Tampered(site, change), run, NAMES)
+    assert "south" in result.members.nodes and not result.members.refused, joins
+    assert "south" in records(run)[-1].weights
+    assert not result.members.late
+
+
+def test_sites_that_wait_for_approval_count_for_the_patience_of_the_join(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    site, run = opened(make_run, make_sites, tmp_path)
+    asked_again = []
+
+    def change(update: Update) -> Update | None:
+        if update.header.phase != "join":
+            return update
+        if update.header.site == "south":
+            return None
+        if clock.waited < 400:
+            return edited(update, error="policy-approval")
+        asked_again.append(clock.waited)
+        return update
+
+    result = run_rounds(Tampered(site, change), run, NAMES)
+    assert set(result.members.nodes) == {"north", "west"}
+    assert max(asked_again[:2]) < 460, "not after the timeout"
+
+
+def test_a_site_that_falls_silent_while_it_waits_for_approval_costs_no_timeout(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    federation = {"approval_seconds": 120, "quorum": 1}
+    site, run = opened(make_run, make_sites, tmp_path, federation=federation)
+
+    def change(update: Update) -> Update | None:
+        if update.header.site != "south":
+            return update
+        waits = update.header.phase == "join" and clock.waited < 10
+        return edited(update, error="policy-approval") if waits else None
+
+    run_rounds(Tampered(site, change), run, NAMES)
+    assert clock.waited < 120 + 60
+
+
+def test_stopping_early_may_hang_on_a_site_that_is_late(
+    make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock
+) -> None:
+    rows = make_sites(**SIZES)
+    for name in ("north", "west"):
+        rows[name]["validation"] = []
+    site = Site(rows)
+    settings = make_run(federation={**FEDERATION, "rounds": 2}, evaluation={"early_stopping_patience": 2})
+    run = Run.open(site.prepare(settings), tmp_path / "out")
+    result = run_rounds(Tampered(site, only("south", lambda _: None, "join")), run, NAMES)
+    assert result.status == "done"

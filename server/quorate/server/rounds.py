@@ -280,6 +280,8 @@ def _check_stopping(run: Run, members: Members) -> None:
     """Raise ConfigError where a run is to stop by what it can never measure."""
     if run.config.evaluation.early_stopping_patience is None:
         return
+    if members.late:  # one of them may have some
+        return
     if not any(site.rows.get("validation") for site in members.sites.values()):
         raise ConfigError(
             "evaluation.early_stopping_patience: no site has validation rows to stop by; give the sites "

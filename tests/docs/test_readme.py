@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loopback import NEEDS_NGINX, free_ports
+from loopback import NEEDS_NGINX, free_ports, place_as_simulated
 
 SOUTH = "notes: {source: ../south.csv, columns: {text: letter}, labels: {u: urgent, r: routine}}"
 ROOT = Path(__file__).parents[2]
@@ -123,6 +123,7 @@ def test_the_commands_between_machines_run_in_their_order(tmp_path: Path) -> Non
                     written = site_yaml.replace("notes: {source: /srv/north/notes.jsonl}", sources[site])
                     assert written != site_yaml
                     (tmp_path / site / "site.yaml").write_text(written)
+                    place_as_simulated(tmp_path / site)
                 shell(mine, tmp_path, **home)
         simulated = tmp_path / "simulated"
         shell(f"quorate simulate triage.yaml training.max_stack=1 -o {simulated}", tmp_path, **home)

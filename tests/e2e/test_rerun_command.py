@@ -96,7 +96,7 @@ def test_what_changed_is_named(
         "version of peft was 0.0.1, is 0."
     ]
 
-    # A text that changed, and nothing else: of its split alone, and its words are not quoted.
+    # A text that changed, and nothing else: it may lie in another split then, and its words are not quoted.
     content = (folder / "south.csv").read_text()
     (folder / "south.csv").write_text(content.replace("heart 7 pain", "heart 7 rash"))
     for command in (
@@ -106,7 +106,9 @@ def test_what_changed_is_named(
         assert run(command) == 2
         err = capsys.readouterr().err
         assert "DataError: the data are not those of the run in out: site south, split " in err
-        assert err.count("split ") == 1 and "north" not in err.split("DataError")[1] and "rash" not in err
+        assert (
+            1 <= err.count("split ") <= 2 and "north" not in err.split("DataError")[1] and "rash" not in err
+        )
     assert not (folder / "third").exists()
 
 

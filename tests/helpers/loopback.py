@@ -23,6 +23,8 @@ import pytest
 import yaml
 from federations import unpack_kit
 
+from quorate.client.placing import Placing
+
 NAME = "clinic"
 NEEDS_NGINX = pytest.mark.skipif(
     shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin") is None,
@@ -40,6 +42,15 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def place_as_simulated(site: Path) -> None:
+    """Give a site the key of a simulation's splits, so that both train on the same rows; its own is secret."""
+    place = site / "state" / "splits"
+    place.mkdir(mode=0o700, parents=True)
+    (site / "state").chmod(0o750)
+    (place / "key").write_bytes(Placing.of_seed(0).key)
+    (place / "key").chmod(0o600)
 
 
 class Loopback:
@@ -86,6 +97,7 @@ class Loopback:
             content = {"data": data[name], "models": models, "device": "cpu", **(site or {})}
             self.write_site(name, content)
             self.quorate("site", "enrol", name)
+            place_as_simulated(folder / name)
             self.quorate("server", "admit", name, f"{name}/node.pub", "--federation", NAME)
             if fields.get("mutual_tls"):
                 self.quorate("certificates", "sign", name, f"{name}/client.csr", "--federation", NAME)

@@ -266,5 +266,5 @@ def test_outcomes_are_right_or_wrong_tokens_without_intervals() -> None:
             task().check_outcomes(bad)
     found = summarise(task(), "test", {"a": good}, intervals=True)
     assert found.rows == {"a": 3}
-    assert found.intervals["pooled"] == {}, "tokens of a text hang together: resampling them says too little"
+    assert found.intervals == {}, "tokens of a text hang together: resampling them says too little"
     assert task().sign("perplexity") == task().sign("loss") == -1 == -task().sign("token_accuracy")

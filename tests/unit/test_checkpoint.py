@@ -20,6 +20,7 @@ from quorate.server.outputs import best_state
 from quorate.server.records import RoundMetrics, RoundRecord
 from quorate.server.rounds import Result, run_rounds
 from quorate.server.run import METRICS_FILE, RECORD_FILE, RUN_FILE, Run, read_jsonl
+from quorate.shared import files
 from quorate.shared.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, OutputError
@@ -183,7 +184,8 @@ def test_a_failure_at_any_point_of_writing_loses_nothing(
         calls: list[str] = []
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", failing(calls, at, "fsync", os.fsync))
-            for name in ("rename", "mkdir", "open"):
+            patched.setattr(files, "opened", failing(calls, at, "open", files.opened))
+            for name in ("rename", "mkdir"):
                 patched.setattr(Path, name, failing(calls, at, name, getattr(Path, name)))
             try:
                 save(folder, 2)

@@ -36,6 +36,16 @@ class BaseLimits:
     max_rank: int | None = None
     max_change: float | None = None
 
+    def admit(self, layer: str, change: float) -> None:
+        """Raise RequestRefused where a layer's change is not within the limit."""
+        if self.max_change is not None and not change <= self.max_change:
+            raise RequestRefused(
+                f"policy.max_base_change is {self.max_change:g}, the run changes the weight of {layer} by "
+                f"{change:.3g} of its norm; if the base model may be changed that far, raise it in "
+                "site.yaml, else find out what the coordinator sent.",
+                code="policy-base",
+            )
+
 
 def check_header(run: RunConfig, header: RequestHeader) -> None:
     """Raise ProtocolError unless round, split and delivery are those of the phase that is asked for."""
@@ -66,6 +76,8 @@ def check_arrays(run: RunConfig, header: RequestHeader, arrays: Adapter, initial
         schema: Mapping[str, tuple[int, ...]] = {}
     else:
         schema = download_schema(run, initial.schema, header.round)
+    if len(arrays) > len(schema) + 2 * len(initial):
+        raise AdapterError(f"{len(arrays)} arrays, where {len(schema)} and their residual would be the most.")
     state = GlobalState.unpack(arrays)
     state.adapter.check_schema({name: schema[name] for name in schema.keys() & state.adapter.keys()})
     pairs = _pairs(state.residual)
@@ -91,16 +103,8 @@ def check_base_change(model: LoadedModel, residual: Adapter, limits: BaseLimits)
                 "base alone.",
                 code="policy-base",
             )
-        if limits.max_change is None:
-            continue
-        change = model.base_change(layer, left, right)
-        if not change <= limits.max_change:
-            raise RequestRefused(
-                f"policy.max_base_change is {limits.max_change:g}, the run changes the weight of {layer} by "
-                f"{change:.3g} of its norm; if the base model may be changed that far, raise it in "
-                "site.yaml, else find out what the coordinator sent.",
-                code="policy-base",
-            )
+        if limits.max_change is not None:
+            limits.admit(layer, model.base_change(layer, left, right))
 
 
 def _pairs(residual: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:

@@ -141,8 +141,8 @@ class Site:
         check_header(run, header)
         resident = self._prepared.load(run)
         check_arrays(run, header, request.arrays, resident.model.initial)
-        limits = self._prepared.holdings.base_limits
-        check_base_change(resident.model, GlobalState.unpack(request.arrays).residual, limits)
+        residual = GlobalState.unpack(request.arrays).residual
+        check_base_change(resident.model, residual, self._prepared.holdings.base_limits)
         if header.phase == "fit":
             self._prepared.examples(resident, header.site, "train")
         return resident
@@ -273,7 +273,7 @@ class Site:
     def _received(self, resident: Resident, request: RoundRequest) -> GlobalState:
         """Complete what was sent, and put its residual into the base."""
         state = self._completed(resident, request)
-        resident.model.set_residual(state.residual)
+        resident.model.set_residual(state.residual, self._prepared.holdings.base_limits.admit)
         return state
 
     def _completed(self, resident: Resident, request: RoundRequest) -> GlobalState:

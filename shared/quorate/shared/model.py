@@ -10,12 +10,11 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -61,11 +60,12 @@ class LoadedModel:
     _norms: dict[str, float] = field(default_factory=dict, repr=False)
     _residual_hash: str | None = None
 
-    def set_residual(self, residual: Adapter) -> None:
+    def set_residual(self, residual: Adapter, admit: Callable[[str, float], None] | None = None) -> None:
         """Make the frozen base W0 + s residual_B residual_A, from the untouched W0 each time.
 
         Args:
             residual: see GlobalState; layers without arrays go back to W0.
+            admit: told of each layer and its change, as of `base_change`, before that is made; may raise.
         Raises: ModelError: a layer is not adapted, or its base weight is quantised.
         """
         if residual.content_hash == self._residual_hash:
@@ -84,6 +84,8 @@ class LoadedModel:
             weight = base_weight(module)
             self._pristine.setdefault(layer, weight.data.clone())
             product = torch.from_numpy(b) @ torch.from_numpy(residual[layer + RESIDUAL_A])
+            if admit is not None:
+                admit(layer, self._change(layer, product))
             if getattr(module, "fan_in_fan_out", False):
                 product = product.T
             weight.data.add_(product.to(weight), alpha=module.scaling["default"])
@@ -92,22 +94,26 @@ class LoadedModel:
     def base_change(self, layer: str, b: Array, a: Array) -> float:
         """Return how far s b a moves the untouched weight of `layer`, as a Frobenius norm over its own.
 
+        Of the very product that `set_residual` adds: factors can be made whose product is 0 in exact numbers
+        and anything in float32.
+
         Args:
             b: [d_out, q].
             a: [q, d_in].
-        Returns: infinity for a weight of zeros.
+        Returns: infinity where that is not finite, or the weight is zero.
         Raises: ModelError: as `base_weight`.
         """
+        return self._change(layer, torch.from_numpy(b) @ torch.from_numpy(a))
+
+    def _change(self, layer: str, product: Tensor) -> float:
         module = self.peft.get_submodule(layer)
         weight = base_weight(module)
         if layer not in self._norms:
             untouched = self._pristine.get(layer, weight.data)
             self._norms[layer] = float(torch.linalg.vector_norm(untouched.double()))
         scaling: float = module.scaling["default"]  # type: ignore[index, assignment]
-        left, right = b.astype(np.float64), a.astype(np.float64)  # products of float32 do not overflow in it
-        squared = float(np.sum((left.T @ left) * (right @ right.T)))
-        moved = abs(scaling) * math.sqrt(max(squared, 0.0))
-        return moved / self._norms[layer] if self._norms[layer] else math.inf
+        moved = abs(scaling) * float(torch.linalg.vector_norm(product.double()))
+        return moved / self._norms[layer] if self._norms[layer] and math.isfinite(moved) else math.inf
 
     def check_tokens(self, examples: Sequence[Example]) -> None:
         """Raise ModelError if a text has a token for which the model has no embedding."""

@@ -53,8 +53,8 @@ class GlobalState:
     @classmethod
     def unpack(cls, arrays: Adapter) -> GlobalState:
         """Split what `pack` joined."""
-        residual = [name for name in arrays if name.endswith((RESIDUAL_A, RESIDUAL_B))]
-        return cls(arrays.subset(n for n in arrays if n not in set(residual)), arrays.subset(residual))
+        residual = {name for name in arrays if name.endswith((RESIDUAL_A, RESIDUAL_B))}
+        return cls(arrays.subset(n for n in arrays if n not in residual), arrays.subset(residual))
 
 
 @dataclass

@@ -54,7 +54,7 @@ BAD = {
     "no-rows": (lambda u: edited(u, num_examples=0), "protocol", "trained on no rows"),
     "all-the-weight": (
         lambda u: edited(u, num_examples=2**53),
-        "protocol",
+        "rows",
         "answered for 9007199254740992 rows; the site joined with 7",
     ),
     "figure": (lambda u: edited(u, metrics={"train_loss": 1.7e308}), "non-finite", "a training figure"),

@@ -274,6 +274,16 @@ def test_what_a_federation_cannot_do_is_said_before_anything_is_sent(
         ends.check_output(out, RUN, resume=False)
 
 
+def test_an_adapter_that_a_run_took_away_is_taken_away_from_its_results(
+    folder: FederationFolder, tmp_path: Path
+) -> None:
+    run = ends.new_run(folder, RUN, tmp_path / "out")
+    write_folder(tmp_path / "out" / "adapter", {"adapter_model.safetensors": b"fetched before"})
+    (run.path / "summary.json").write_text("{}")
+    ends.fetch_results(run, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_results_are_fetched_without_checkpoints(folder: FederationFolder, tmp_path: Path) -> None:
     run = ends.new_run(folder, RUN, tmp_path / "out")
     write_folder(run.path / "checkpoint-1", {"state": b""})

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tampered import described, edited
+from tampered import NAMES, Tampered, described, edited
 
 from quorate.client.site import Site
 from quorate.server import screening
 from quorate.server.checkpoint import list_checkpoints
+from quorate.server.finish import finish
 from quorate.server.records import RoundMetrics, RoundRecord, Summary
-from quorate.server.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, read_jsonl
-from quorate.server.screening import FEWEST, Screen, largest_weight
+from quorate.server.rounds import run_rounds
+from quorate.server.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
+from quorate.server.screening import FEWEST, WIDEST, Screen, largest_weight, room
 from quorate.shared.adapter import Adapter
 from quorate.shared.config.run import FederationConfig
 from quorate.shared.errors import ModelDiverged
@@ -188,6 +190,93 @@ def test_honest_sites_are_left_alone_however_uneven(
         total = sum(record.num_examples.values())
         shares = {site: count / total for site, count in record.num_examples.items()}
         assert record.weights == pytest.approx(shares), "nor does anybody weigh less than it has rows"
+
+
+def test_a_site_of_fifty_times_the_rows_may_move_further(play: Any) -> None:
+    training = {
+        "max_steps": None, "num_train_epochs": 1, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8,
+    }  # fmt: skip
+    _, rounds, _, _ = play(
+        sites={"a": 16, "b": 16, "c": 800}, training=training, federation={"rounds": 1, "quorum": 1}
+    )
+    assert set(rounds[0].weights) == {"a", "b", "c"} and not rounds[0].excluded
+    norms = rounds[0].update_norms
+    assert norms["c"] > 10 * norms["a"], "or the bound itself would do"
+
+
+def test_only_more_planned_steps_give_a_site_more_room(make_run: Any) -> None:
+    epochs = make_run(
+        training={"max_steps": None, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    ).training
+    assert room(epochs, {"a": 16, "b": 16, "c": 800}) == {"a": 1.0, "b": 1.0, "c": 50.0}
+    assert room(epochs, {"a": 16, "b": 16, "c": 10**9})["c"] == WIDEST
+    assert room(epochs, {"a": 1, "b": 16, "c": 16})["a"] == 1.0
+    steps = make_run(training={"max_steps": 5}).training
+    assert set(room(steps, {"a": 16, "b": 16, "c": 800}).values()) == {1.0}
+
+
+@pytest.mark.parametrize("how", ["others silent", "other rows"])
+def test_one_sites_bad_answer_does_not_say_that_the_model_diverged(
+    make_run: Any, make_sites: Any, tmp_path: Path, how: str
+) -> None:
+    rows = make_sites(north=8, south=7, west=5)
+    if how == "other rows":
+        for name in ("north", "west"):
+            rows[name]["validation"] = []
+
+    def lies(update: Update) -> Update | None:
+        header = update.header
+        if header.phase != "evaluate" or header.round != 2 or header.outcomes is None:
+            return update
+        if how == "others silent":
+            outcomes = header.outcomes.model_copy(update={"loss_sum": -1e90})
+            return edited(update, outcomes=outcomes) if header.site == "south" else None
+        counts = header.outcomes.counts
+        outcomes = header.outcomes.model_copy(update={"counts": (counts[0] + 1, *counts[1:])})
+        return edited(update, num_examples=header.num_examples + 1, outcomes=outcomes)
+
+    site = Site(rows)
+    federation = {"rounds": 2, "quorum": 1, "grace_seconds": 0.5, "timeout_seconds": 5, "reask_seconds": 0}
+    run = Run.open(site.prepare(make_run(federation=federation)), tmp_path / "out")
+    result = run_rounds(Tampered(site, lies), run, NAMES)
+    assert result.status == "done" and result.progress is not None
+    missing = result.progress.metrics.validation.missing
+    assert missing["south"].code == ("protocol" if how == "others silent" else "rows")
+
+
+@pytest.mark.parametrize("diverges", [2, 4])
+def test_a_model_that_diverged_between_evaluations_falls_back_to_the_last_measured_one(
+    make_run: Any, make_sites: Any, tmp_path: Path, diverges: int
+) -> None:
+    """And a summary that hides who took part gives no totals that tell it."""
+
+    def fails(update: Update) -> Update:
+        measured = update.header.phase == "evaluate" and update.header.round == diverges
+        return edited(update, error="non-finite") if measured else update
+
+    site, out = Site(make_sites(**SIZES)), tmp_path / "out"
+    privacy = {"unit": "client", "noise_multiplier": 0.5, "clipping_norm": 0.1, "delta": 1e-3}
+    config = make_run(
+        federation={"rounds": 4},
+        evaluation={"every": 2},
+        aggregation={"name": "fedavg", "weighting": "uniform"},
+        privacy={**privacy, "participation_hidden": True},
+    )
+    run = Run.open(site.prepare(config), out)
+    grid = Tampered(site, fails)
+    result = run_rounds(grid, run)
+    with pytest.raises(ModelDiverged):
+        finish(grid, run, result)
+    summary = Summary.model_validate(json.loads((out / SUMMARY_FILE).read_text()))
+    assert summary.status == "diverged" and not summary.bytes and not summary.seconds
+    page = (out / "report.html").read_text()
+    if diverges == 2:
+        assert summary.best is None and not (out / "adapter").exists()
+        assert "there is no adapter" in page
+    else:
+        assert summary.best is not None and summary.best.round == 2
+        assert (out / "adapter").exists() and "the adapter is that of round 2" in page
 
 
 # --- The screen itself

@@ -50,11 +50,10 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
         console.print(f"set aside: {site} in round {listed} ({reasons})", markup=False, soft_wrap=True)
     for name, why in summary.references.failed.items() if summary.references else ():
         console.print(f"no reference: {name}: {why.reason}", markup=False, soft_wrap=True)
-    console.print(
-        f"{_ENDINGS[summary.status]}: {summary.rounds} rounds, {summary.seconds.get('total', 0):.0f} s, "
-        f"{decimal(summary.bytes['total'])} sent and received",
-        markup=False,
-    )
+    cost = ""
+    if summary.bytes:  # left out where who took part is hidden
+        cost = f", {summary.seconds['total']:.0f} s, {decimal(summary.bytes['total'])} sent and received"
+    console.print(f"{_ENDINGS[summary.status]}: {summary.rounds} rounds{cost}", markup=False)
     if claim := summary.client_privacy:
         console.print(
             f"site-level privacy: epsilon {at_most(claim.epsilon)} at delta {delta_shown(claim.delta)}, "

@@ -26,6 +26,12 @@ class UpdateTooLarge(AdapterError):
     code = "norm"
 
 
+class RowsChanged(ProtocolError):
+    """An answer for other rows than the site joined with; that says nothing of the model."""
+
+    code = "rows"
+
+
 def check_belongs(request: RoundRequest, update: Update) -> None:
     """Raise ProtocolError or ConfigError unless `update` answers exactly `request`."""
     asked, got = request.header, update.header
@@ -48,7 +54,7 @@ def check_measured(task: Task, update: Update, rows: int) -> None:
     if outcomes is None:
         raise ProtocolError("sent an evaluation without outcomes.")
     if outcomes.rows != update.header.num_examples:
-        raise ProtocolError("sent outcomes of another number of rows than it names.")
+        raise RowsChanged("sent outcomes of another number of rows than it names.")
     _check_rows(update, rows)
     if any(abs(figure) > _LARGEST for figure in (outcomes.loss_sum, *outcomes.sums.values())):
         raise ProtocolError("sent a loss or a sum that no evaluation gives.")
@@ -102,6 +108,6 @@ def check_trained(
 def _check_rows(update: Update, rows: int) -> None:
     """Rows are a site's weight and its part in pooled figures: whoever changes them changes both."""
     if update.header.num_examples != rows:
-        raise ProtocolError(
+        raise RowsChanged(
             f"answered for {update.header.num_examples} rows; the site joined with {rows} of them."
         )

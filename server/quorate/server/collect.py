@@ -59,6 +59,7 @@ REASONS = {
     "protocol": "sent something that is not an answer to the request",
     "non-finite": "sent an update with NaN or infinity, or its training diverged: lower the learning rate",
     "adapter": "sent arrays with other names or shapes than were asked for",
+    "rows": "answered for other rows than it joined with",
     "norm": "moved further than federation.max_update_norm",
     "version": "runs another release of Quorate or of a library; install the one that the server runs",
     "config": "worked under another run configuration, or cannot use this one; its log says why",
@@ -92,11 +93,16 @@ class Answers:
         grace: [s].
         reask: how long a site that could not be reached is asked again [s]; an identical request is answered
             from what the site has stored.
-        optional: the run can do without this exchange. Then answers of any kind make the quorum, and where
-            half of the sites have answered, no more than `grace + reask` is waited for the quorum.
+        optional: the run can do without this exchange. Then no more than `grace + reask` is waited for the
+            quorum where half of the sites have answered in any way, or all are known to be away. A site that
+            lets it pass is not taken to be away for that alone: it may be at work.
         expected: seconds that the work takes anyway; no grace begins before.
         presence: who is known to be away.
         on_wait: told now and then who is being waited for: site -> seconds since it was asked.
+        waiting_for_people: code of an error that makes the quorum like a good answer; None for none.
+        good: good answers so far.
+        heard: answers of any kind so far.
+        longest: seconds that the last good answer took.
     """
 
     sites: Mapping[int, str]
@@ -108,8 +114,10 @@ class Answers:
     expected: float = 0.0
     presence: Presence = field(default_factory=Presence)
     on_wait: Callable[[Mapping[str, float]], None] = lambda _sites: None
+    waiting_for_people: str | None = None
     good: int = 0
     heard: int = 0
+    longest: float = 0.0
     excluded: dict[str, Exclusion] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
@@ -153,6 +161,7 @@ class Answers:
                 self.bytes_up[self.sites[node]] = len(content) if isinstance(content, bytes) else 0
                 update = self._checked(self.sites[node], requests[node], decode(content), check)
                 if update is not None:
+                    self.longest = time.monotonic() - started
                     yield self.sites[node], update
             silent = missing - exchange.waiting - again.due.keys()
             send(again.ready(missing) | (self.presence.look(grid) & silent))
@@ -169,7 +178,10 @@ class Answers:
         for node in missing:
             code = UNREACHABLE if node in again.due else "away" if node in away else "timeout"
             self.excluded[self.sites[node]] = exclusion(code)
-        self.presence.missed(dict.fromkeys(missing | lost, started), exchange.leave())
+        left = exchange.leave()
+        if self.optional and not patience.at_end:
+            missing -= self.presence.at_work(missing & set(left.values()), grid)
+        self.presence.missed(dict.fromkeys(missing | lost, started), left)
 
     def _checked(self, site: str, request: RoundRequest, answer: Update | str, check: Check) -> Update | None:
         if isinstance(answer, str):
@@ -205,18 +217,26 @@ class _Patience:
     def over(self, present: bool) -> bool:
         """Whether to wait no longer, for sites of which some are not known to be away (`present`)."""
         answers, now = self._answers, time.monotonic()
-        counted = answers.heard if answers.optional else answers.good
-        if not present and counted >= (1 if answers.optional else self._quorum):
+        unapproved = [e for e in answers.excluded.values() if e.code == answers.waiting_for_people]
+        counted = answers.good + len(unapproved)
+        reached = answers.heard >= 1 if answers.optional else counted >= self._quorum
+        if not present and reached:
             return True
         waits = [("quorum", counted >= self._quorum, answers.grace)]
         if answers.optional:
-            waits.append(("half", answers.heard >= self._half, answers.grace + answers.reask))
+            half = answers.heard >= self._half or not present
+            waits.append(("half", half, answers.grace + answers.reask))
         for name, reached, seconds in waits:
             if reached:
                 since = self._since.setdefault(name, max(now, self._started + answers.expected))
                 if now - since >= seconds:
                     return True
-        return now - self._started >= answers.timeout
+        return self.at_end
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the longest wait is over."""
+        return time.monotonic() - self._started >= self._answers.timeout
 
     def tell(self, waiting: Mapping[str, float]) -> None:
         """Say, now and then, who is being waited for: site -> since when (`time.monotonic`)."""

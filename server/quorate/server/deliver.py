@@ -29,7 +29,9 @@ def deliver(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str,
 
     Returns: sites that did not take it, and why. None of them makes the run fail.
     """
-    if result.progress is None or result.status not in ("done", "diverged") or good_round(result) is None:
+    if result.progress is None or result.status not in ("done", "diverged"):
+        return {}
+    if good_round(run, result) is None:
         return {}
     run.tell("phase", result.progress.round, "deliver")
     try:

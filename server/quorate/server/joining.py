@@ -45,6 +45,7 @@ class Members:
         identity: what they have in common.
         presence: which of them are known to be away.
         late: those that may still join.
+        pace: seconds that the longest training or evaluation took so far, of those that were answered.
     """
 
     nodes: dict[str, int]
@@ -54,6 +55,7 @@ class Members:
     identity: str = ""
     presence: Presence = field(default_factory=Presence)
     late: dict[int, str] = field(default_factory=dict)
+    pace: float = 0.0
 
     @property
     def by_node(self) -> dict[int, str]:
@@ -125,6 +127,9 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     online = set(known) if names is None else _wait_for(grid, run, names)
     asked = {node: request(run, 0, "join", names[node] if names else "") for node in sorted(online)}
     answers = answers_of(run, known, presence, quorum=federation.quorum)
+    # Who is there may be loading the base model. With client-level privacy nobody joins later.
+    answers.grace = answers.timeout if run.config.private_clients else answers.grace + answers.reask
+    answers.waiting_for_people = APPROVAL
     back = {name: node for node, name in known.items()}
     check = join_check(run)
     replied = [(back[name], update) for name, update in answers.ask(grid, asked, check)]
@@ -169,6 +174,8 @@ def _once_approved(
             said = names
         time.sleep(min(APPROVAL_SECONDS, left))
         again = answers_of(run, answers.sites, answers.presence)
+        left = max(until - time.monotonic(), APPROVAL_SECONDS)
+        again.timeout = min(again.timeout, left, again.grace + again.reask)
         for node in without:
             del answers.excluded[answers.sites[node]]
         yield from again.ask(grid, {node: asked[node] for node in without}, check)

@@ -11,17 +11,23 @@ from flwr.serverapp import Grid
 from quorate.server.checks import check_belongs
 from quorate.server.collect import TRANSIENT, exclusion
 from quorate.server.flower import Exchange, decode
-from quorate.server.joining import Members, identity, join_check, request
-from quorate.server.presence import LONGEST_PAUSE
+from quorate.server.joining import APPROVAL, Members, identity, join_check, request
+from quorate.server.presence import FIRST_PAUSE, LONGEST_PAUSE
 from quorate.server.run import Run
 from quorate.shared.errors import ProtocolError, QuorateError
 from quorate.shared.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
+_NOT_YET = (*TRANSIENT, APPROVAL, "expired", "device-lost")
+"""Answers of sites that may still join."""
+
+
+_NOW = 0.0, FIRST_PAUSE / 2
+
 
 class Latecomers:
-    """Asks them, without waiting.
+    """Asks them, without waiting; those that do not join are asked again after a pause that doubles.
 
     Not with client-level privacy: its noise was settled for the sites that there were.
 
@@ -38,7 +44,7 @@ class Latecomers:
         self._members = members
         self._exchange = Exchange(grid, run.config.federation.timeout_seconds)
         self._check = join_check(run)
-        self._asked: dict[int, float] = {}
+        self._due: dict[int, tuple[float, float]] = {}
         self._requests: dict[int, RoundRequest] = {}
         if not run.config.private_clients:
             self._requests = {
@@ -50,17 +56,25 @@ class Latecomers:
         if not self._members.late or not self._requests:
             return
         for node, content in self._exchange.pull():
-            self._asked.pop(node, None)
-            if content not in TRANSIENT:
+            answer = decode(content)
+            if answer not in TRANSIENT:
                 self._exchange.settle(node)
                 self._members.presence.heard(node)
-                self._admit(node, decode(content), round)
-        self._members.presence.look(self._grid)
+            if isinstance(answer, str) and answer in _NOT_YET:
+                self._members.refused[self._members.late[node]] = exclusion(answer)
+            elif node in self._members.late:
+                self._admit(node, answer, round)
+        back = self._members.presence.look(self._grid)
+        listed = set(self._grid.get_node_ids())
         now = time.monotonic()
-        there = self._members.presence.present(self._members.late)
-        due = [node for node in there if now - self._asked.get(node, -LONGEST_PAUSE) >= LONGEST_PAUSE]
-        self._exchange.send({node: self._requests[node] for node in due})
-        self._asked.update(dict.fromkeys(due, now))
+        due = {}
+        for node in self._members.late.keys() & listed:
+            moment, pause = (now, FIRST_PAUSE / 2) if node in back else self._due.get(node, _NOW)
+            if now >= moment:
+                due[node] = self._requests[node]
+                pause = min(2 * pause, LONGEST_PAUSE)
+                self._due[node] = now + pause, pause
+        self._exchange.send(due)
 
     def _admit(self, node: int, answer: Update | str, round: int) -> None:
         members = self._members

@@ -33,18 +33,18 @@ def measure(
     *,
     intervals: bool = False,
 ) -> tuple[Evaluation, dict[str, Outcomes]]:
-    """Have every site measure `state` on its own rows.
+    """Have every site that has rows of this split measure `state` on them.
 
     Args:
         books: takes the traffic and the exclusions.
         intervals: whether to give 95 % intervals.
     Returns: the figures of those that answered, with those that did not named; and site -> outcomes.
-    Raises: ModelDiverged: sites answered, and none of those that have such rows could measure it.
+    Raises: ModelDiverged: all sites that have such rows answered, and none of them could measure it.
     """
     outcomes, excluded = _ask(grid, run, members, state, split, round, books)
     asked = [site for site, each in sorted(members.sites.items()) if each.rows.get(split)]
     missing = {site: excluded[site] for site in asked if site in excluded}
-    if len(missing) == len(asked) and any(why.code in _BROKEN for why in missing.values()):
+    if asked and len(missing) == len(asked) and all(why.code in _BROKEN for why in missing.values()):
         raise _diverged(round, split, missing, books.norms if books else {})
     figures = summarise(run.config.task, split, outcomes, intervals=intervals)
     return figures.model_copy(update={"missing": missing}), outcomes
@@ -59,10 +59,12 @@ def _ask(
     round: int,
     books: Books | None,
 ) -> tuple[dict[str, Outcomes], dict[str, Exclusion]]:
-    answers = answers_of(run, members.by_node, members.presence)
+    answers = answers_of(run, members.by_node, members.presence, expected=members.pace)
     arrays = downloaded(run.config, state, round)
     asked = {
-        node: request(run, round, "evaluate", site, arrays, split) for site, node in members.nodes.items()
+        node: request(run, round, "evaluate", site, arrays, split)
+        for site, node in members.nodes.items()
+        if members.sites[site].rows.get(split)
     }
 
     def check(_request: RoundRequest, update: Update) -> None:
@@ -72,6 +74,7 @@ def _ask(
     outcomes = {
         site: update.header.outcomes or Outcomes() for site, update in answers.ask(grid, asked, check)
     }
+    members.pace = max(members.pace, answers.longest)
     if books is not None:
         books.take(answers)
     return outcomes, answers.excluded

@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from quorate.server.card import model_card
-from quorate.server.checkpoint import Progress, load_checkpoint
+from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint
 from quorate.server.measuring import measure as measure_at_sites
 from quorate.server.records import (
     Answer,
@@ -53,7 +53,7 @@ def measure(
         except ModelDiverged as error:
             result.stopped = error
     last = Measured(round=result.progress.round, validation=result.progress.metrics.validation)
-    good = good_round(result)
+    good = good_round(run, result)
     if good is None:
         return last, None, {}
     validation = load_checkpoint(run.output_dir, good)[1].metrics.validation if good != last.round else None
@@ -80,23 +80,27 @@ def _measured(
     return Measured(round=progress.round, validation=progress.metrics.validation, test=test), outcomes
 
 
-def good_round(result: Result) -> int | None:
+def good_round(run: Run, result: Result) -> int | None:
     """Return the round whose model is the result: the best, or the last where nothing was validated.
 
-    Of a run whose model diverged, a round that sites have measured; None where there is none.
+    Of a run whose model diverged, the last round that sites have measured and that is kept; None where there
+    is none.
     """
     progress = result.progress
     if progress is None:
         return None
     if progress.best_round is None and result.status == "diverged":
-        validation = progress.metrics.validation
-        return progress.round if validation and validation.sites else None
+        for kept in sorted(list_checkpoints(run.output_dir), reverse=True):
+            validation = load_checkpoint(run.output_dir, kept)[1].metrics.validation
+            if validation and validation.sites:
+                return kept
+        return None
     return progress.best_round or progress.round
 
 
 def best_state(run: Run, result: Result) -> GlobalState:
     """Return the state of the best round (the last, where nothing was validated)."""
-    good = good_round(result)
+    good = good_round(run, result)
     if result.progress and good not in (None, result.progress.round):
         return load_checkpoint(run.output_dir, good)[0]
     return result.state
@@ -115,7 +119,7 @@ def write_outputs(
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
     run.tell("phase", result.progress.round if result.progress else 0, "outputs")
     summary = _summary(run, result, final, best, references, worth or {}, samples)
-    if good_round(result) is None:  # what an earlier end of the run left is no better known to be good
+    if good_round(run, result) is None:  # what an earlier end of the run left is no better known to be good
         shutil.rmtree(run.output_dir / ADAPTER_DIR, ignore_errors=True)
     else:
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
@@ -158,7 +162,8 @@ def _summary(
     stopped = result.early
     if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
         stopped = str(result.stopped)
-    if run.config.hides_participation:  # the summary is shown to those who must not know who was drawn
+    hidden = run.config.hides_participation
+    if hidden:  # the summary is shown to those who must not know who was drawn
         excluded = {site: {0: rounds[0]} for site, rounds in excluded.items() if 0 in rounds}
         if isinstance(result.stopped, (QuorumNotMet, ModelDiverged)):
             stopped = f"{type(result.stopped).__name__}: the sites concerned are named in {RECORD_FILE} alone"
@@ -178,8 +183,8 @@ def _summary(
         sites=result.members.sites,
         samples=tuple(samples),
         excluded=excluded,
-        bytes={"down": down, "up": up, "total": down + up},
-        seconds={**seconds, "total": round(sum(seconds.values()), 3)},
+        bytes={} if hidden else {"down": down, "up": up, "total": down + up},
+        seconds={} if hidden else {**seconds, "total": round(sum(seconds.values()), 3)},
         versions={name: version(name) for name in _LIBRARIES},
         client_privacy=result.claim,
     )

@@ -1,8 +1,9 @@
 """Which sites are known to be away, from one exchange of a run to the next.
 
-A site that lets an exchange pass without an answer costs that exchange its grace. After that it is known to
-be away: it is asked again, and nobody waits for it until it shows itself. It does so by an answer, be it a
-late one to an earlier question, or by its node's return to Flower's list.
+A site that lets an exchange pass without an answer costs that exchange its grace. After that (after the
+second in a row, where the run can do without the first) it is known to be away: it is asked again, and nobody
+waits for it until it shows itself. It does so by an answer, be it a late one to an earlier question, or by
+its node's return to Flower's list.
 
 A site that hangs is not sent every question of the run: it would have to work all of them off, one after the
 other and too late. While one is open, the next follows after a pause that doubles.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
@@ -69,6 +70,16 @@ class Presence:
         self._pauses.pop(node, None)
         self._unlisted.discard(node)
         forget(self._open, node)
+
+    def at_work(self, nodes: Set[int], grid: Grid) -> set[int]:
+        """Return those of these silent nodes that may be at work: listed by Flower, and silent for once.
+
+        A node that lets two exchanges in a row pass is away.
+        """
+        if not nodes:
+            return set()
+        before = self.away.keys() | set(self._open.values())
+        return (set(nodes) - before) & set(grid.get_node_ids())
 
     def missed(self, asked: Mapping[int, float], left: Open, *, listed: bool = True) -> None:
         """Take note of nodes that let an exchange pass.

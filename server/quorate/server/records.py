@@ -269,9 +269,11 @@ class Summary(Record):
     excluded: dict[str, dict[int, Exclusion]] = {}
     """Site -> round (0 while joining) -> why it did not count."""
     bytes: dict[str, int]
-    """`down`, `up` and `total` over all rounds and sites, training and validation together."""
+    """`down`, `up` and `total` over all rounds and sites, training and validation together; empty where who
+    took part is hidden."""
     seconds: dict[str, float]
-    """Wall time of the rounds by step, and `total`; joining, the test and reference runs come on top."""
+    """Wall time of the rounds by step, and `total`; joining, the test and reference runs come on top. Empty
+    where who took part is hidden."""
     versions: dict[str, str]
     """Versions of quorate and the libraries that shape the result, at the coordinator."""
     client_privacy: ClientClaim | None = None

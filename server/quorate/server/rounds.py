@@ -22,7 +22,7 @@ from quorate.server.latecomers import Latecomers
 from quorate.server.measuring import measure
 from quorate.server.records import ClientClaim, Evaluation, RoundMetrics
 from quorate.server.run import Run
-from quorate.server.screening import Screen
+from quorate.server.screening import Screen, room
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, ConfigError, ModelDiverged, QuorumNotMet
 from quorate.shared.messages import RoundRequest, Update
@@ -207,11 +207,14 @@ def _trained(
     else:
         norm = state.adapter.subset(schema).l2_norm
         last = list(before.record.update_norms.values()) if before else []
-        screen = Screen(federation, len(cohort), norm, last, books.norms, books.excluded)
+        rows = {site: members.sites[site].rows.get("train", 0) for site in cohort}
+        further = room(run.config.training, rows)
+        screen = Screen(federation, len(cohort), norm, last, books.norms, books.excluded, further)
         yield from screen.passed(
             (site, update, rule.weight(update.header.num_examples, update.header.num_tokens))
             for site, update in in_order(cohort, answers, arriving)
         )
+    members.pace = max(members.pace, answers.longest)
     books.take(answers)
 
 
@@ -276,6 +279,8 @@ def _finish(
 def _check_stopping(run: Run, members: Members) -> None:
     """Raise ConfigError where a run is to stop by what it can never measure."""
     if run.config.evaluation.early_stopping_patience is None:
+        return
+    if members.late:  # one of them may have some
         return
     if not any(site.rows.get("validation") for site in members.sites.values()):
         raise ConfigError(

@@ -4,7 +4,8 @@ One site's figures say little by themselves. Next to the others' they show an up
 and a claim of rows that would outweigh everybody. The first needs a majority that is honest, and at least
 three updates; below that those of the round before are counted in.
 
-    bound     max_norm_ratio * max(median norm, start norm / 1000)     above it an update is set aside
+    bound     max_norm_ratio * max(median norm, start norm / 1000) * room    above it an update is set aside
+    room      max(1, planned steps / median planned steps), 100 at most     by the rows that it joined with
     weight    min(own, c), c such that no share is above max_weight_share
 
 The median is that of all updates, c that of all that count, whatever the order in which they came. An update
@@ -14,6 +15,7 @@ can lower the median no further than zeros would, and weights that are missing c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,13 +23,15 @@ import numpy as np
 
 from quorate.server.collect import exclusion
 from quorate.server.records import Exclusion
-from quorate.shared.config.run import FederationConfig
+from quorate.shared.config.run import FederationConfig, TrainingConfig
 from quorate.shared.messages import Update
 
 FEWEST = 3
 """Updates among which one that is unlike the others can be told."""
 STILL = 1e-3
 """Part of the adapter's own norm by which a site may move however little the others did (times the ratio)."""
+WIDEST = 100.0
+"""Most room of a site that takes more steps than others; nobody can check how many rows it has."""
 PAIR_SHARE = 0.9
 """Largest share of one of two sites; half would weigh all pairs equally."""
 
@@ -42,6 +46,7 @@ class Screen:
         start_norm: L2 norm of the arrays that move, before the round [parameter units].
         before: norms of the updates that counted in the round before.
         norms: site -> norm, of every update that has come; grows while it is used.
+        room: site -> how many times the others' bound its own is (see `room`); 1 where it is left out.
     """
 
     federation: FederationConfig
@@ -50,6 +55,7 @@ class Screen:
     before: Sequence[float]
     norms: Mapping[str, float]
     excluded: dict[str, Exclusion] = field(default_factory=dict)
+    room: Mapping[str, float] = field(default_factory=dict)
 
     def passed(self, arriving: Iterator[tuple[str, Update, float]]) -> Iterator[tuple[str, Update, float]]:
         """Yield (site, update, weight) in the order of `arriving`, without those that are set aside.
@@ -67,7 +73,7 @@ class Screen:
         good = {site: weight for site, weight in weights.items() if not self._is_far(site, bound)}
         cap = largest_weight(good.values(), self.federation.max_weight_share)
         for site, update, weight in held:
-            if self._is_far(site, bound):
+            if bound is not None and self._is_far(site, bound):
                 self.excluded[site] = exclusion("norm", self._reason(site, bound))
             else:
                 yield site, update, weight if cap is None else min(weight, cap)
@@ -96,14 +102,31 @@ class Screen:
         return ratio * max(float(np.median([*known, *[0.0] * unknown])), STILL * self.start_norm)
 
     def _is_far(self, site: str, bound: float | None) -> bool:
-        return bound is not None and self.norms[site] > bound
+        return bound is not None and self.norms[site] > bound * self.room.get(site, 1.0)
 
-    def _reason(self, site: str, bound: float | None) -> str:
+    def _reason(self, site: str, bound: float) -> str:
+        room = self.room.get(site, 1.0)
         return (
-            f"moved {self.norms[site]:.4g} from where it started, where {bound:.4g} is "
-            f"{self.federation.max_norm_ratio:g} times what sites usually move "
+            f"moved {self.norms[site]:.4g} from where it started, where {bound * room:.4g} is "
+            f"{self.federation.max_norm_ratio:g} times what sites usually move"
+            f"{f' in as many steps ({room:.3g} times the usual)' if room > 1 else ''} "
             "(federation.max_norm_ratio; null lets it count)"
         )
+
+
+def room(training: TrainingConfig, rows: Mapping[str, int]) -> dict[str, float]:
+    """Return site -> how many times the others' bound its own is: whoever takes more steps moves further.
+
+    Args:
+        training: says the steps: max_steps, or as many batches as make num_train_epochs passes.
+        rows: site -> training rows that it joined with, of all sites that were asked.
+    """
+    if training.max_steps is not None or not rows:
+        return dict.fromkeys(rows, 1.0)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps = {site: training.num_train_epochs * max(1, math.ceil(each / batch)) for site, each in rows.items()}
+    usual = float(np.median(list(steps.values())))
+    return {site: min(max(1.0, each / usual), WIDEST) for site, each in steps.items()}
 
 
 def largest_weight(weights: Iterable[float], share: float | None) -> float | None:

@@ -139,3 +139,6 @@ def fetch_results(run: RunFolder, output_dir: Path) -> None:
             if (run.path / name).is_dir():
                 shutil.rmtree(output_dir / name, ignore_errors=True)
                 shutil.copytree(run.path / name, output_dir / name)
+            elif name == ADAPTER_DIR and (run.path / SUMMARY_FILE).is_file():
+                # A run that ended without one took it away: what was fetched before is not its result.
+                shutil.rmtree(output_dir / name, ignore_errors=True)

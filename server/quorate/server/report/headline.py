@@ -225,7 +225,7 @@ def _warnings(files: RunFiles) -> list[str]:
             + (summary.stopped or "--resume continues it once enough sites can take part.")
         )
     elif summary.status == "diverged":
-        kept = f"the adapter is that of round {files.best.round}" if files.best else "there is no adapter"
+        kept = f"the adapter is that of round {summary.best.round}" if summary.best else "there is no adapter"
         found.append(f"The run failed after {done} of {asked} rounds, and {kept}: {summary.stopped}")
     elif summary.stopped:
         found.append(f"{summary.stopped[0].upper()}{summary.stopped[1:]} (early stopping).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from quorate.client.data import fill_missing_splits, load_splits, measured_apart
 from quorate.client.mapping import LoadedRow
 from quorate.client.placing import Placing, content
 from quorate.shared.config.sites import SourceConfig, SplitConfig
+from quorate.shared.errors import DataError
 from quorate.shared.messages import Split
 
 SPLIT = SplitConfig()
@@ -176,3 +178,17 @@ def test_a_double_of_a_measured_row_changes_nothing(
             row.raw for row in rows if row.raw not in [t.raw for t in test]
         ]
         assert len(units) == len({row.raw["text"] for row in kept["train"]})
+
+
+def test_a_group_that_is_no_text_is_an_error_of_its_line(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"t{n}", "patient": "\ud800" if n == 2 else str(n)}) for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = SourceConfig(source="rows.jsonl", columns={"group": "patient"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: column 'patient'"):
+        load_splits(source, tmp_path, {"text": "text"}, [])
+
+
+@pytest.mark.parametrize("path", ["/nowhere/a.png", "/a\0b.png", "/\ud800.png"])
+def test_an_image_that_cannot_be_read_is_an_error_of_its_row(path: str) -> None:
+    with pytest.raises(DataError, match=r"^rows:7: the image cannot be read"):
+        content({"image": path}, ["image"], "rows:7")

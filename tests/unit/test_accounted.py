@@ -318,6 +318,14 @@ def test_a_run_that_fits_to_the_last_round_and_one_round_more_does_not(
     assert "policy-budget" in REASONS and "ledger" in REASONS and "policy-privacy" in REASONS
 
 
+def test_a_run_that_does_not_join_is_held_against_the_budget_as_a_whole(world: Any, private: Any) -> None:
+    site = world(**budget())
+    site.configure(policy=budget(max_epsilon=cost(site, private(3), 2)))
+    assert site.ask(request(private(3))).header.error == "policy-budget", "before anything is spent"
+    assert site.steps == 0 and site.counts() == (0, 0)
+    assert site.ask(request(private(2), run_id="b")).header.error is None
+
+
 def test_aliases_of_one_source_share_its_budget(world: Any, private: Any) -> None:
     site = world(**budget())
     (site.folder.path / "link.csv").symlink_to("notes.csv")

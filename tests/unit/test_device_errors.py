@@ -23,6 +23,7 @@ from quorate.client.site import Site
 from quorate.server.collect import REASONS
 from quorate.server.joining import request as ask
 from quorate.server.run import Run
+from quorate.shared.errors import ModelError
 from quorate.shared.messages import Update
 from quorate.shared.supervised import read_status
 
@@ -56,6 +57,17 @@ def test_errors_of_devices_and_memory_are_known(error: Exception, code: str | No
     meant = of_device(error)
     assert (None if meant is None else meant.code) == code
     assert code is None or code in REASONS
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"), [(LOST, "device-lost"), (FULL, "out-of-memory"), (KeyError(), None)]
+)
+def test_what_is_made_of_an_error_of_a_device_is_one(cause: Exception, code: str | None) -> None:
+    error = ModelError("cannot be loaded")
+    error.__cause__ = ModelError("cannot be put on the device")
+    error.__cause__.__cause__ = cause
+    meant = of_device(error)
+    assert (None if meant is None else meant.code) == code
 
 
 @pytest.fixture

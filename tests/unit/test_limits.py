@@ -185,6 +185,19 @@ def test_runs_by_the_day(site: Any, pinned: Any) -> None:
     assert whole.ask(request(pinned(), run_id=f"{3:016x}")).header.error is None
 
 
+@pytest.mark.parametrize("phase", ["fit", "evaluate", "alone"])
+def test_a_run_that_does_not_join_gets_the_rows_as_they_are(site: Any, pinned: Any, phase: str) -> None:
+    whole = site()
+    assert whole.ask(request(pinned(), "join", 0)).header.error is None
+    assert whole.ask(request(pinned())).header.num_examples == 58
+    (whole.folder.path / "notes.csv").write_text("text,label\n")  # every row is withdrawn
+    going_on = whole.ask(request(pinned(), round=2))
+    assert going_on.header.num_examples == 58, "the same rows for as long as a run goes on"
+    round, split = (0 if phase == "alone" else 1), ("test" if phase == "evaluate" else None)
+    update = whole.ask(request(pinned(), phase, round, split=split, run_id="f" * 16))
+    assert update.header.error == "data"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.stem))
 def test_the_defaults_admit_every_recipe(path: Path) -> None:
     run, policy = load_run(path), PolicyConfig()

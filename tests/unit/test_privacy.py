@@ -245,9 +245,10 @@ def test_a_site_claims_what_it_will_do_and_keeps_counts_to_itself(
 
 def test_exact_figures_on_training_rows_are_refused(make_run: Any, make_sites: Any, tmp_path: Path) -> None:
     site = Site(make_sites(north=9))
-    assert ask(site, site.prepare(make_run()), tmp_path / "a", "evaluate", "train").error is None
-    private = site.prepare(make_run(privacy=RECORD))
-    assert ask(site, private, tmp_path / "b", "evaluate", "train").error == "policy-privacy"
+    plain, private = make_run(), make_run(privacy=RECORD)
+    assert ask(site, site.prepare(plain), tmp_path / "a", "evaluate", "train").error == "protocol"
+    private = site.prepare(private)
+    assert ask(site, private, tmp_path / "b", "evaluate", "train").error == "protocol"
     assert ask(site, private, tmp_path / "c", "evaluate", "validation").error is None
 
 

@@ -201,6 +201,7 @@ def test_nothing_comes_with_a_request_that_begins_from_the_start(phase: str, hel
         ("evaluate", {"round": 0, "split": "test"}),
         ("evaluate", {"round": 4, "split": "test"}),
         ("evaluate", {"split": None}),
+        ("evaluate", {"split": "train"}),
         ("join", {"round": 1}),
         ("alone", {"round": 1}),
         ("finish", {}),

@@ -216,8 +216,37 @@ def test_a_ledger_that_has_spent_wants_the_key_too(place: Place, make: Any) -> N
     place.restart()
     with pytest.raises(LedgerError, match="private runs were trained here"):
         place.at_site.rows(make(), SITE)
-    (place.folder.state / "splits" / "key").write_bytes(bytes(32))  # as docs/data.md says, on purpose
+    (place.folder.state / "splits" / "anew").touch()  # as docs/data.md says, on purpose
     assert place.texts(make())["train"]
+
+
+@pytest.mark.parametrize("lost", ["gone", "no bytes", "no rows"])
+def test_a_ledger_that_has_spent_wants_the_book_too(place: Place, make: Any, lost: str) -> None:
+    assert place.ask(make(privacy=PRIVATE)).header.error is None
+    splits = place.folder.state / "splits"
+    book, key = splits / "trained.db", (splits / "key").read_bytes()
+    if lost == "gone":
+        book.unlink()
+    elif lost == "no bytes":
+        book.write_bytes(b"")
+    else:
+        with closing(sqlite3.connect(book)) as db, db:
+            db.execute("DELETE FROM trained")
+    for _ in range(2):  # that it was looked for does not make it there
+        place.restart()
+        with pytest.raises(LedgerError, match="private runs were trained here"):
+            place.at_site.rows(make(), SITE)
+    assert place.ask(make(), run_id="f" * 16).header.error == "ledger"
+    (splits / "anew").touch()
+    assert place.texts(make())["train"] and (splits / "key").read_bytes() == key
+    place.restart()
+    assert place.texts(make())["train"], "it was begun anew, for good"
+    assert not (splits / "anew").exists(), "and no second loss is waved through"
+    with closing(sqlite3.connect(book)) as db, db:
+        db.execute("DELETE FROM anew")
+    place.restart()
+    with pytest.raises(LedgerError):
+        place.at_site.rows(make(), SITE)
 
 
 def test_who_only_looks_makes_no_key(place: Place, make: Any) -> None:

@@ -124,6 +124,8 @@ class Accounted:
         spending, ledger = self._spending_of(run), self.open()
         there = ledger.uncommitted(key, spending.protects, spending.event)
         if there is None:
+            if not any(entry.request.run_id == key.run_id for entry in ledger.reservations):
+                self._check_whole_run(run, key.run_id)  # it may not have joined, or others have spent since
             _check_units(spending, ledger.reservations, key.run_id)
             _check_claim(spending, ledger.reservations, key)
         more = spending.over(1 if there is None else 0)  # it counts already

@@ -40,9 +40,10 @@ class DeviceLost(QuorateError):
 
 
 def of_device(error: BaseException) -> QuorateError | None:
-    """Return what an error means; None for one that is not of a device or of memory."""
+    """Return what an error, or its cause, means; None for one that is not of a device or of memory."""
     if isinstance(error, QuorateError):
-        return None
+        # Made of another error, as a ModelError of a base that does not fit.
+        return None if error.__cause__ is None else of_device(error.__cause__)
     names = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
     if names & {"OutOfMemoryError", "MemoryError"}:

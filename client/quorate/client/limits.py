@@ -25,7 +25,8 @@ class Limited:
     Args:
         policy: the rules as they are now.
         book: what was worked and begun before.
-        begins: called before a run's `join` is answered: data are read again then.
+        begins: called before a run's `join`, or what else it begins with, is answered: data are read again
+            then.
         inner: does the work, and has `on_step` called at every optimiser step.
     """
 
@@ -68,7 +69,8 @@ class Limited:
     def _one(self, request: RoundRequest) -> Update:
         try:
             self._admit(request)
-            if request.header.phase == "join":
+            # A run need not join: its first message, whatever it is, is held against the data as they are.
+            if request.header.phase == "join" or not self._book.has_begun(request.header.run_id):
                 self._begins()
         except QuorateError as error:
             return failed(request, error)

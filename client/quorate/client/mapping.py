@@ -21,6 +21,7 @@ from quorate.shared.template import TextTemplate, is_missing, is_text
 LABEL, TEXT, GROUP = "label", "text", "group"
 ROLES = ("system", "user", "assistant", "tool")
 """Who may speak in a conversation."""
+_HALF = "holds half of a character (a lone \\ud800 to \\udfff)"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,13 @@ class RowMapper:
                 f"{row.source}: column {self.group!r} is empty, so nothing says which group the row belongs "
                 "to; fill it in or remove the row."
             )
-        return as_key(value)
+        group = as_key(value)
+        if not is_text(group):
+            raise DataError(
+                f"{row.source}: column {self.group!r} {_HALF}, so nothing says which group the row "
+                "belongs to; mend it or remove the row."
+            )
+        return group
 
     def _value(self, kind: Kind, value: Any, where: str) -> Any:
         """Return a cell as its kind has it.
@@ -113,10 +120,7 @@ class RowMapper:
             remedy = "use `template` to write texts from columns" if TEXT in self.kinds else "make it one"
             raise DataError(f"{where} holds a {type(value).__name__}, not a text; {remedy}.")
         if kind == "text" and not is_text(value):
-            raise DataError(
-                f"{where} holds half of a character (a lone \\ud800 to \\udfff); the text was cut there: "
-                "mend it or remove the row."
-            )
+            raise DataError(f"{where} {_HALF}; the text was cut there: mend it or remove the row.")
         if kind == "number":
             return _as_number(value, where)
         if kind == "image" and not isinstance(value, str | bytes):

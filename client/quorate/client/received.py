@@ -56,6 +56,9 @@ def check_header(run: RunConfig, header: RequestHeader) -> None:
         raise ProtocolError(f"a request to {phase} names round {round} of {last}.")
     if (header.split is None) == (phase == "evaluate"):
         raise ProtocolError("a request names a split of the rows if it is to evaluate, and only then.")
+    # They may be rows that a private run was trained on, whose figures would be exact under any other run.
+    if header.split == "train":
+        raise ProtocolError("no run has figures on training rows; validation and test rows are measured.")
     if (header.delivery is None) == (phase == "finish"):
         raise ProtocolError("a request brings figures if it brings a result, and only then.")
 

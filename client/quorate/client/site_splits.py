@@ -2,6 +2,7 @@
 
     key          32 random bytes, mode 0600, made when rows are first asked for: the secret of the placing
     trained.db   digests of the rows and groups that a private run was trained on, under that key (SQLite)
+    anew         made by a person, and taken away when it was heeded: begin without what was lost
 
 Rows lie where they lie for ever as long as the key stays. A site may still change shares, move rows from one
 file to another, or say otherwise whose row is whose; so what a private run is to be trained on is written
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,10 +31,11 @@ from quorate.shared.messages import Split
 
 log = logging.getLogger(__name__)
 
-FOLDER, KEY, TRAINED = "splits", "key", "trained.db"
+FOLDER, KEY, TRAINED, ANEW = "splits", "key", "trained.db", "anew"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS key (fingerprint TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS trained (unit BLOB PRIMARY KEY) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS anew (begun_at REAL NOT NULL) STRICT;
 """
 
 
@@ -78,17 +81,14 @@ class SiteSplits:
 def open_splits(site: SiteFolder) -> SiteSplits:
     """Return how the rows of a site are placed; for the site's process, whose key it makes where it is new.
 
-    Raises: LedgerError: the key is gone, or is another one. OutputError: it cannot be read or written.
+    Raises: LedgerError: the key or the book is gone, or of another one, and no person had it begin anew.
+        OutputError: they cannot be read or written.
     """
     folder = site.state / FOLDER
-    path, book = folder / KEY, folder / TRAINED
+    path, book, anew = folder / KEY, folder / TRAINED, folder / ANEW
     if not path.exists():
-        if book.exists() or _has_spent(site):
-            raise LedgerError(
-                f"{path} is gone, which says what is trained on and what is measured, and private runs were "
-                "trained here: with a new key rows that they were trained on could be measured. Put it "
-                "back from a backup of the state folder; docs/data.md (Splits) says what to do without one."
-            )
+        if book.exists() or (_has_spent(site) and not anew.exists()):
+            raise _lost(path, "says what is trained on and what is measured")
         make_folder(folder)
         write_atomically(path, os.urandom(KEY_BYTES))
     placing = read_placing(path)
@@ -100,14 +100,29 @@ def open_splits(site: SiteFolder) -> SiteSplits:
                 "INSERT INTO key SELECT ? WHERE NOT EXISTS (SELECT 1 FROM key UNION SELECT 1 FROM trained)",
                 (placing.fingerprint,),
             )
+            if anew.exists():
+                db.execute("INSERT INTO anew VALUES (?)", (time.time(),))
         made = db.execute("SELECT fingerprint FROM key").fetchall()
+        # Rows are written down before anything is spent on them, so a book without any is not the one.
+        empty = not db.execute("SELECT 1 FROM trained UNION ALL SELECT 1 FROM anew LIMIT 1").fetchone()
     sync_folder(folder)
     if made != [(placing.fingerprint,)]:
         raise LedgerError(
             f"{path} is not the key that {book.name} beside it was written with; put both back from one "
             "backup of the state folder."
         )
+    if empty and _has_spent(site):
+        raise _lost(book, "says what was trained on")
+    anew.unlink(missing_ok=True)
     return SiteSplits(placing, book)
+
+
+def _lost(path: Path, what: str) -> LedgerError:
+    return LedgerError(
+        f"{path} is gone or empty, which {what}, and private runs were trained here: without it rows "
+        "of theirs could be measured. Put it back from a backup of the state folder; docs/data.md "
+        "(Splits) says what to do without one."
+    )
 
 
 def look_at_splits(site: SiteFolder) -> SiteSplits | None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from quorate.client.config import SiteConfig
 from quorate.server.federation import FederationConfig
@@ -173,10 +174,10 @@ def test_an_anchor_within_itself(tmp_path: Path) -> None:
         ({"trainig": {}}, "trainig: there is no such field; did you mean training?"),
         ({"training": {"learning_rte": 1}}, "training.learning_rte: there is no such field; did you mean training.learning_rate?"),
         ({"learning_rate": 1}, "learning_rate: there is no such field; did you mean training.learning_rate?"),
-        ({"federation": {"rounds": 0}}, "federation.rounds: must be a whole number of at least 1 (value 0)."),
-        ({"federation": {"rounds": "many"}}, 'federation.rounds: must be a whole number of at least 1 (value "many").'),
-        ({"federation": {"rounds": 1.5}}, "federation.rounds: must be a whole number of at least 1 (value 1.5)."),
-        ({"federation": {"rounds": None}}, "federation.rounds: must be a whole number of at least 1 (value null); write a value."),
+        ({"federation": {"rounds": 0}}, "federation.rounds: must be a whole number of at least 1 and at most 1000000 (value 0)."),
+        ({"federation": {"rounds": "many"}}, 'federation.rounds: must be a whole number of at least 1 and at most 1000000 (value "many").'),
+        ({"federation": {"rounds": 1.5}}, "federation.rounds: must be a whole number of at least 1 and at most 1000000 (value 1.5)."),
+        ({"federation": {"rounds": None}}, "federation.rounds: must be a whole number of at least 1 and at most 1000000 (value null); write a value."),
         ({"training": {"learning_rate": 0}}, "training.learning_rate: must be a number above 0 and at most 1000000 (value 0)."),
         ({"training": {"adam_beta1": 1}}, "training.adam_beta1: must be a number of at least 0 and below 1 (value 1)."),
         ({"training": {"learning_rate": math.inf}}, "training.learning_rate: must be a number above 0 and at most 1000000 (value Infinity); infinity and NaN are not allowed."),
@@ -327,7 +328,7 @@ def test_later_overrides_win_and_shared_sections_stay_apart(tmp_path: Path) -> N
         ("=3", "command line: '=3' is not an override; write key=value, for instance training.max_steps=8."),
         ("task.labels.0=x", "command line: task.labels.0: task.labels has no fields of its own; set it whole: task.labels=..."),
         ("task.labels=[a", "command line: task.labels: line 1, column 3: expected ',' or ']', but got '<stream end>'; this is not valid YAML: a bracket or quote is not closed."),
-        ("training.max_steps=0", "run.yaml: training.max_steps (set on the command line): must be a whole number of at least 1 (value 0)."),
+        ("training.max_steps=0", "run.yaml: training.max_steps (set on the command line): must be a whole number of at least 1 and at most 1000000000 (value 0)."),
     ],
 )  # fmt: skip
 def test_one_wrong_override(tmp_path: Path, override: str, line: str) -> None:
@@ -383,3 +384,23 @@ def test_the_schema_describes_every_field(model: type[ConfigModel]) -> None:
 
 def test_the_schema_names_every_rule() -> None:
     assert set(root(RunConfig).fields["aggregation"].tags) >= {"fedavg", "ffa", "fedex"}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "most"),
+    [
+        ("federation", "rounds", 10**6),
+        ("training", "max_steps", 10**9),
+        ("training", "num_train_epochs", 10**9),
+        ("training", "gradient_accumulation_steps", 2**16),
+        ("training", "per_device_train_batch_size", 2**16),
+        ("training", "per_device_eval_batch_size", 2**16),
+    ],
+)
+def test_numbers_that_no_machine_gets_through_are_refused(
+    make_run: Any, section: str, field: str, most: int
+) -> None:
+    make_run(**{section: {field: most}})
+    for value in (most + 1, 2**70):
+        with pytest.raises(ValidationError, match=field):
+            make_run(**{section: {field: value}})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.numpy import save
 
 from quorate.shared.adapter import Adapter
@@ -188,3 +189,9 @@ def test_what_safetensors_takes_and_nobody_writes_is_refused(data: bytes) -> Non
     # Another error than ours would end a coordinator's run: any site could do that.
     with pytest.raises(ProtocolError):
         Update.decode(data)
+
+
+@pytest.mark.parametrize("round", [10**9 + 1, 2**63, 2**70])
+def test_a_round_is_a_number_that_can_be_kept(round: int) -> None:
+    with pytest.raises(ValidationError, match="round"):
+        RequestHeader.model_validate({**a_request().header.model_dump(), "round": round})

@@ -77,7 +77,7 @@ class RequestHeader(ConfigModel):
     """Version of this message format."""
     run_id: str
     """Which run this is; outlives restarts of the coordinator."""
-    round: int = Field(ge=0)
+    round: int = Field(ge=0, le=10**9)
     """Round, from 1; 0 while sites join."""
     phase: Phase
     """What is asked: describe yourself, train, evaluate, train an adapter of your own, keep the result."""

@@ -140,15 +140,15 @@ class TrainingConfig(ConfigModel):
     """Pattern, as in `freeze` -> factor on the learning rate; factors of several are multiplied."""
     layer_lr_decay: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rate per layer below the last one: lower layers learn more slowly."""
-    per_device_train_batch_size: int = Field(16, ge=1)
+    per_device_train_batch_size: int = Field(16, ge=1, le=2**16)
     """Rows of one site in one forward pass."""
-    per_device_eval_batch_size: int = Field(32, ge=1)
+    per_device_eval_batch_size: int = Field(32, ge=1, le=2**16)
     """Rows in one forward pass of an evaluation."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)
     """Forward passes per optimiser step."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=10**9)
     """Optimiser steps of each site in ONE round; takes the place of num_train_epochs."""
-    num_train_epochs: int = Field(1, ge=1)
+    num_train_epochs: int = Field(1, ge=1, le=10**9)
     """Passes over the site's rows in ONE round, when max_steps is left out."""
     bf16: bool = False
     """Run the forward pass under bfloat16 autocast; adapters and optimisers stay float32."""
@@ -174,7 +174,7 @@ class TrainingConfig(ConfigModel):
 class FederationConfig(ConfigModel):
     """Rounds, cohort and quorum."""
 
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=10**6)
     """Number of rounds."""
     sites_per_round: int | None = Field(None, ge=1)
     """Sites asked in a round, drawn by seed; all of them when left out."""

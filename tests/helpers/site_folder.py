@@ -94,6 +94,7 @@ class SiteProcess:
 
     def __init__(self, folder: SiteFolder) -> None:
         self.folder = folder
+        fix_splits(folder)
         self._log = folder.path / "process.log"
         self.process = self._start()
 

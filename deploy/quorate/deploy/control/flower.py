@@ -132,7 +132,7 @@ def _state_in(answer: dict[str, Any]) -> FlowerState:
     try:
         text = answer["runs"][0]["status"].rpartition(":")[2]
     except (KeyError, IndexError, AttributeError) as error:
-        raise ControlError("`flwr list` answers in another form than Flower 1.41's.") from error
+        raise ControlError("`flwr list` answers in another form than Flower 1.42's.") from error
     known: tuple[FlowerState, ...] = (*ACTIVE, "completed", "failed", "stopped")
     for state in known:
         if text == state:

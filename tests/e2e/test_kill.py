@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from cli_forks import Ended, Point
-from moments import MEASURE, OPEN, PHASES, REPLACE, RULE, STEP, WRITES
+from moments import APPEND, MEASURE, PHASES, REPLACE, RULE, STEP, WRITES
 from tiny_runs import CASES, ROUNDS, TinyRuns
 
 from quorate.server.checkpoint import list_checkpoints
@@ -67,11 +67,11 @@ def test_killed_in_a_reference_run(runs: TinyRuns, phase: str) -> None:
 
 def test_a_resumed_run_that_is_killed_again(runs: TinyRuns) -> None:
     stops = [
-        (Point(OPEN, 1, "checkpoint", file="record.jsonl", when="torn"), 1),
+        (Point(APPEND, 1, "checkpoint", file="record.jsonl", when="torn"), 1),
         (Point(REPLACE, file=".record.jsonl.tmp"), 1),  # while the files are brought to the checkpoint
         (Point(REPLACE, file=".record.jsonl.tmp", when="after"), 1),
         (Point(STEP, 2, "train", nth=3), 1),
-        (Point(OPEN, 2, "checkpoint", file="metrics.jsonl", when="torn"), 2),
+        (Point(APPEND, 2, "checkpoint", file="metrics.jsonl", when="torn"), 2),
         (Point(MEASURE, 3, "evaluate", nth=3), 2),
         (Point("quorate.deploy.console:ConsoleTracker.finish", 3, "outputs"), 3),
     ]
@@ -146,10 +146,10 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("damage", [edit, truncate])
 def test_a_damaged_checkpoint_is_refused(runs: TinyRuns, damage: Callable[[Path], None], name: str) -> None:
     out = runs.folder / f"{damage.__name__}-{name}"
-    check_killed(out, runs.simulate("fedavg", out.name, at=Point(STEP, 3, "train")), 2)
+    check_killed(out, runs.simulate("two checkpoints", out.name, at=Point(STEP, 3, "train")), 2)
     damage(out / "checkpoint-2" / name)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    refused = runs.simulate("fedavg", out.name, "--resume")
+    refused = runs.simulate("two checkpoints", out.name, "--resume")
     assert refused.code == 2 and "Traceback" not in refused.err
     assert refused.err.splitlines()[-1] == (
         f"CheckpointError: {out.name}/checkpoint-2/{name} is not what was written (truncated or edited); "
@@ -157,4 +157,4 @@ def test_a_damaged_checkpoint_is_refused(runs: TinyRuns, damage: Callable[[Path]
     )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     shutil.rmtree(out / "checkpoint-2")
-    resume(runs, "fedavg", out.name, 1)
+    resume(runs, "two checkpoints", out.name, 1)

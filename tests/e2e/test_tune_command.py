@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -54,7 +55,12 @@ def folder(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "tiny.yaml").write_text(RUN)
     (tmp_path / "tiny.sites.yaml").write_text(SITES)
     (tmp_path / "space.yaml").write_text(SPACE)
-    lines = "".join(f"{text},{label}\n" for _ in range(20) for label, text in TEXTS.items())
+    draw = random.Random(5)
+    lines = "".join(
+        f"{text} {' '.join(draw.choices(text.split(), k=6))},{label}\n"  # equal rows have one split
+        for _ in range(20)
+        for label, text in TEXTS.items()
+    )
     (tmp_path / "notes.csv").write_text("text,label\n" + lines)
     yield tmp_path
     logging.captureWarnings(False)

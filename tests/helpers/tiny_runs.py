@@ -27,6 +27,7 @@ LABELS = {"cardiac": "heart blood rhythm", "hepatic": "liver dose drug", "pulmon
 CASES = {
     "fedavg": ("aggregation.name=fedavg",),
     "fedex": ("aggregation.name=fedex", "federation.sites_per_round=2"),
+    "two checkpoints": ("save_total_limit=2",),
     "references": ("evaluation.references=[local_only,centralised]",),
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from quorate.shared.errors import ProtocolError
+from quorate.shared.errors import OutputError, ProtocolError
 from quorate.shared.messages import ARRAY, ERROR_CODE, RECORD, Phase, RoundRequest, Update
 
 _TYPES: Mapping[Phase, str] = {
@@ -18,7 +21,11 @@ _TYPES: Mapping[Phase, str] = {
     "alone": MessageType.TRAIN,
     "finish": MessageType.QUERY,
 }
+log = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.5
+PUSHES = 5
+"""How often messages are brought to a SuperLink that takes only part of them."""
 UNREACHABLE = "unreachable"
 """Code of a message that Flower could not bring, or of an error of Flower's own."""
 Open = dict[str, int]
@@ -45,7 +52,10 @@ class Exchange:
         return set(self._open.values())
 
     def send(self, requests: Mapping[int, RoundRequest]) -> None:
-        """Push one request per node (node id -> request)."""
+        """Push one request per node (node id -> request).
+
+        Raises: OutputError: the SuperLink does not take them.
+        """
         messages = []
         for node, request in requests.items():
             data = request.encoded
@@ -54,7 +64,7 @@ class Exchange:
             kind, group = _TYPES[request.header.phase], str(request.header.round)
             messages.append(self._grid.create_message(content, kind, node, group, self._ttl))
         if messages:
-            self._open.update(zip(self._grid.push_messages(messages), requests, strict=True))
+            self._open.update(zip(push(self._grid, messages), requests, strict=True))
 
     def pull(self) -> Iterator[tuple[int, bytes | str]]:
         """Yield (node, message bytes or error code) of the replies that are there now."""
@@ -68,6 +78,27 @@ class Exchange:
         """Give up on all that is open; returns it."""
         left, self._open = self._open, {}
         return left
+
+
+def push(grid: Grid, messages: list[Message]) -> Iterable[str]:
+    """Push messages and return their ids, again where the SuperLink took only part of them.
+
+    A SuperLink that is killed after it stored a part and before it said so refuses that part when Flower
+    brings it again. The same messages a second time keep their ids, and only what is missing is stored.
+
+    Raises: OutputError: it did not take them `PUSHES` times.
+    """
+    for _ in range(PUSHES):
+        try:
+            return grid.push_messages(messages)
+        except ObjectPushError as error:
+            refused = error
+            log.warning("the SuperLink did not take a part of the messages; sending them again")
+            time.sleep(POLL_SECONDS)
+    raise OutputError(
+        f"the SuperLink did not store messages in {PUSHES} attempts; see its log (full disk?), and continue "
+        "the run with --resume."
+    ) from refused
 
 
 def forget(messages: Open, node: int) -> None:

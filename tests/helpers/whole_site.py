@@ -25,7 +25,7 @@ class WholeSite:
 
     def __init__(self, folder: SiteFolder) -> None:
         self.folder = folder
-        self.steps = 0
+        self.steps = self.passes = 0
         self.on_step: Callable[[], None] = lambda: None
         fix_splits(folder)
         self.start()
@@ -71,6 +71,7 @@ class WholeSite:
         return update
 
     def _step(self, event: Any) -> None:
-        self.steps += 1
+        self.passes += 1
+        self.steps += event.taken
         self._limited.on_step(event)
         self.on_step()

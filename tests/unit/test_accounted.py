@@ -30,6 +30,7 @@ from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.messages import RoundRequest, Update
 from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.progress import StepEvent
 
 STEPS = 3
 PRIVATE = {"unit": "record", "noise_multiplier": 1.0}
@@ -72,9 +73,10 @@ class World:
         self.folder = SiteFolder.find(self.folder.path)
         self.start()
 
-    def _step(self, _event: object) -> None:
-        self.steps += 1
-        self.on_step()
+    def _step(self, event: StepEvent) -> None:
+        self.steps += event.taken
+        if event.taken:
+            self.on_step()
 
     def ask(self, asked: RoundRequest) -> Update:
         (update,) = self.gate.handle([RoundRequest.decode(asked.encoded)])

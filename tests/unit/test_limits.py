@@ -94,8 +94,11 @@ def test_a_run_of_ten_thousand_rounds_is_refused_by_default(site: Any, pinned: A
         # 58 rows in batches of 4: 15 steps an epoch.
         ({"max_steps": None, "num_train_epochs": 2}, 30, True),
         ({"max_steps": None, "num_train_epochs": 2}, 29, False),
-        ({"max_steps": None, "gradient_accumulation_steps": 2}, 8, True),
-        ({"max_steps": None, "gradient_accumulation_steps": 2}, 7, False),
+        # Passes are counted: one optimiser step could be any number of them.
+        ({"max_steps": 4, "gradient_accumulation_steps": 3}, 12, True),
+        ({"max_steps": 4, "gradient_accumulation_steps": 3}, 11, False),
+        ({"max_steps": None, "gradient_accumulation_steps": 2}, 15, True),
+        ({"max_steps": None, "gradient_accumulation_steps": 2}, 14, False),
         ({"max_steps": None, "examples_per_class": 4}, 3, True),
         ({"max_steps": None, "examples_per_class": 4}, 2, False),
     ],
@@ -105,7 +108,7 @@ def test_steps_of_a_round(site: Any, pinned: Any, training: Any, most: int, allo
     for phase, round in (("join", 0), ("fit", 1)):
         update = whole.ask(request(pinned(training=training), phase, round))
         assert update.header.error == (None if allowed else "policy-steps")
-    assert whole.steps == (most if allowed else 0), "refused before the first step, and not a step too early"
+    assert whole.passes == (most if allowed else 0), "refused before the first step, and not a step too early"
     assert "policy-steps" in REASONS
 
 
@@ -127,6 +130,26 @@ def test_a_round_ends_at_the_step_that_takes_too_long(site: Any, pinned: Any, cl
     assert "policy-minutes" in REASONS
     clock.now += 10_000
     assert whole.ask(request(run, round=2)).header.error is None, "the next round has minutes of its own"
+
+
+def test_a_step_of_many_passes_ends_at_the_pass_that_takes_too_long(
+    site: Any, pinned: Any, clock: Clock
+) -> None:
+    whole = site(max_minutes_per_round=2)
+    passing(whole, clock, 59)
+    run = pinned(training={"max_steps": 1, "gradient_accumulation_steps": 50})
+    assert whole.ask(request(run)).header.error == "policy-minutes"
+    assert (whole.passes, whole.steps) == (4, 0)
+
+
+def test_rows_of_a_round(site: Any, pinned: Any) -> None:
+    run = pinned(training={"max_steps": 3, "per_device_train_batch_size": 2000})
+    assert site().ask(request(run)).header.error is None
+    assert site(max_rows_per_round=5999).ask(request(run)).header.error == "policy-steps"
+    most = pinned(training={"max_steps": 2_600, "per_device_train_batch_size": 4096})
+    assert site().ask(request(most, "join", 0)).header.error == "policy-steps", "by default"
+    groups = pinned(privacy={"unit": "group", "noise_multiplier": 1.0, "max_records_per_group": 1000})
+    assert site(max_rows_per_round=50).ask(request(groups, "join", 0)).header.error == "policy-steps"
 
 
 def test_training_alone_has_minutes_for_each_of_its_rounds(site: Any, pinned: Any, clock: Clock) -> None:

@@ -82,8 +82,10 @@ class PolicyConfig(ConfigModel):
     max_rounds: int | None = Field(1000, ge=1)
     """Most rounds of a run; null sets no limit, here and in the limits that follow."""
     max_steps_per_round: int | None = Field(10_000, ge=1)
-    """Most optimiser steps of one round here, as `training.max_steps` says or as epochs over this site's rows
-    make."""
+    """Most forward and backward passes of one round here, as `training.max_steps` says or as epochs over this
+    site's rows make. An optimiser step is `training.gradient_accumulation_steps` of them."""
+    max_rows_per_round: int | None = Field(10_000_000, ge=1)
+    """Most rows that those passes of one round go over, a row counted each time."""
     max_minutes_per_round: float | None = Field(120, gt=0)
     """Longest that one round may be worked on; training ends at the step that passes it."""
     max_minutes_per_day: float | None = Field(720, gt=0)

@@ -249,7 +249,9 @@ def seconds_a_step(
     model.check_tokens(examples)
     ended: list[float] = []
 
-    def note(_event: StepEvent) -> None:
+    def note(event: StepEvent) -> None:
+        if not event.taken:
+            return
         if model.peft.device.type == "cuda":
             torch.cuda.synchronize(model.peft.device)
         ended.append(time.perf_counter())

@@ -27,7 +27,7 @@ class Limited:
         book: what was worked and begun before.
         begins: called before a run's `join`, or what else it begins with, is answered: data are read again
             then.
-        inner: does the work, and has `on_step` called at every optimiser step.
+        inner: does the work, and has `on_step` called at every optimiser step and between its passes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Limited:
         return [self._one(request) for request in requests]
 
     def on_step(self, event: StepEvent) -> None:
-        """Raise RequestRefused at the optimiser step that passes a limit: the request ends by its code."""
+        """Raise RequestRefused at the step or pass that goes beyond a limit: the request ends by its code."""
         now, policy = time.monotonic(), self._policy()
         if event.round != self._round:
             if self._round is not None:  # several rounds in one request: each has its own minutes

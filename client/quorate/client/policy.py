@@ -6,6 +6,7 @@ A refusal's rule, value and remedy go to the site's log; its code alone reaches 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from quorate.client.approvals import RUN_ID, is_approved, is_withdrawn, note_wai
 from quorate.client.config import PolicyConfig, SiteConfig
 from quorate.client.received import check_header
 from quorate.client.resident import Handler, failed
-from quorate.client.trainer.private_plan import steps_a_round
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import AdapterConfig, RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
@@ -145,7 +145,9 @@ def check_rows(site: SiteConfig, alias: str, count: int) -> None:
 
 
 def check_steps(site: SiteConfig, run: RunConfig, units: int) -> None:
-    """Hold the steps of a round, which epochs make of rows, against the policy.
+    """Hold the work of a round, which epochs make of rows, against the policy.
+
+    What is counted is passes and rows, as one optimiser step may be any number of either.
 
     Args:
         site: the site's own configuration.
@@ -153,15 +155,25 @@ def check_steps(site: SiteConfig, run: RunConfig, units: int) -> None:
         units: training rows (or groups, where they are what is protected) that the run uses here.
     Raises: RequestRefused: there are too many.
     """
-    batch = run.training.per_device_train_batch_size * run.training.gradient_accumulation_steps
-    steps, most = steps_a_round(run.training, units, batch), site.policy.max_steps_per_round
-    if most is not None and steps > most:
-        raise RequestRefused(
-            f"policy.max_steps_per_round is {most}, the run asks for {steps} optimiser steps a round here; "
-            "raise policy.max_steps_per_round in site.yaml, or have the coordinator lower training.max_steps "
-            "(or num_train_epochs).",
-            code="policy-steps",
-        )
+    training = run.training
+    size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if training.max_steps is not None:
+        passes = training.max_steps * accumulated
+        rows = passes * size
+    else:
+        passes = training.num_train_epochs * math.ceil(units / size)
+        rows = training.num_train_epochs * units
+    if isinstance(run.privacy, SitePrivacy) and run.privacy.unit == "group":
+        rows *= run.privacy.max_records_per_group
+    for name, asked in {"max_steps_per_round": passes, "max_rows_per_round": rows}.items():
+        most = getattr(site.policy, name)
+        if most is not None and asked > most:
+            raise RequestRefused(
+                f"policy.{name} is {most}, and the run asks for {asked} a round here; raise it in site.yaml, "
+                "or have the coordinator lower training.max_steps (or num_train_epochs), "
+                "gradient_accumulation_steps or per_device_train_batch_size.",
+                code="policy-steps",
+            )
 
 
 def _long(run: RunConfig, site: SiteConfig) -> None:

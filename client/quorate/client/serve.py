@@ -229,6 +229,8 @@ def serve(folder: SiteFolder, stop: threading.Event) -> int:
     def on_step(event: StepEvent) -> None:
         services[0].check_stopping()
         limits[0].on_step(event)
+        if not event.taken:
+            return
         loss = "" if event.loss is None else f", loss {event.loss:.4f}"
         log.debug("round %d, step %d of %d%s", event.round, event.step, event.steps, loss)
 

@@ -101,7 +101,7 @@ class ConsoleTracker:
 
     def step(self, event: StepEvent) -> None:
         """Show an optimiser step; on a terminal alone, as there are too many for lines."""
-        if self._bar is None:
+        if self._bar is None or not event.taken:
             return
         names = ", ".join(event.sites[:3]) + (f" +{len(event.sites) - 3}" if len(event.sites) > 3 else "")
         loss = "" if event.loss is None else f" · loss {event.loss:.3f}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig, TrainingConfig
 from quorate.shared.model import LoadedModel
-from quorate.shared.progress import OnStep, StepEvent
+from quorate.shared.progress import OnStep, StepEvent, between_passes
 from quorate.shared.seeds import derive_seed, rng
 
 __all__ = ["Fitted", "SiteTask", "fit"]
@@ -63,9 +63,10 @@ def fit(
     with training_mode(model, stack, run, seed):
         for step in range(max(len(member.steps) for member in members)):
             live = [i for i, member in enumerate(members) if step < len(member.steps)]
-            losses = _step(model, stack, run, members, live, round, step)
             names = tuple(members[i].task.site for i in live)
-            on_step(StepEvent(names, round, step + 1, len(members[live[0]].steps), sum(losses) / len(losses)))
+            taken = StepEvent(names, round, step + 1, len(members[live[0]].steps), None)
+            losses = _step(model, stack, run, members, live, round, step, between_passes(on_step, taken))
+            on_step(replace(taken, loss=sum(losses) / len(losses)))
     return [
         Fitted(
             stack.read(position),
@@ -106,12 +107,15 @@ def _step(
     live: list[int],
     round: int,
     step: int,
+    between: Callable[[], None],
 ) -> list[float]:
     """Take one optimiser step with every site that has steps left; return their losses."""
     for parameter in stack.arrays.values():
         parameter.grad = None
     losses = dict.fromkeys(live, 0.0)
     for micro in range(max(len(members[i].steps[step]) for i in live)):
+        if micro:
+            between()
         present = [i for i in live if micro < len(members[i].steps[step])]
         per_site = _forward(model, stack, run, members, present, round, step, micro)
         per_site.sum().backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ mechanism's own.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from quorate.shared.config.privacy import SitePrivacy
 from quorate.shared.config.run import RunConfig
 from quorate.shared.model import LoadedModel
 from quorate.shared.privacy.secret import SecretSource, secret_source
-from quorate.shared.progress import OnStep, StepEvent
+from quorate.shared.progress import OnStep, StepEvent, between_passes
 
 Unit = list[int]
 """Indices of a record's one row, or of a group's rows."""
@@ -78,9 +78,10 @@ def fit_privately(
         check_batch_statistics(model)
         for step in range(max(member.plan.steps_per_round for member in members)):
             live = [i for i, member in enumerate(members) if step < member.plan.steps_per_round]
-            _step(model, stack, run, members, live, step, length)
             names = tuple(members[i].task.site for i in live)
-            on_step(StepEvent(names, round, step + 1, members[live[0]].plan.steps_per_round, None))
+            taken = StepEvent(names, round, step + 1, members[live[0]].plan.steps_per_round, None)
+            _step(model, stack, run, members, live, step, length, between_passes(on_step, taken))
+            on_step(taken)
     return [
         Fitted(
             stack.read(position),
@@ -155,16 +156,20 @@ def _step(
     live: list[int],
     step: int,
     length: int | None,
+    between: Callable[[], None],
 ) -> None:
     """Take one private step with every site that has steps left, each on a batch of its own.
 
     Args:
         length: see `row_losses`.
+        between: called between two passes.
     """
     size = run.training.per_device_train_batch_size
     passes = {i: list(_passes(_drawn(members[i]), size)) for i in live}
     sums = {i: _empty_sum(members[i]) for i in live}
     for number in range(max(map(len, passes.values()))):
+        if number:
+            between()
         present = [i for i in live if number < len(passes[i])]
         shares = []
         for i in present:

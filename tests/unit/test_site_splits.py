@@ -236,6 +236,8 @@ def test_a_ledger_that_has_spent_wants_the_book_too(place: Place, make: Any, los
         place.restart()
         with pytest.raises(LedgerError, match="private runs were trained here"):
             place.at_site.rows(make(), SITE)
+        with pytest.raises(LedgerError, match="private runs were trained here"):
+            AtSite(place.folder, looks_only=True).rows(make(), SITE)
     assert place.ask(make(), run_id="f" * 16).header.error == "ledger"
     (splits / "anew").touch()
     assert place.texts(make())["train"] and (splits / "key").read_bytes() == key
@@ -247,6 +249,23 @@ def test_a_ledger_that_has_spent_wants_the_book_too(place: Place, make: Any, los
     place.restart()
     with pytest.raises(LedgerError):
         place.at_site.rows(make(), SITE)
+
+
+def test_a_column_more_in_every_row_is_said(place: Place, make: Any, caplog: Any) -> None:
+    run = make(privacy=PRIVATE)
+    place.ask(run, "join", round=0)
+    assert place.ask(run).header.error is None
+    file = place.path / "notes.csv"
+    header, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([header, *lines[10:]]) + "\n")  # most rows are those that it had
+    place.restart()
+    place.ask(run, "join", round=0, run_id="a" * 16)
+    assert "on none of these rows" not in caplog.text
+    file.write_text("\n".join([header + ",export", *(line + ",2026-11-28" for line in lines)]) + "\n")
+    place.restart()
+    place.ask(run, "join", round=0, run_id="b" * 16)
+    (record,) = [each for each in caplog.records if "on none of these rows" in each.getMessage()]
+    assert record.levelname == "ERROR"
 
 
 def test_who_only_looks_makes_no_key(place: Place, make: Any) -> None:

@@ -82,20 +82,11 @@ def told_seconds(run: RunConfig, seconds: float) -> float:
     return 0.0 if isinstance(run.privacy, SitePrivacy) else seconds
 
 
-def check_split(run: RunConfig, split: Split) -> None:
-    """Raise RequestRefused for figures that the run promises to keep at the sites.
-
-    Those are exact figures on training rows under privacy, and all of them without share_outcomes.
-    """
+def check_shares_outcomes(run: RunConfig) -> None:
+    """Raise RequestRefused for figures that the run promises to keep at the sites."""
     if not run.evaluation.share_outcomes:
         raise RequestRefused(
             "evaluation.share_outcomes: the run promises that sites send nothing of what the model gets "
             "right and wrong on their rows; have the coordinator not ask for it.",
-            code="policy-privacy",
-        )
-    if isinstance(run.privacy, SitePrivacy) and split == "train":
-        raise RequestRefused(
-            "privacy: figures on training rows would be exact, and the run promises to protect these rows; "
-            "have the coordinator measure on validation or test rows.",
             code="policy-privacy",
         )

@@ -36,6 +36,13 @@ def read_rows(
     splits = load_splits(source, base_dir, run.task.columns, labels, held.placing if held else None)
     if held is None:
         return splits, set()
+    if held.knows_none(splits, images):
+        log.error(
+            "data.%s: private runs were trained at this site, and on none of these rows. Where these are the "
+            "same people's with a column more, less or changed in each row, they are new rows to the splits, "
+            "and what was trained on may be measured: see docs/data.md (Splits)",
+            run.data,
+        )
     splits, left = held.leave_out_trained(splits, images)
     if left:
         log.warning("data.%s: %d measured rows are left out: a private run had them", run.data, left)

@@ -21,7 +21,7 @@ from quorate.client.device_errors import in_smaller_stacks, of_device
 from quorate.client.finish import keep_result
 from quorate.client.holdings import Holdings, InMemory, SiteRows
 from quorate.client.prepared import Prepared, Resident
-from quorate.client.private import check_split, groups_of, told_seconds
+from quorate.client.private import check_shares_outcomes, groups_of, told_seconds
 from quorate.client.received import check_arrays, check_base_change, check_header
 from quorate.client.resident import failed
 from quorate.client.trainer.evaluate import evaluate
@@ -182,7 +182,7 @@ class Site:
         started = time.monotonic()
         split = request.header.split
         assert split is not None, "check_header"
-        check_split(resident.run, split)
+        check_shares_outcomes(resident.run)
         state = self._received(resident, request)
         examples = self._prepared.examples(resident, request.header.site, split)
         outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)

@@ -69,6 +69,19 @@ class SiteSplits:
                 kept[name] = rows
         return kept, left
 
+    def knows_none(self, splits: Mapping[Split, Sequence[LoadedRow]], images: Sequence[str]) -> bool:
+        """Tell whether private runs were trained here, and on none of these rows.
+
+        Raises: OutputError: the book cannot be read.
+        """
+        if not self.book.exists():
+            return False
+        with _open(self.book, "ro") as db:
+            if not db.execute("SELECT 1 FROM trained LIMIT 1").fetchone():
+                return False
+            rows = (row for each in splits.values() for row in each)
+            return not any(_known(db, self.placing.units(row, images)) for row in rows)
+
     def write_down(self, units: Iterable[bytes]) -> None:
         """Keep what is about to be trained on; it is on disk when this returns.
 
@@ -102,9 +115,7 @@ def open_splits(site: SiteFolder) -> SiteSplits:
             )
             if anew.exists():
                 db.execute("INSERT INTO anew VALUES (?)", (time.time(),))
-        made = db.execute("SELECT fingerprint FROM key").fetchall()
-        # Rows are written down before anything is spent on them, so a book without any is not the one.
-        empty = not db.execute("SELECT 1 FROM trained UNION ALL SELECT 1 FROM anew LIMIT 1").fetchone()
+        made, empty = db.execute("SELECT fingerprint FROM key").fetchall(), _is_empty(db)
     sync_folder(folder)
     if made != [(placing.fingerprint,)]:
         raise LedgerError(
@@ -128,7 +139,7 @@ def _lost(path: Path, what: str) -> LedgerError:
 def look_at_splits(site: SiteFolder) -> SiteSplits | None:
     """Return how the rows of a site are placed, where its process has made a key; changes nothing.
 
-    Raises: LedgerError: it is no key. OutputError: it cannot be read.
+    Raises: LedgerError: it is no key; what was trained on is gone. OutputError: they cannot be read.
     """
     folder = site.state / FOLDER
     if not (folder / KEY).exists():
@@ -138,7 +149,10 @@ def look_at_splits(site: SiteFolder) -> SiteSplits | None:
             site.path,
         )
         return None
-    return SiteSplits(read_placing(folder / KEY), folder / TRAINED)
+    placing, book = read_placing(folder / KEY), folder / TRAINED
+    if not (folder / ANEW).exists() and _has_spent(site) and not _holds_rows(book):
+        raise _lost(book, "says what was trained on")
+    return SiteSplits(placing, book)
 
 
 def look_beside(base_dir: Path) -> SiteSplits | None:
@@ -171,6 +185,18 @@ def _has_spent(site: SiteFolder) -> bool:
         return False
     with _open(path, "ro") as db:
         return bool(stored_rows(db))
+
+
+def _holds_rows(book: Path) -> bool:
+    if not book.exists():
+        return False
+    with _open(book, "ro") as db:
+        return not _is_empty(db)
+
+
+def _is_empty(db: sqlite3.Connection) -> bool:
+    # Rows are written down before anything is spent on them, so a book without any is not the one.
+    return not db.execute("SELECT 1 FROM trained UNION ALL SELECT 1 FROM anew LIMIT 1").fetchone()
 
 
 def _known(db: sqlite3.Connection, units: Iterable[bytes]) -> bool:

@@ -184,7 +184,9 @@ class FederationConfig(ConfigModel):
     """Longest wait for replies, in joining, training, evaluation and delivery alike."""
     grace_seconds: float = Field(60, ge=0)
     """How long to wait for the rest once the quorum has replied. Afterwards a site that is still silent is
-    known to be away: it is asked again, and not waited for until it answers."""
+    known to be away: it is asked again, and not waited for until it answers. In an exchange that the round
+    can do without (evaluation, the local reference, delivery) a site that is heard of otherwise is away only
+    after it missed two."""
     reask_seconds: float = Field(300, ge=0)
     """How long a site that cannot be reached is waited for, and asked again; more than a restart takes."""
     approval_seconds: float = Field(3600, ge=0)
@@ -194,7 +196,8 @@ class FederationConfig(ConfigModel):
     """Set aside an update that moved further than this L2 norm [parameter units]."""
     max_norm_ratio: float | None = Field(10.0, gt=1)
     """Set aside an update that moved more than so many times as far as the median of the round's updates;
-    null for none. Not with client-level privacy, which clips updates."""
+    null for none. A site that by its rows takes more steps than others may move so much further, 100 times at
+    most. Not with client-level privacy, which clips updates."""
     max_weight_share: float | None = Field(0.5, gt=0, le=1)
     """Largest share of a round's weight that one site may have, of two sites 0.9 at least; null for none."""
 

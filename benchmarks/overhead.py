@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quorate.client.site import SiteRows
+from quorate.client.site.site import SiteRows
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.schedule import Plan, lr_factor
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.load import load_run, load_sites_file
-from quorate.shared.config.run import RunConfig
-from quorate.shared.model import LoadedModel, load_model
-from quorate.shared.tasks.base import Example
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.model.lora_model import LoadedModel, load_model
+from quorate.shared.tasks.task import Example
 from quorate.simulations.runner import simulate
-from quorate.simulations.sites import default_sites_path, find_recipe, load_sites
+from quorate.simulations.simulated_sites import default_sites_path, find_recipe, load_sites
 
 Prepared = dict[str, dict[str, list[Example]]]
 

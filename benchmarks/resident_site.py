@@ -15,10 +15,10 @@ import subprocess
 import sys
 import time
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
 from quorate.shared.config.load import load_run, load_sites_file
-from quorate.shared.messages import RequestHeader, RoundRequest
-from quorate.simulations.sites import default_sites_path, find_recipe, load_sites
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest
+from quorate.simulations.simulated_sites import default_sites_path, find_recipe, load_sites
 
 
 def main() -> None:

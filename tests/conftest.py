@@ -85,7 +85,7 @@ def poolerless_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def make_run(tiny_bert: Path) -> Callable[..., Any]:
     """Build a RunConfig over the tiny BERT; keyword arguments are merged into its sections."""
-    from quorate.shared.config.run import RunConfig
+    from quorate.shared.config.run_config import RunConfig
 
     def make(**sections: Any) -> RunConfig:
         base: dict[str, Any] = {
@@ -111,7 +111,7 @@ def make_run(tiny_bert: Path) -> Callable[..., Any]:
 
 def make_rows(count: int, seed: int, labels: tuple[int, ...] = (0, 1, 2)) -> list[Any]:
     """Texts of 2 to 16 words in which one word gives the label away."""
-    from quorate.shared.tasks.base import Row
+    from quorate.shared.tasks.task import Row
 
     draw = random.Random(seed)
     rows = []
@@ -151,7 +151,7 @@ def plain_peft_loop() -> Callable[..., Any]:
 
     from quorate.client.trainer.optimizers import make_optimizer
     from quorate.client.trainer.schedule import Plan, lr_factor
-    from quorate.shared.model import load_model
+    from quorate.shared.model.lora_model import load_model
 
     def loop(run: Any, rows: list[Any], start: Any, round: int, optimizer: Any = None) -> Any:
         model = load_model(run)

@@ -18,7 +18,7 @@ from quorate.deploy.cli import app as full
 from quorate.deploy.program import WHEELS, refuse_both_wheels
 from quorate.deploy.site_cli import app as small
 from quorate.shared.errors import BadInput
-from quorate.shared.versions import QUORATE
+from quorate.shared.protocol.versions import QUORATE
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "client-wheel"

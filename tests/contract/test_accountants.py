@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import Accountant, epsilon
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 DELTA = 1e-5
 ROUNDING = 5e-4

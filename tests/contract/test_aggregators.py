@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, lora_layers
 from quorate.shared.aggregation import RULES, AggregationRule, Aggregator, GlobalState, Reptile
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, WeightedSum
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B, WeightedSum
 from quorate.shared.errors import AdapterError
 
 LAYER = "base_model.model.encoder.{}.query"

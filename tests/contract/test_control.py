@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quorate.deploy.server.flower import ONLINE, UNREGISTERED
+from quorate.deploy.server.flower_programs import ONLINE, UNREGISTERED
 from quorate.deploy.server.nginx import CALLS
-from quorate.shared import heartbeat
+from quorate.shared.process import heartbeat
 
 
 def test_supernodes_call_what_nginx_lets_through_and_nothing_else() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from quorate.deploy.control.flower import ControlError, Flower, ServerNotUp
+from quorate.deploy.control.flower_cli import ControlError, Flower, ServerNotUp
 from quorate.deploy.environment import prepare_environment
-from quorate.shared.bundle import bundle_dir
+from quorate.shared.protocol.bundle import bundle_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RUN = "0123456789abcdef"

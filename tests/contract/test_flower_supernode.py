@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
-from quorate.client.node.admission import ADMITTED, NOT_ADMITTED
-from quorate.client.node.guard import GUARDED, REFUSING
-from quorate.client.node.launcher import REFUSED, REPLACED, Guard
+from quorate.client.flower.allowed_commands import GUARDED, REFUSING
+from quorate.client.flower.bundle_guard import REFUSED, REPLACED, Guard
+from quorate.client.health.admission import ADMITTED, NOT_ADMITTED
 from quorate.shared.errors import QuorateError
 
 

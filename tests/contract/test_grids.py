@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
-from quorate.client.app import app as client_app
-from quorate.client.resident import connect
-from quorate.client.site import Site
-from quorate.server.collect import Answers
-from quorate.server.flower import Exchange, decode
-from quorate.server.joining import request
-from quorate.server.rounds import run_rounds
-from quorate.server.run import Run
-from quorate.shared.adapter import Adapter
-from quorate.shared.messages import RoundRequest
-from quorate.simulations.grid import InProcessGrid
+from quorate.client.process.flower_app import app as client_app
+from quorate.client.process.handler import connect
+from quorate.client.site.site import Site
+from quorate.server.exchange.exchange import Answers
+from quorate.server.exchange.flower_messages import Exchange, decode
+from quorate.server.exchange.join import request
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import Run
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.protocol.messages import RoundRequest
+from quorate.simulations.in_process_grid import InProcessGrid
 
 NOTHING = Adapter({})
 

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from quorate.client.resident import connect, failed
-from quorate.client.site import Site
-from quorate.server.app import FEDERATION, LOG_FILE, app
-from quorate.server.federation import FederationFolder
-from quorate.server.nodes import Node, Nodes
-from quorate.server.records import Summary
+from quorate.client.process.handler import connect, failed
+from quorate.client.site.site import Site
+from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
+from quorate.server.federation.folder import FederationFolder
+from quorate.server.federation.nodes import Node, Nodes
 from quorate.server.report import write_report
-from quorate.server.rounds import request
-from quorate.server.run import Run
+from quorate.server.rounds.loop import request
+from quorate.server.rounds.run import Run
+from quorate.server.tracking.records import Summary
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import RequestRefused
-from quorate.shared.messages import RECORD, RoundRequest, Update
-from quorate.simulations.grid import FIRST_SITE_NODE, InProcessGrid
+from quorate.shared.protocol.messages import RECORD, RoundRequest, Update
+from quorate.simulations.in_process_grid import FIRST_SITE_NODE, InProcessGrid
 from quorate.simulations.runner import simulate
 
 RUN_ID = "0123456789abcdef"

@@ -31,8 +31,8 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.nodestate import NodeStateFactory
 
+from quorate.client.flower.one_answer import LOOP, LOST, REPLACED, OneAnswer
 from quorate.client.node.names import CONTACT
-from quorate.client.node.one_answer import LOOP, LOST, REPLACED, OneAnswer
 from quorate.shared.errors import QuorateError
 
 RUN = 7
@@ -318,7 +318,7 @@ import sys, threading, time
 import flwr.supernode.cli as cli
 cli.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(120,)).start()
 sys.argv[1:] = ["--superlink", "localhost:1"]
-from quorate.client.node.run_supernode import main
+from quorate.client.flower.run_supernode import main
 main()
 """
 

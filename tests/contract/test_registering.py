@@ -16,24 +16,24 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from loopback import free_ports, wait_for
 
-from quorate.deploy.provision.keys import admit_key, admitted_key, fingerprint_of
-from quorate.deploy.provision.provision import provision
-from quorate.deploy.server import flower
+from quorate.deploy.provision.node_keys import admit_key, admitted_key, fingerprint_of
+from quorate.deploy.provision.provisioning import provision
+from quorate.deploy.server import flower_programs
 from quorate.deploy.server.health import superlink_problem
-from quorate.deploy.server.paths import ServerPaths
-from quorate.deploy.server.registering import register_sites
-from quorate.deploy.server.start import admit_site
-from quorate.deploy.server.status import _sites
-from quorate.server.federation import FederationFolder
-from quorate.server.nodes import Node, Nodes
+from quorate.deploy.server.registration import register_sites
+from quorate.deploy.server.server_paths import ServerPaths
+from quorate.deploy.server.server_start import admit_site
+from quorate.deploy.server.server_status import _sites
+from quorate.server.federation.folder import FederationFolder
+from quorate.server.federation.nodes import Node, Nodes
 from quorate.shared.errors import ConfigError
-from quorate.shared.loopback import write_loopback_pair
-from quorate.shared.supervised import read_status
+from quorate.shared.process.loopback import write_loopback_pair
+from quorate.shared.process.supervised import read_status
 
 SUPERVISOR = """
 import sys
 from pathlib import Path
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.process.supervisor import Program, Supervisor
 folder = Path(sys.argv[1])
 Supervisor(folder, [Program("sleep", ["sleep", "600"], log=folder / "sleep.log")]).run()
 """
@@ -59,7 +59,7 @@ def paths(tmp_path: Path) -> Iterator[ServerPaths]:
 
 @pytest.fixture
 def superlink(paths: ServerPaths) -> Iterator[None]:
-    program = flower.superlink(paths)
+    program = flower_programs.superlink(paths)
     with program.log.open("wb") as log:
         process = subprocess.Popen(
             program.command, stdout=log, stderr=log, env={**os.environ, **program.env}, cwd=program.cwd

@@ -12,17 +12,17 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.supercore.run import RunNotRunningException
 
-from quorate.client.resident import connect
-from quorate.client.site import Site
-from quorate.server.app import FEDERATION, LOG_FILE, app
-from quorate.server.events import EVENTS_FILE
-from quorate.server.federation import FederationFolder
-from quorate.server.nodes import Node, Nodes
-from quorate.server.run import alone_in
-from quorate.server.status import RunStatus
+from quorate.client.process.handler import connect
+from quorate.client.site.site import Site
+from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
+from quorate.server.federation.folder import FederationFolder
+from quorate.server.federation.nodes import Node, Nodes
+from quorate.server.rounds.run import alone_in
+from quorate.server.tracking.events import EVENTS_FILE
+from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError, QuorateError, QuorumNotMet
-from quorate.simulations.grid import FIRST_SITE_NODE, InProcessGrid
+from quorate.simulations.in_process_grid import FIRST_SITE_NODE, InProcessGrid
 
 RUN_ID = "0123456789abcdef"
 FLOWER_RUN = 77

@@ -19,10 +19,10 @@ import pytest
 from flwr.common.args import try_obtain_flwr_app_token
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
-from quorate.client.node.access import Access
-from quorate.client.node.owners import Account
-from quorate.shared import heartbeat, task_token
+from quorate.client.node.permissions import Access
+from quorate.client.node.users import Account
 from quorate.shared.errors import QuorateError
+from quorate.shared.process import heartbeat, task_token
 
 TOKEN = secrets.token_hex(128)
 # What a program sees of itself in its first moment, and what it reads as Flower's programs do.
@@ -174,11 +174,12 @@ def test_the_early_heartbeat_carries_the_token_of_the_file() -> None:
 def test_both_sides_start_a_superexec_that_hides_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(task_token.EXECUTOR)
     monkeypatch.setattr(module, "subprocess", module.subprocess)
-    from quorate.deploy.server import flower_program
+    from quorate.deploy.server import flower_main
 
-    flower_program.load("flower-superexec", [])
+    flower_main.load("flower-superexec", [])
     assert module.subprocess.Popen is task_token._start
-    from quorate.client.node import names, run_superexec, supernode
+    from quorate.client.flower import run_superexec
+    from quorate.client.node import names, programs
 
     for name, value in names.QUIET.items():
         monkeypatch.setenv(name, value)
@@ -187,4 +188,4 @@ def test_both_sides_start_a_superexec_that_hides_tokens(monkeypatch: pytest.Monk
     monkeypatch.setattr(cli, "flower_superexec", lambda: None)
     run_superexec.main()
     assert module.subprocess.Popen is task_token._start
-    assert (sys.executable, "-P", "-m", run_superexec.__name__) == supernode._SUPEREXEC
+    assert (sys.executable, "-P", "-m", run_superexec.__name__) == programs._SUPEREXEC

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_data import Shape, config, make_summary, record, round_metrics
 
-from quorate.server.trackers import TENSORBOARD_DIR, TensorboardTracker, Tracker, configured_trackers
+from quorate.server.tracking.trackers import TENSORBOARD_DIR, TensorboardTracker, Tracker, configured_trackers
 from quorate.shared.errors import ConfigError
 
 SHAPE = Shape(rounds=4, planned=4)

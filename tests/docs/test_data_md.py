@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quorate.client.data import load_splits
+from quorate.client.data.splits import load_splits
 from quorate.shared.config.dialect import parse
-from quorate.shared.config.sites import SiteList, SitesConfig, SourceConfig
+from quorate.shared.config.sites_config import SiteList, SitesConfig, SourceConfig
 from quorate.shared.errors import DataError
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quorate.server.releases import ClientPlan
+from quorate.server.privacy.released import ClientPlan
 from quorate.shared.config.dialect import parse
-from quorate.shared.config.run import RunConfig
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.privacy.accounting import epsilon
 
 TEXT = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")

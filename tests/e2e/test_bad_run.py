@@ -22,12 +22,12 @@ from bad_input import (
     put,
 )
 
-from quorate.client.site import Site
-from quorate.server import rounds
-from quorate.server.records import Summary
-from quorate.server.run import alone_in
-from quorate.shared.adapter import Adapter
-from quorate.shared.messages import RoundRequest, Update
+from quorate.client.site.site import Site
+from quorate.server.rounds import loop
+from quorate.server.rounds.run import alone_in
+from quorate.server.tracking.records import Summary
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_where_it_was(
 ) -> None:
     """The system lets no file grow, as a full disk does, from the second checkpoint on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = rounds.save_checkpoint
+    real = loop.save_checkpoint
 
     def full(output_dir: Path, state: Any, progress: Any, keep: int, **options: Any) -> Path:
         if progress.round == 2:
@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_where_it_was(
         return real(output_dir, state, progress, keep, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(rounds, "save_checkpoint", full)
+        patched.setattr(loop, "save_checkpoint", full)
         try:
             said = command("simulate", "tiny.yaml", "-o", "out")
         finally:

@@ -10,8 +10,8 @@ from cli_forks import Ended, Point
 from moments import PHASES, STEP, WRITES
 from tiny_runs import ROUNDS, TinyRuns
 
-from quorate.server.checkpoint import load_checkpoint
-from quorate.shared.export import as_lora
+from quorate.server.rounds.checkpoint import load_checkpoint
+from quorate.shared.adapters.peft_export import as_lora
 
 pytestmark = pytest.mark.slow
 

@@ -95,7 +95,7 @@ def test_no_secret_stands_in_the_process_list(federation: Loopback) -> None:
         federation.quorate("run", "once.yaml", "--federation", NAME, "-o", "watched")
     held = secrets_in(federation.folder)
     assert len(held) > 20  # keys of the authority, of nginx, of every site, and what each SuperExec has
-    for name in ("flwr-serverapp", "quorate.client.node.launch"):
+    for name in ("flwr-serverapp", "quorate.client.flower.bundle_guard_main"):
         tokens = [token for token, lines in seen.tokens.items() if any(name in line for line in lines)]
         assert tokens and all(len(token) == 256 for token in tokens), sorted(seen.arguments)
     assert seen.looks > 100 and not seen.found(held)
@@ -120,7 +120,7 @@ def in_round(federation: Loopback, known: set[str], round: int, phase: str) -> P
 
 def kill_client_app(federation: Loopback) -> None:
     """The process that Flower starts for one message."""
-    pattern = "quorate.client.node.launch"
+    pattern = "quorate.client.flower.bundle_guard_main"
     pids = wait_for(lambda: processes(pattern, str(federation.folder / "north")), "no ClientApp to kill")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)

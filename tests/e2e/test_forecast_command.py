@@ -11,11 +11,11 @@ import torch
 from forecasts import QUIET, forecast, write_tiny
 from safetensors.torch import load_file, save_file
 
-from quorate.client.trainer.private_plan import private_plan
+from quorate.client.trainer.dp.plan import private_plan
 from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 
 @pytest.fixture(autouse=True)

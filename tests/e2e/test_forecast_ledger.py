@@ -10,11 +10,11 @@ from forecasts import QUIET, SITE, forecast, write_tiny
 from ledgers import answer, key
 from site_folder import write_folder
 
-from quorate.client.budgets import Budgets, protected_data
-from quorate.client.ledger import DATABASE, open_ledger
+from quorate.client.privacy.budgets import Budgets, protected_data
+from quorate.client.privacy.ledger import DATABASE, open_ledger
 from quorate.deploy.cli import run
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 KIT_LABELS = "task.labels=[cardiac, hepatic, pulmonary]"
 

@@ -12,11 +12,11 @@ from loopback import NEEDS_NGINX
 from plain_flower import free_port, make_certificates, make_node_key, wait_until
 
 from quorate.client.node.folder import SiteFolder
-from quorate.client.node.forward import forward_program, forwarded_to, loopback_certificate
-from quorate.client.node.owners import prepare_folders
-from quorate.client.node.supernode import Ports, flower_programs
+from quorate.client.node.programs import Ports, flower_programs
+from quorate.client.node.tls_forwarder import forward_program, forwarded_to, loopback_certificate
+from quorate.client.node.users import prepare_folders
 from quorate.shared.errors import ConfigError
-from quorate.shared.loopback import find_nginx
+from quorate.shared.process.loopback import find_nginx
 
 pytestmark = [pytest.mark.slow, NEEDS_NGINX]
 SERVER = """

@@ -21,7 +21,7 @@ from cli_forks import Ended, Point
 from moments import APPEND, MEASURE, PHASES, REPLACE, RULE, STEP, WRITES
 from tiny_runs import CASES, ROUNDS, TinyRuns
 
-from quorate.server.checkpoint import list_checkpoints
+from quorate.server.rounds.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

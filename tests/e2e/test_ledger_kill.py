@@ -16,11 +16,11 @@ import pytest
 from ledgers import EVENT
 from site_folder import SiteProcess, request, sha256_of, write_folder
 
-from quorate.client.ledger import DATABASE, HEADS
-from quorate.client.ledger_check import Anchor, verify
-from quorate.client.remote import RemoteSite
-from quorate.shared.messages import Update
+from quorate.client.privacy.ledger import DATABASE, HEADS
+from quorate.client.privacy.ledger_verify import Anchor, verify
+from quorate.client.process.grpc_client import RemoteSite
 from quorate.shared.privacy.accounting import epsilon
+from quorate.shared.protocol.messages import Update
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"

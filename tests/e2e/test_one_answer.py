@@ -21,12 +21,12 @@ import pytest
 from loopback import processes
 from plain_flower import _SUBMIT, PlainServer, make_node_key, wait_until
 
+from quorate.client.flower.allowed_commands import write_commands
 from quorate.client.node.folder import SiteFolder
-from quorate.client.node.guard import write_commands
-from quorate.client.node.owners import prepare_folders
-from quorate.client.node.supernode import Ports, flower_programs, site_program
-from quorate.client.service import check_health
-from quorate.shared.bundle import bundle_dir
+from quorate.client.node.programs import Ports, flower_programs, site_program
+from quorate.client.node.users import prepare_folders
+from quorate.client.process.grpc_server import check_health
+from quorate.shared.protocol.bundle import bundle_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONFIRM = "/v1/fleet/confirm-message-received"
@@ -133,7 +133,7 @@ def test_a_run_that_ends_before_a_receipt_leaves_no_answer_behind(
     server: PlainServer, gate: Gate, site: SiteFolder
 ) -> None:
     def working() -> list[int]:
-        return processes("quorate.client.node.launch", str(site.socket))
+        return processes("quorate.client.flower.bundle_guard_main", str(site.socket))
 
     gate.open.clear()
     first = server.call([sys.executable, "-P", "-c", _SUBMIT, str(bundle_dir()), OVERRIDES]).split()[-1]

@@ -20,7 +20,7 @@ from loopback import NAME, NEEDS_NGINX, Loopback, pin_model, wait_for
 from small_disks import small_disk
 from tiny_runs import LABELS
 
-from quorate.shared.log_keeper import MAX_BYTES
+from quorate.shared.process.log_keeper import MAX_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), NEEDS_NGINX]
 RUN = """

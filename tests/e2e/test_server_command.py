@@ -24,11 +24,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from loopback import NEEDS_NGINX, free_ports, wait_for
 
 from quorate.deploy.provision.authority import Authority
-from quorate.deploy.provision.certificates import revoke_site
+from quorate.deploy.provision.issuing import revoke_site
 from quorate.deploy.provision.kit import unpack
-from quorate.deploy.provision.provision import provision
-from quorate.server.federation import FederationFolder
-from quorate.server.nodes import Nodes
+from quorate.deploy.provision.provisioning import provision
+from quorate.server.federation.folder import FederationFolder
+from quorate.server.federation.nodes import Nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), NEEDS_NGINX]
 SITES = ("east", "north", "south")

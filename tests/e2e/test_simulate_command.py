@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quorate.deploy.cli import run
-from quorate.server.records import Summary
+from quorate.server.tracking.records import Summary
 
 TEXTS = {
     "cardiac": "heart blood rhythm pain",

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from site_folder import RUN_ID, SiteProcess, request, sha256_of, write_folder
 
-from quorate.client.remote import RemoteSite
+from quorate.client.process.grpc_client import RemoteSite
 from quorate.deploy.cli import run as quorate
-from quorate.shared.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -22,9 +22,9 @@ import pytest
 from other_users import interpreter
 from plain_flower import PlainServer, free_port, wait_until
 
-from quorate.client.node.access import Access
-from quorate.client.node.owners import Account
-from quorate.shared.bundle import bundle_dir
+from quorate.client.node.permissions import Access
+from quorate.client.node.users import Account
+from quorate.shared.protocol.bundle import bundle_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RUN = 'run="0123456789abcdef"'
@@ -157,7 +157,9 @@ def test_code_in_a_bundle_never_runs(site: Site, tmp_path: Path) -> None:
     folder, marker = tmp_path / "quorate", site.folder / "state" / "supernode" / "ran"
     (folder / "client").mkdir(parents=True)
     project = (bundle_dir() / "pyproject.toml").read_text()
-    (folder / "pyproject.toml").write_text(project.replace("quorate.client.app:app", "client.app:app"))
+    (folder / "pyproject.toml").write_text(
+        project.replace("quorate.client.process.flower_app:app", "client.app:app")
+    )
     (folder / "client" / "__init__.py").touch()
     (folder / "client" / "app.py").write_text(HOSTILE.format(marker=str(marker)))
     assert site.server.probe(folder, RUN)["answers"] == [[1002, "bundle"]]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from site_folder import SITE, SiteProcess, request, sha256_of, write_folder
 
-from quorate.client.remote import RemoteSite
-from quorate.client.serve import AtSite
-from quorate.client.service import check_health
-from quorate.client.site import Site
-from quorate.shared.messages import RoundRequest, Update
+from quorate.client.process.grpc_client import RemoteSite
+from quorate.client.process.grpc_server import check_health
+from quorate.client.process.main import AtSite
+from quorate.client.site.site import Site
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LOADED = "base model"
@@ -114,6 +114,6 @@ def test_what_keeps_a_site_from_starting(tiny_bert: Path, tmp_path: Path) -> Non
 
 def test_the_client_app_is_light() -> None:
     heavy = ["torch", "transformers", "peft", "pandas", "pyarrow"]
-    code = f"import sys, quorate.client.app; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, quorate.client.process.flower_app; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

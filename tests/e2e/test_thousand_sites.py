@@ -10,9 +10,9 @@ import dp_accounting
 import numpy as np
 import pytest
 
-from quorate.server.records import ClientClaim, RoundRecord
-from quorate.server.releases import Ledger
-from quorate.server.run import RECORD_FILE, read_jsonl
+from quorate.server.privacy.released import Ledger
+from quorate.server.rounds.run import RECORD_FILE, read_jsonl
+from quorate.server.tracking.records import ClientClaim, RoundRecord
 from quorate.simulations.runner import simulate
 
 SITES, COHORT, ROUNDS, DELTA = 1000, 50, 4, 1e-4

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from quorate.client.private import plan_of
+from quorate.client.privacy.units import plan_of
 from quorate.deploy.cli import run
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.events import PrivacyEvent
-from quorate.shared.privacy.shown import at_most
-from quorate.simulations.sites import load_sites
-from quorate.simulations.space import load_space
+from quorate.shared.privacy.privacy_event import PrivacyEvent
+from quorate.shared.privacy.rounding import at_most
+from quorate.simulations.simulated_sites import load_sites
+from quorate.simulations.tuning.space import load_space
 
 pytest.importorskip("optuna", reason="needs the extra `tune`")
 
@@ -137,9 +137,9 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, capsys: pytest.C
 
 def searched(folder: Path, out: str, rates: list[float], *overrides: str) -> Any:
     """Search over these learning rates, in this order, and return what came of it."""
-    from quorate.simulations.trial import Search
-    from quorate.simulations.tune import tune
-    from quorate.simulations.tuned import summarise
+    from quorate.simulations.tuning.search import tune
+    from quorate.simulations.tuning.trial import Search
+    from quorate.simulations.tuning.tuning_report import summarise
 
     (folder / "space.yaml").write_text(
         "sampler: grid\nstartup_trials: 1\nwarmup_rounds: 0\nspace:\n"

@@ -98,9 +98,9 @@ def main() -> None:
         "quorate.deploy.cli",
         "quorate.deploy.console",
         "quorate.deploy.results",
-        "quorate.shared.model",
+        "quorate.shared.model.lora_model",
         "quorate.simulations.runner",
-        "quorate.simulations.sites",
+        "quorate.simulations.simulated_sites",
         "transformers.models.bert.modeling_bert",
     ):
         importlib.import_module(name)
@@ -142,7 +142,7 @@ def _child(arguments: Sequence[str], point: Point | None) -> None:
 
 def _arm(point: Point) -> None:
     """Have this process send itself the signal when the run comes to the point."""
-    from quorate.server.run import Run
+    from quorate.server.rounds.run import Run
 
     where: list[Any] = [None, None]
     real_tell = Run.tell

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from quorate.client.enrol import enrol
+from quorate.client.node.enrolment import enrol
 from quorate.deploy.provision.authority import Authority
-from quorate.deploy.provision.provision import provision
-from quorate.server.federation import FederationFolder
+from quorate.deploy.provision.provisioning import provision
+from quorate.server.federation.folder import FederationFolder
 from quorate.shared.config.dialect import write_mapping
 
 SITES = ("north", "south")

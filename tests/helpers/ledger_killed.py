@@ -26,19 +26,19 @@ from typing import Any
 import numpy as np
 from ledgers import EVENT, Place
 
-from quorate.client import ledger_check
-from quorate.client.accounted import Accounted
-from quorate.client.answered import Answered
-from quorate.client.budgets import Budgets, spending
-from quorate.client.config import SiteConfig
-from quorate.client.ledger import Ledger
-from quorate.client.ledger_check import Anchor, verify
-from quorate.client.ledger_rows import Commit, Reservation
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import RequestHeader, RoundRequest, Update
+from quorate.client.policy.answer_store import Answered
+from quorate.client.policy.site_config import SiteConfig
+from quorate.client.privacy import ledger_verify
+from quorate.client.privacy.budgets import Budgets, spending
+from quorate.client.privacy.ledger import Ledger
+from quorate.client.privacy.ledger_records import Commit, Reservation
+from quorate.client.privacy.ledger_verify import Anchor, verify
+from quorate.client.privacy.spending_gate import Accounted
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
 
 DELTA = 1e-5
 ROUNDS_IN_REACH = 3
@@ -184,7 +184,7 @@ def arm(way: str, draw: random.Random, place: Place, reach: int) -> None:
                     die()
                 return write(descriptor, data)
 
-        ledger_check.os = Torn()  # type: ignore[assignment]
+        ledger_verify.os = Torn()  # type: ignore[assignment]
     elif way == "between-steps":
         owner, name = draw.choice(STEPS)
         before, calls = draw.random() < 0.5, draw.randrange(1, ROUNDS_IN_REACH + 1)

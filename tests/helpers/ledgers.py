@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quorate.client.ledger import DATABASE, HEADS, Ledger
-from quorate.client.ledger_check import Anchor, verify
-from quorate.client.ledger_rows import ProtectedData, RequestKey, canonical, digest
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.client.privacy.ledger import DATABASE, HEADS, Ledger
+from quorate.client.privacy.ledger_records import ProtectedData, RequestKey, canonical, digest
+from quorate.client.privacy.ledger_verify import Anchor, verify
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 EVENT = PrivacyEvent(sampling_probability=0.1, noise_multiplier=1.1, steps=3)
 NOTES = ProtectedData(places=("/data/notes.csv",))

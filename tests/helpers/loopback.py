@@ -23,7 +23,7 @@ import pytest
 import yaml
 from federations import unpack_kit
 
-from quorate.client.placing import Placing
+from quorate.client.data.placement import Placing
 
 NAME = "clinic"
 NEEDS_NGINX = pytest.mark.skipif(

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quorate.client.node.access import Access
-from quorate.client.node.owners import Account
+from quorate.client.node.permissions import Access
+from quorate.client.node.users import Account
 
 
 def interpreter(folder: Path, users: tuple[Account, Account]) -> str | None:

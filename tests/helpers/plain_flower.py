@@ -30,7 +30,7 @@ _PROBE = """
 import importlib, json, os, sys, time
 sys.argv[0] = "flwr-serverapp"
 from flwr.app import Message
-from quorate.client.flower import wrap
+from quorate.client.process.flower_messages import wrap
 def probe(grid, server_app_dir, server_app_attr, context):
     wanted, deadline = int(os.environ["PROBE_NODES"]), time.monotonic() + 240
     while len(nodes := list(grid.get_node_ids())) < wanted and time.monotonic() < deadline:

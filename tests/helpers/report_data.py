@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quorate.server.evaluation import summarise, worth
-from quorate.server.records import (
+from quorate.server.rounds.evaluation import summarise, worth
+from quorate.server.tracking.records import (
     Evaluation,
     Exclusion,
     Measured,
@@ -25,9 +25,9 @@ from quorate.server.records import (
     Summary,
 )
 from quorate.shared.config.read import dump_yaml
-from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import SiteDescription
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.protocol.messages import SiteDescription
 
 LABELS = ("causes", "symptoms", "treatment", "inheritance", "outlook")
 # site -> training rows per label; names are sorted, as in a run

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quorate.client.trainer.dp.row_isolation import backward_by_row
 from quorate.client.trainer.passes import Share, training_mode
-from quorate.client.trainer.row_check import backward_by_row
 from quorate.client.trainer.stack import AdapterStack, _saved_name
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import RunConfig
-from quorate.shared.model import LoadedModel, load_model
-from quorate.shared.tasks.base import Example, Row
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.model.lora_model import LoadedModel, load_model
+from quorate.shared.tasks.task import Example, Row
 
 Gradients = dict[str, Tensor]
 """Array name -> [rows, ...]."""

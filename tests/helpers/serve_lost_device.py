@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from quorate.client import serve, site
+from quorate.client.process import main
+from quorate.client.site import site
 
 _right = site.fit
 
@@ -26,4 +27,4 @@ def _fit(*arguments: Any) -> Any:
 
 if __name__ == "__main__":
     site.fit = _fit
-    sys.exit(serve.main())
+    sys.exit(main.main())

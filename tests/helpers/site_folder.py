@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quorate.client.config import ConnectionConfig, SiteConfig
 from quorate.client.node.folder import SiteFolder
-from quorate.shared.adapter import Adapter
-from quorate.shared.base_model import hash_files
+from quorate.client.policy.site_config import ConnectionConfig, SiteConfig
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.read import dump_yaml
-from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import RequestHeader, RoundRequest
-from quorate.shared.versions import versions
-from quorate.shared.weights import weights_sha256
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.model.base_model import hash_files
+from quorate.shared.model.weights import weights_sha256
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest
+from quorate.shared.protocol.versions import versions
 
 RUN_ID = "0123456789abcdef"
 SITE = "north"
@@ -120,7 +120,7 @@ class SiteProcess:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "quorate.client.serve", str(self.folder.path), "--verbose"]
+        command = [sys.executable, "-m", "quorate.client.process.main", str(self.folder.path), "--verbose"]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}

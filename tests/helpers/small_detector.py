@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 
 def save_model(folder: Path) -> Path:

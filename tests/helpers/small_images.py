@@ -10,8 +10,8 @@ import torch
 import transformers
 from PIL import Image
 
-from quorate.shared.config.run import RunConfig
-from quorate.shared.tasks.base import Row
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.tasks.task import Row
 
 SIZE = 32
 LABELS = ("dark", "left", "right")

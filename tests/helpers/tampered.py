@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Error, Message
 
-from quorate.client.flower import unwrap, wrap
-from quorate.client.site import Site
-from quorate.shared.adapter import Adapter
-from quorate.shared.messages import RoundRequest, Update
-from quorate.simulations.grid import InProcessGrid
+from quorate.client.process.flower_messages import unwrap, wrap
+from quorate.client.site.site import Site
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.simulations.in_process_grid import InProcessGrid
 
 Change = Callable[[Update], Update | bytes | Error | None]
 SIZES = {"north": 12, "south": 7, "west": 5}

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from quorate.shared.config.run import RunConfig
-from quorate.shared.tasks.base import Row
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.tasks.task import Row
 
 VOCABULARY = 272
 """More than the tokenizer's 260: some architectures' own tokenizer class adds tokens."""

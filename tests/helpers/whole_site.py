@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 from site_folder import fix_splits
 
-from quorate.client import serve
-from quorate.client.answered import Answered
 from quorate.client.node.folder import SiteFolder
-from quorate.client.runs_book import DATABASE, RunsBook
-from quorate.client.site import Site
-from quorate.shared.messages import RoundRequest, Update
+from quorate.client.policy.answer_store import Answered
+from quorate.client.process import main
+from quorate.client.runs.run_history import DATABASE, RunsBook
+from quorate.client.site.site import Site
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 
 class WholeSite:
@@ -33,13 +33,13 @@ class WholeSite:
     def start(self) -> None:
         """Begin, as a new process does."""
         self.folder = SiteFolder.find(self.folder.path)
-        self.at_site = serve.AtSite(self.folder)
-        site = Site(self.at_site, on_step=self._step, received=self.folder.state / serve.RECEIVED)
-        self._answered = Answered(self.folder.state / serve.ANSWERS_FILE, site)
-        self._accounted = serve.account_for(self.folder, self.at_site, self._answered)
+        self.at_site = main.AtSite(self.folder)
+        site = Site(self.at_site, on_step=self._step, received=self.folder.state / main.RECEIVED)
+        self._answered = Answered(self.folder.state / main.ANSWERS_FILE, site)
+        self._accounted = main.account_for(self.folder, self.at_site, self._answered)
         self._book = RunsBook(self.folder.state / DATABASE)
         self._book.settle()
-        self._front, self._limited = serve.front_of(self.folder, self.at_site, self._book, self._accounted)
+        self._front, self._limited = main.front_of(self.folder, self.at_site, self._book, self._accounted)
 
     def stop(self) -> None:
         """End."""

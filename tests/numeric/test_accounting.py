@@ -21,7 +21,7 @@ from quorate.shared.privacy.accounting import (
     of_disjoint_sites,
 )
 from quorate.shared.privacy.calibration import LEAST_NOISE, calibrate, rounds_left
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 from quorate.shared.privacy.second_opinion import CrossCheck, cross_checked
 
 DELTA = 1e-5

@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import FFA, FedAvg, FedEx, GlobalState
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, Aggregator, WeightedSum
 from quorate.shared.aggregation.factors import compress
 from quorate.shared.aggregation.fedex import residual_factors
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B, Aggregator, WeightedSum
 from quorate.shared.errors import AdapterError
 
 Matrix = npt.NDArray[np.float64]

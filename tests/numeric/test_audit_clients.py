@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quorate.server.central_noise import ClippedSum
+from quorate.server.privacy.clipped_sum import ClippedSum
 from quorate.shared.errors import ConfigError
-from quorate.shared.privacy.audit.record import ClientAudit
+from quorate.shared.privacy.audit.audit_record import ClientAudit
 from quorate.simulations.canary_sites import audit_clients
 
 

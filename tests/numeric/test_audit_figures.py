@@ -11,7 +11,7 @@ from scipy import integrate
 from scipy.stats import binom, norm
 
 from quorate.shared.privacy.audit import one_shot
-from quorate.shared.privacy.audit.membership import LOW_FPR, attack, auc, rmia
+from quorate.shared.privacy.audit.membership_inference import LOW_FPR, attack, auc, rmia
 from quorate.shared.privacy.audit.one_run import Guesses, guess, lower_bound, p_value
 from quorate.shared.privacy.audit.one_shot import (
     canaries,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from quorate.client.audit.mechanism import audit_mechanism
-from quorate.client.audit.shadow import Shadow
-from quorate.client.trainer import clipping, private
-from quorate.client.trainer.canaries import Canaries
+from quorate.client.audit.shadow_models import Shadow
+from quorate.client.trainer.dp import clipping, dp_sgd
+from quorate.client.trainer.dp.canaries import Canaries
 from quorate.shared.errors import ConfigError
 
 
@@ -59,7 +59,7 @@ def test_clipping_that_is_off_is_refuted(
         for name, gradient in gradients.items():
             self.total[name] += gradient.sum(dim=0)
 
-    monkeypatch.setattr(private.ClippedSum, "_clip", unclipped)
+    monkeypatch.setattr(dp_sgd.ClippedSum, "_clip", unclipped)
     assert audited(private_run(make_run), make_sites).refuted
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quorate.client.audit.membership import FEWEST, Rows, halves, membership, unseen
-from quorate.client.audit.shadow import Shadow, released_losses
+from quorate.client.audit.membership_attack import FEWEST, Rows, halves, membership, unseen
+from quorate.client.audit.shadow_models import Shadow, released_losses
 from quorate.shared.errors import DataError
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 from quorate.simulations.runner import simulate
 
 WORDS = ["fever", "cough", "pain", "rash", "dose", "scan", "blood", "heart"]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from quorate.client.audit.shadow import Shadow
+from quorate.client.audit.shadow_models import Shadow
 from quorate.client.audit.token_leak import NotChecked, token_leaks
-from quorate.shared.privacy.audit.record import TokenLeak
-from quorate.shared.tasks.base import Row
+from quorate.shared.privacy.audit.audit_record import TokenLeak
+from quorate.shared.tasks.task import Row
 
 TEXT = "heart liver bone fever cough"
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "weight_decay": 0.0}

@@ -17,14 +17,14 @@ from tiny_lm import lm_rows, lm_run
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ModelError
-from quorate.shared.model import load_model
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
 from quorate.shared.tasks import causal_lm
-from quorate.shared.tasks.base import Batch, Row
-from quorate.shared.tasks.sequences import IGNORED
+from quorate.shared.tasks.task import Batch, Row
+from quorate.shared.tasks.text.sequences import IGNORED
 
 KINDS = ("llama", "gpt2", "qwen2", "mistral", "opt")
 TOLERANCE = 1e-5

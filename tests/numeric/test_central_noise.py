@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quorate.server.central_noise import ClippedSum, next_norm
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter
+from quorate.server.privacy.clipped_sum import ClippedSum, next_norm
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import RULES, Aggregator, GlobalState
-from quorate.shared.privacy.secret import secret_source
+from quorate.shared.privacy.secure_random import secret_source
 
 LAYER, HEAD = "base_model.model.encoder.query", "base_model.model.classifier.weight"
 SHAPES = {LAYER + LORA_A: (3, 5), LAYER + LORA_B: (7, 3), HEAD: (2, 7)}

@@ -13,14 +13,14 @@ pytest.importorskip("pycocotools", reason="needs the extra `detection`")
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from quorate.shared.detection_metrics import (
+from quorate.shared.metrics.detection_metrics import (
     IOU_THRESHOLDS,
     RECALLS,
     SCORE_STEPS,
     average_precision,
     match,
 )
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
 
 CLASSES = 4
 Image = tuple[Any, Any, Any, Any, Any]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from quorate.client.trainer.dropout import draw_keys, keep_probability, kept
 from quorate.client.trainer.stack import AdapterStack, Layout, StackedDropout, StackedLinear
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import AdapterError
-from quorate.shared.model import LoadedModel
+from quorate.shared.model.lora_model import LoadedModel
 
 P = 0.5
 WIDTH, IMAGE_TOKENS = 6, 5

@@ -13,11 +13,11 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from transformers import BertConfig, BertForSequenceClassification
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, lora_layers
+from quorate.shared.adapters.peft_export import as_lora
 from quorate.shared.aggregation import FedEx, GlobalState
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.errors import AdapterError
-from quorate.shared.export import as_lora
 
 R, ALPHA = 2, 6.0
 PREFIX = "base_model.model."

@@ -22,16 +22,16 @@ import torch
 
 from quorate.client.trainer import evaluate
 from quorate.client.trainer.stack import AdapterStack
-from quorate.server.checkpoint import load_checkpoint
-from quorate.server.outputs import ADAPTER_DIR
-from quorate.server.records import RoundRecord, Summary
-from quorate.server.run import RECORD_FILE
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, lora_layers
+from quorate.server.results.outputs import ADAPTER_DIR
+from quorate.server.rounds.checkpoint import load_checkpoint
+from quorate.server.rounds.run import RECORD_FILE
+from quorate.server.tracking.records import RoundRecord, Summary
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, lora_layers
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
-from quorate.shared.config.run import RunConfig
-from quorate.shared.model import load_model
-from quorate.shared.tasks.base import Row
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.model.lora_model import load_model
+from quorate.shared.tasks.task import Row
 from quorate.simulations.runner import simulate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from quorate.shared.adapter import LORA_A, LORA_B
-from quorate.shared.config.privacy import SitePrivacy
+from quorate.shared.adapters.adapter import LORA_A, LORA_B
+from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.calibration import calibrate
-from quorate.shared.privacy.events import PrivacyEvent
-from quorate.shared.privacy.forecast import Forecast, Plan, forecast
+from quorate.shared.privacy.privacy_event import PrivacyEvent
+from quorate.shared.privacy.run_cost import Forecast, Plan, forecast
 
 FACTORS = {
     f"layer.{n}{end}": shape for n in range(3) for end, shape in ((LORA_A, (4, 48)), (LORA_B, (32, 4)))

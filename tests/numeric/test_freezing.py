@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quorate.server.checkpoint import load_checkpoint
+from quorate.server.rounds.checkpoint import load_checkpoint
+from quorate.shared.adapters.selection import frozen, layer_index, matches
 from quorate.shared.errors import ConfigError
-from quorate.shared.model import load_model
-from quorate.shared.selection import frozen, layer_index, matches
+from quorate.shared.model.lora_model import load_model
 from quorate.simulations.runner import simulate
 
 SIZES = {"north": 12, "south": 7}
@@ -43,8 +43,8 @@ def test_patterns_are_endings_or_whole_regular_expressions(pattern: str, query: 
 def test_layers_are_those_of_pefts_layers_to_transform(make_run: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from quorate.shared.base_model import load_base
-    from quorate.shared.model import adapter_of
+    from quorate.shared.model.base_model import load_base
+    from quorate.shared.model.lora_model import adapter_of
 
     run = make_run()
     for wanted in (0, 1):

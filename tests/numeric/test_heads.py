@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from quorate.client.predict import predict
+from quorate.client.models.predictions import predict
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
-from quorate.server.checkpoint import load_checkpoint
+from quorate.server.rounds.checkpoint import load_checkpoint
 from quorate.shared.errors import ModelError
-from quorate.shared.heads import build_head
-from quorate.shared.model import load_model
+from quorate.shared.model.heads import build_head
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
 from quorate.simulations.runner import simulate
 

@@ -15,16 +15,16 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from quorate.client.predict import predict
+from quorate.client.models.predictions import predict
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.passes import training_mode
 from quorate.client.trainer.stack import AdapterStack
 from quorate.deploy.cli import run as run_command
-from quorate.shared.adapter import Adapter, lora_layers, saved_modules
+from quorate.shared.adapters.adapter import Adapter, lora_layers, saved_modules
 from quorate.shared.errors import AdapterError, DataError, ModelError
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 from quorate.simulations.runner import simulate
 
 TOLERANCE = 1e-5
@@ -294,7 +294,7 @@ def test_a_size_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
 
 
 def test_dilated_convolutions_are_left_out_and_refused_by_name(tmp_path: Path, resnet: Path) -> None:
-    from quorate.shared.model import attach_lora
+    from quorate.shared.model.lora_model import attach_lora
 
     class Dilated(nn.Module):
         base_model_prefix = "body"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from quorate.server.evaluation import intervals_of, summarise, worth
+from quorate.server.rounds.evaluation import intervals_of, summarise, worth
 from quorate.shared.errors import ProtocolError
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks import SequenceClassification, Task, TokenClassification
 
 TWO = SequenceClassification(name="sequence_classification", labels=("no", "yes"))

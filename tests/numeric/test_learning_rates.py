@@ -12,11 +12,11 @@ from transformers import Trainer
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.optimizers import decayed, make_optimizer
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.selection import check_patterns
 from quorate.shared.errors import ConfigError
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
-from quorate.shared.selection import check_patterns
 
 TOLERANCE = 1e-5
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks import SequenceClassification
-from quorate.shared.tasks.base import Batch, Example
+from quorate.shared.tasks.task import Batch, Example
 
 Array = npt.NDArray[np.float64]
 LABELS = ("a", "b", "c")

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from quorate.client.merge import merge
-from quorate.client.predict import with_adapter
+from quorate.client.models.merge import merge
+from quorate.client.models.predictions import with_adapter
 from quorate.deploy.cli import run as quorate
-from quorate.shared.base_model import hash_files, load_base
 from quorate.shared.errors import ModelError, OutputError
-from quorate.shared.weights import weights_sha256
+from quorate.shared.model.base_model import hash_files, load_base
+from quorate.shared.model.weights import weights_sha256
 from quorate.simulations.runner import simulate
 
 TEXTS = ["heart pain dose scan", "cough lung lung rash", "liver", "fever drug cell gene bone nerve trial"]

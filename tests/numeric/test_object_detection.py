@@ -21,20 +21,20 @@ from pycocotools.cocoeval import COCOeval
 from small_detector import make_rows, save_model
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
 from quorate.client.trainer.evaluate import evaluate, forward
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
-from quorate.server.evaluation import summarise
-from quorate.shared.config.run import RunConfig
-from quorate.shared.detection_loss import Detections
+from quorate.server.rounds.evaluation import summarise
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import DataError, ModelError, ProtocolError
-from quorate.shared.model import load_model
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
 from quorate.shared.tasks import ObjectDetection
-from quorate.shared.tasks.augmentation import Augmentation
-from quorate.shared.tasks.base import Batch, Row
+from quorate.shared.tasks.task import Batch, Row
+from quorate.shared.tasks.vision.augmentation import Augmentation
+from quorate.shared.tasks.vision.detection_loss import Detections
 
 LABELS = ("disc", "square", "bar")
 
@@ -419,7 +419,7 @@ def test_detr_is_of_the_same_family(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_simulation_shows_what_is_found_where_it_is_asked_to(make_run_of: Any, tmp_path: Path) -> None:
-    from quorate.server.records import Sample
+    from quorate.server.tracking.records import Sample
     from quorate.simulations.runner import simulate
 
     rows = {

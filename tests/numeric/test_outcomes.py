@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from quorate.server.evaluation import summarise, worth
-from quorate.shared.outcomes import Outcomes
+from quorate.server.rounds.evaluation import summarise, worth
+from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks import SequenceClassification
 
 TASK = SequenceClassification(name="sequence_classification", labels=("no", "yes", "maybe"))

@@ -16,17 +16,17 @@ from row_gradients import kept, largest_error, noisy, one_by_one
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quorate.client.mapping import RowMapper
+from quorate.client.data.mapping import RowMapper
+from quorate.client.trainer.dp.per_sample import PerSample
+from quorate.client.trainer.dp.row_isolation import check_batch_statistics, check_rows_apart
 from quorate.client.trainer.passes import training_mode
-from quorate.client.trainer.per_sample import PerSample
-from quorate.client.trainer.row_check import check_batch_statistics, check_rows_apart
 from quorate.client.trainer.stack import AdapterStack, Layout, StackedConv2d, StackedLinear
-from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SourceConfig
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import ModelError
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.tasks import SequenceClassification
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 TOLERANCE = 1e-5
 ORGANS = {"name": "token_classification", "labels": ["O", "B-organ", "I-organ"], "max_length": 24}

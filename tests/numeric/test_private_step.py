@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_gradients import kept, noisy
 
-from quorate.client.trainer import private
-from quorate.client.trainer.clipping import ClippedSum
+from quorate.client.trainer.dp import dp_sgd
+from quorate.client.trainer.dp.clipping import ClippedSum
+from quorate.client.trainer.dp.dp_sgd import draw_batch, units_of
+from quorate.client.trainer.dp.noise import secret_generator, with_noise
+from quorate.client.trainer.dp.plan import private_plan
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.passes import training_mode
-from quorate.client.trainer.private import draw_batch, units_of
-from quorate.client.trainer.private_plan import private_plan
-from quorate.client.trainer.secret import secret_generator, with_noise
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import RunConfig
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.secret import CipherSource, SeededSource, secret_source
-from quorate.shared.privacy.shown import at_most
+from quorate.shared.privacy.rounding import at_most
+from quorate.shared.privacy.secure_random import CipherSource, SeededSource, secret_source
 from quorate.shared.progress import StepEvent, ignore_step
 
 SOURCES = [SeededSource, CipherSource]
@@ -168,7 +168,7 @@ def clipped(
     """The sum over the chosen rows, cut into passes as the private step cuts a batch."""
     shapes = {name: tuple(each.shape[1:]) for name, each in rows.items()}
     total = ClippedSum(shapes, norm, CPU)
-    for pairs, goes_on in private._passes([(units[row], row) for row in chosen], size):
+    for pairs, goes_on in dp_sgd._passes([(units[row], row) for row in chosen], size):
         part = {name: each[[row for _, row in pairs]] for name, each in rows.items()}
         total.add(part, [unit for unit, _ in pairs], goes_on=goes_on)
     return total.total
@@ -287,7 +287,7 @@ def test_noise_of_an_empty_batch_is_sigma_c_over_b(
     make_run: Any, make_sites: Any, monkeypatch: pytest.MonkeyPatch, secure: bool
 ) -> None:
     """No row is drawn; two steps are taken, noised and counted all the same."""
-    monkeypatch.setattr(private, "draw_batch", lambda *_: [])
+    monkeypatch.setattr(dp_sgd, "draw_batch", lambda *_: [])
     sigma, norm, batch = 1.7, 0.4, 5
     run = make_run(
         training={

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import Aggregator, FedAvg, GlobalState, Reptile
 
 SHAPES = {"base_model.model.l" + LORA_A: (2, 5), "base_model.model.l" + LORA_B: (4, 2), "head": (3, 4)}

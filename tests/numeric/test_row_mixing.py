@@ -13,19 +13,19 @@ import tiny_lm
 import torch
 from row_gradients import noisy
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
 from quorate.client.trainer import passes
+from quorate.client.trainer.dp.dp_sgd import fit_privately
+from quorate.client.trainer.dp.row_isolation import check_rows_apart, row_gradients, summed_gradient
 from quorate.client.trainer.passes import SiteTask, training_mode
-from quorate.client.trainer.private import fit_privately
-from quorate.client.trainer.row_check import check_rows_apart, row_gradients, summed_gradient
 from quorate.client.trainer.stack import AdapterStack
-from quorate.server.joining import request
-from quorate.server.run import Run
-from quorate.shared.config.run import RunConfig
+from quorate.server.exchange.join import request
+from quorate.server.rounds.run import Run
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ModelError
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 PRIVACY = {"unit": "record", "noise_multiplier": 1.0}
 WORDS = ("fever", "cough", "pain", "dose", "scan", "heart", "liver", "lung", "blood")
@@ -117,15 +117,15 @@ def test_every_site_and_every_set_of_rows_is_tried(make_run: Any, monkeypatch: p
     run = make_run(privacy=PRIVACY)
     model, stack, examples = installed(run, texts(3, 4, 9, 5))
     tried: list[list[int]] = []
-    from quorate.client.trainer import row_check
+    from quorate.client.trainer.dp import row_isolation
 
-    right = row_check._distance
+    right = row_isolation._distance
 
     def spy(model: Any, stack: Any, run: Any, rows: Any, *more: Any) -> float:
         tried.append([run.task.length(row) for row in rows])
         return right(model, stack, run, rows, *more)
 
-    monkeypatch.setattr(row_check, "_distance", spy)
+    monkeypatch.setattr(row_isolation, "_distance", spy)
     for site, rows in (("a", examples), ("a", examples), ("b", examples[:2]), ("a", examples[1:])):
         assert check_rows_apart(model, stack, run, site, rows) is None
     assert tried == [[5, 11, 24], [5, 6, 24], [6, 11, 24]], "shortest, longest and full; each rows once"

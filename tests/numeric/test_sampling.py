@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.sampling import BalancedWalk, few_shot
 from quorate.client.trainer.schedule import Plan
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.config.run import TrainingConfig
-from quorate.shared.messages import RequestHeader, RoundRequest
-from quorate.shared.model import load_model
+from quorate.shared.config.run_config import TrainingConfig
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
-from quorate.shared.tasks.base import Row
-from quorate.simulations.references import pool
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest
+from quorate.shared.tasks.task import Row
+from quorate.simulations.baselines import pool
 from quorate.simulations.runner import simulate
 
 LABELS = [(0,)] * 7 + [(1,)] * 2 + [(2,)]

@@ -16,15 +16,15 @@ from sklearn import metrics as reference
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional
 
-from quorate.client.site import Site
-from quorate.server.rounds import run_rounds
-from quorate.server.run import Run
+from quorate.client.site.site import Site
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import Run
 from quorate.shared.errors import DataError, ProtocolError
-from quorate.shared.model import load_model
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.tasks import SequenceClassification
-from quorate.shared.tasks.base import Batch, Row
-from quorate.simulations.grid import InProcessGrid
+from quorate.shared.tasks.task import Batch, Row
+from quorate.simulations.in_process_grid import InProcessGrid
 
 CLASSES = 4
 NAMES = tuple(f"label-{index}" for index in range(CLASSES))

@@ -17,25 +17,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from quorate.client.data import load_splits
-from quorate.client.predict import predict
-from quorate.client.site import Site
+from quorate.client.data.splits import load_splits
+from quorate.client.models.predictions import predict
+from quorate.client.site.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
-from quorate.deploy.commands.predict import _print_table as print_table
-from quorate.server.outputs import measure, write_outputs
-from quorate.server.rounds import run_rounds
-from quorate.server.run import Run
-from quorate.shared.config.sites import SourceConfig
+from quorate.deploy.commands.both.predict import _print_table as print_table
+from quorate.server.results.outputs import measure, write_outputs
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import Run
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError, ProtocolError
-from quorate.shared.model import load_model
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
 from quorate.shared.tasks import TokenClassification
-from quorate.shared.tasks.base import Batch, Row
+from quorate.shared.tasks.task import Batch, Row
+from quorate.shared.tasks.text.words import CUT, NO_PIECE, Words, split_text
 from quorate.shared.tasks.token_classification import IGNORED
-from quorate.shared.words import CUT, NO_PIECE, Words, split_text
-from quorate.simulations.grid import InProcessGrid
+from quorate.simulations.in_process_grid import InProcessGrid
 
 BIO = ("O", "B-drug", "I-drug", "B-disease", "I-disease")
 IOBES = ("B-a", "I-a", "E-a", "S-a", "O", "S-b-c", "E-b-c", "B-b-c", "I-b-c")

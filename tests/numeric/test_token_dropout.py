@@ -9,7 +9,7 @@ import numpy as np
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
 from quorate.shared.seeds import rng
 

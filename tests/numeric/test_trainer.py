@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import TrainingConfig
-from quorate.shared.model import LoadedModel, load_model
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import TrainingConfig
+from quorate.shared.model.lora_model import LoadedModel, load_model
 from quorate.shared.progress import ignore_step
 
 TOLERANCE = 1e-5
@@ -235,7 +235,7 @@ def test_the_walk_through_a_sites_rows_covers_every_epoch_and_continues_across_r
 
 def test_handle_answers_one_request_as_it_answers_the_cohort(make_run: Any, make_sites: Any) -> None:
     """The seam: a ClientApp passes one request, the in-process grid the cohort."""
-    from quorate.shared.messages import RequestHeader, RoundRequest
+    from quorate.shared.protocol.messages import RequestHeader, RoundRequest
 
     site = Site(make_sites(a=9, b=14, c=2))
     run = site.prepare(make_run(adapter={"lora_dropout": 0.1}))

@@ -5,11 +5,11 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import RULES, Aggregator, GlobalState, Reptile
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.aggregation.factors import compress
 from quorate.shared.aggregation.fedex import residual_factors
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 
 Matrix = npt.NDArray[np.float64]
 LAYER = "base_model.model.encoder.query"

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from quorate.client.data import LoadedRow
-from quorate.shared.config.sites import Column, Dirichlet, Iid, Partition, Sizes
+from quorate.client.data.splits import LoadedRow
+from quorate.shared.config.sites_config import Column, Dirichlet, Iid, Partition, Sizes
 from quorate.shared.errors import DataError
-from quorate.shared.messages import Split
+from quorate.shared.protocol.messages import Split
 from quorate.simulations.partition import partition
 
 fast = settings(max_examples=60)

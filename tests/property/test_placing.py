@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quorate.client.data import fill_missing_splits, load_splits, measured_apart
-from quorate.client.mapping import LoadedRow
-from quorate.client.placing import Placing, content
-from quorate.shared.config.sites import SourceConfig, SplitConfig
+from quorate.client.data.mapping import LoadedRow
+from quorate.client.data.placement import Placing, content
+from quorate.client.data.splits import fill_missing_splits, load_splits, measured_apart
+from quorate.shared.config.sites_config import SourceConfig, SplitConfig
 from quorate.shared.errors import DataError
-from quorate.shared.messages import Split
+from quorate.shared.protocol.messages import Split
 
 SPLIT = SplitConfig()
 KEY = Placing(bytes(range(32)))

@@ -10,11 +10,11 @@ from federations import unpack_kit, write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quorate.client.config import ConnectionConfig
-from quorate.client.enrol import enrol
-from quorate.deploy.provision.provision import provision
-from quorate.shared.config.names import NAME
+from quorate.client.node.enrolment import enrol
+from quorate.client.policy.site_config import ConnectionConfig
+from quorate.deploy.provision.provisioning import provision
 from quorate.shared.config.read import load_file
+from quorate.shared.config.texts import NAME
 from quorate.shared.errors import ConfigError
 
 names = st.from_regex(NAME.removesuffix("$") + r"\Z").map(str)

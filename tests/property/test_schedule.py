@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quorate.client.trainer.schedule import Plan, lr_factor
-from quorate.shared.config.run import TrainingConfig
+from quorate.shared.config.run_config import TrainingConfig
 
 training = st.fixed_dictionaries(
     {

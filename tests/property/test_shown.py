@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quorate.shared.privacy.claim import PrivacyClaim
-from quorate.shared.privacy.shown import at_least, at_most, delta_shown
+from quorate.shared.privacy.rounding import at_least, at_most, delta_shown
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"max_epsilon:g", "delta:g"}

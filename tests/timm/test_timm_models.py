@@ -21,8 +21,8 @@ from transformers import (  # noqa: E402
 
 from quorate.client.trainer.fit import SiteTask, fit  # noqa: E402
 from quorate.client.trainer.stack import AdapterStack  # noqa: E402
-from quorate.shared.adapter import Adapter, lora_layers, saved_modules  # noqa: E402
-from quorate.shared.model import LoadedModel, load_model  # noqa: E402
+from quorate.shared.adapters.adapter import Adapter, lora_layers, saved_modules  # noqa: E402
+from quorate.shared.model.lora_model import LoadedModel, load_model  # noqa: E402
 from quorate.shared.progress import ignore_step  # noqa: E402
 from quorate.simulations.runner import simulate  # noqa: E402
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tampered import SIZES, Change, Tampered, untouched
 
-from quorate.client.site import Site
-from quorate.server.records import RoundRecord
-from quorate.server.rounds import Result, run_rounds
-from quorate.server.run import RECORD_FILE, Run, read_jsonl
+from quorate.client.site.site import Site
+from quorate.server.rounds.loop import Result, run_rounds
+from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
+from quorate.server.tracking.records import RoundRecord
 
 
 @pytest.fixture

@@ -13,24 +13,24 @@ import pytest
 import yaml
 from site_folder import RUN_ID, request, sha256_of, write_folder
 
-from quorate.client.accounted import Accounted
-from quorate.client.answered import Answered
-from quorate.client.device_errors import OUT_OF_MEMORY
-from quorate.client.ledger import Ledger
-from quorate.client.ledger_check import Anchor, verify
-from quorate.client.ledger_rows import Commit, Reservation
-from quorate.client.node.check import Line, check
+from quorate.client.health.site_check import Line, check
 from quorate.client.node.folder import SiteFolder
-from quorate.client.policy import Gate
-from quorate.client.serve import ANSWERS_FILE, AtSite, account_for
-from quorate.client.site import Site
-from quorate.server.collect import REASONS
-from quorate.shared.adapter import Adapter
+from quorate.client.policy.answer_store import Answered
+from quorate.client.policy.gate import Gate
+from quorate.client.privacy.ledger import Ledger
+from quorate.client.privacy.ledger_records import Commit, Reservation
+from quorate.client.privacy.ledger_verify import Anchor, verify
+from quorate.client.privacy.spending_gate import Accounted
+from quorate.client.process.main import ANSWERS_FILE, AtSite, account_for
+from quorate.client.site.device_errors import OUT_OF_MEMORY
+from quorate.client.site.site import Site
+from quorate.server.exchange.exchange import REASONS
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import NonFiniteUpdate
-from quorate.shared.messages import RoundRequest, Update
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.progress import StepEvent
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 STEPS = 3
 PRIVATE = {"unit": "record", "noise_multiplier": 1.0}

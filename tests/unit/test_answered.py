@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from site_folder import RUN_ID, SITE, request
 
-from quorate.client import answered
-from quorate.client.answered import KEEP_ROUNDS, Answered
-from quorate.client.site import Site
-from quorate.shared.adapter import Adapter
+from quorate.client.policy import answer_store
+from quorate.client.policy.answer_store import KEEP_ROUNDS, Answered
+from quorate.client.site.site import Site
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import OutputError
-from quorate.shared.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 
 class Counted:
@@ -134,8 +134,8 @@ def test_old_rounds_let_go_of_their_arrays(site: Any, run: Any) -> None:
 
 
 def test_what_lies_here_is_limited(site: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answered, "KEEP_RUNS", 3)
-    monkeypatch.setattr(answered, "KEEP_EVALUATIONS", 2)
+    monkeypatch.setattr(answer_store, "KEEP_RUNS", 3)
+    monkeypatch.setattr(answer_store, "KEEP_EVALUATIONS", 2)
     ids = [f"{number:016x}" for number in range(5)]
     for run_id in ids:
         site.ask(request(run, run_id=run_id))

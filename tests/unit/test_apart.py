@@ -16,13 +16,13 @@ import yaml
 from other_users import interpreter
 from site_folder import write_folder
 
-from quorate.client.enrol import enrol
-from quorate.client.node.apart import NodeFolder, supernode_programs
-from quorate.client.node.check import _models_are_readable
+from quorate.client.health.site_check import _models_are_readable
+from quorate.client.node.enrolment import enrol
 from quorate.client.node.names import SOCKET
-from quorate.client.node.owners import Account
+from quorate.client.node.split_start import NodeFolder, supernode_programs
+from quorate.client.node.users import Account
 from quorate.shared.errors import ConfigError, ModelError
-from quorate.shared.supervised import read_status
+from quorate.shared.process.supervised import read_status
 
 CONNECTION = {"federation": "lungs", "site": "north", "server": "127.0.0.1:9", "mutual_tls": False}
 
@@ -134,7 +134,7 @@ def test_two_users_share_the_socket_alone(python: list[str]) -> None:
             started.append(subprocess.Popen([*isolated, *command]))
         node, deadline = NodeFolder(folder), time.monotonic() + 400
         health = (
-            "import sys; from pathlib import Path; from quorate.client.service import check_health; "
+            "import sys; from pathlib import Path; from quorate.client.process.grpc_server import check_health; "
             "sys.exit(not check_health(Path(sys.argv[1])))"
         )
         socket = str(folder / "state" / "site.sock")

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from tampered import NAMES, Change, edited
 
-from quorate.server import joining
-from quorate.server.collect import REASONS
-from quorate.server.events import EventsReader, EventsTracker, PhaseBegan
-from quorate.shared.adapter import Adapter
+from quorate.server.exchange import join
+from quorate.server.exchange.exchange import REASONS
+from quorate.server.tracking.events import EventsReader, EventsTracker, PhaseBegan
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import QuorumNotMet
-from quorate.shared.messages import Update
+from quorate.shared.protocol.messages import Update
 
 APPROVAL = "policy-approval"
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "APPROVAL_SECONDS", 0.05)
+    monkeypatch.setattr(join, "APPROVAL_SECONDS", 0.05)
 
 
 def approving(after: dict[str, float]) -> Change:
@@ -71,7 +71,7 @@ def test_without_a_time_nobody_is_waited_for(play: Any) -> None:
 def test_the_person_at_the_coordinator_reads_whose_word_is_missing(
     play: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quorate.server.run import Run
+    from quorate.server.rounds.run import Run
 
     told: list[tuple[Any, ...]] = []
     tell = Run.tell

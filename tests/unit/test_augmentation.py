@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from quorate.shared.tasks.augmentation import Augmentation, Change
+from quorate.shared.tasks.vision.augmentation import Augmentation, Change
 
 DRAW = np.random.default_rng(0)
 IMAGE = DRAW.integers(0, 256, (3, 12, 12), dtype=np.uint8)

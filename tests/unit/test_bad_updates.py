@@ -10,10 +10,10 @@ import pytest
 from flwr.app import Error
 from tampered import SIZES, edited, only, spoiled
 
-from quorate.server.checks import check_trained
-from quorate.shared.adapter import Adapter, is_lora_a
+from quorate.server.rounds.update_checks import check_trained
+from quorate.shared.adapters.adapter import Adapter, is_lora_a
 from quorate.shared.errors import NonFiniteUpdate, QuorumNotMet
-from quorate.shared.messages import RequestHeader, RoundRequest, Update
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
 
 
 def infinite(update: Update) -> Update:

@@ -16,13 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from site_folder import sha256_of, write_folder
 
-from quorate.client.base_models import at_site, find, import_archive
-from quorate.client.config import SiteConfig
-from quorate.client.node.check import Line, check
+from quorate.client.health.site_check import Line, check
+from quorate.client.models.base_models import at_site, find, import_archive
+from quorate.client.policy.site_config import SiteConfig
 from quorate.deploy.cli import run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError, ModelError
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
 
 
 def site_with(path: str, sha256: str) -> SiteConfig:

@@ -15,15 +15,15 @@ from ledgers import EVENT, NOTES, Place, answer, key
 from pydantic import ValidationError
 from site_folder import write_folder
 
-from quorate.client.budgets import Budgets, places, protected_data
-from quorate.client.config import SiteConfig
-from quorate.client.ledger import open_ledger
-from quorate.client.ledger_rows import ProtectedData
 from quorate.client.node.folder import SiteFolder
-from quorate.client.statement import accounts
+from quorate.client.policy.site_config import SiteConfig
+from quorate.client.privacy.account_report import accounts
+from quorate.client.privacy.budgets import Budgets, places, protected_data
+from quorate.client.privacy.ledger import open_ledger
+from quorate.client.privacy.ledger_records import ProtectedData
 from quorate.deploy.site_cli import run
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.shown import at_least, at_most
+from quorate.shared.privacy.rounding import at_least, at_most
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ledger.md"
 ROUNDS = 3

@@ -8,16 +8,19 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.config import get_fab_config
 
-import quorate.shared.bundle as module
-from quorate.shared.bundle import RUN_KEY, bundle_dir
+import quorate.shared.protocol.bundle as module
 from quorate.shared.errors import ConfigError
+from quorate.shared.protocol.bundle import RUN_KEY, bundle_dir
 
 
 def test_flower_builds_it_and_it_holds_no_code() -> None:
     built = build_fab_from_disk(bundle_dir())
     assert zipfile.ZipFile(io.BytesIO(built)).namelist() == ["pyproject.toml", ".info/CONTENT"]
     app = get_fab_config(built)["tool"]["flwr"]["app"]
-    assert app["components"] == {"serverapp": "quorate.server.app:app", "clientapp": "quorate.client.app:app"}
+    assert app["components"] == {
+        "serverapp": "quorate.server.federation.flower_app:app",
+        "clientapp": "quorate.client.process.flower_app:app",
+    }
     assert app["config"] == {RUN_KEY: ""}
 
 

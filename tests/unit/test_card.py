@@ -10,9 +10,9 @@ import pytest
 import yaml
 from report_data import LABELS, MIX, Shape, config, make_summary, record, round_metrics
 
-from quorate.server.card import escape, model_card
-from quorate.server.records import Summary
-from quorate.shared.config.run import RunConfig
+from quorate.server.results.model_card import escape, model_card
+from quorate.server.tracking.records import Summary
+from quorate.shared.config.run_config import RunConfig
 
 SHAPE = Shape(rounds=2, planned=2)
 

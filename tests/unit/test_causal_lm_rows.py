@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_lm import CHATML, lm_rows, lm_run
 
-from quorate.client.data import load_splits
-from quorate.server.checks import check_trained
-from quorate.server.evaluation import summarise
-from quorate.shared.adapter import Adapter
-from quorate.shared.base_model import load_base
-from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SourceConfig
+from quorate.client.data.splits import load_splits
+from quorate.server.rounds.evaluation import summarise
+from quorate.server.rounds.update_checks import check_trained
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError, ModelError, ProtocolError
-from quorate.shared.messages import Update, UpdateHeader
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.model.base_model import load_base
+from quorate.shared.protocol.messages import Update, UpdateHeader
 from quorate.shared.tasks import CausalLM
-from quorate.shared.tasks.base import Example, Row
-from quorate.shared.tasks.sequences import IGNORED, LEAST_CONTEXT, bins, cut
+from quorate.shared.tasks.task import Example, Row
+from quorate.shared.tasks.text.sequences import IGNORED, LEAST_CONTEXT, bins, cut
 
 SECRET = "Mrs Miller of 4 Mill Lane"
 GENERATION = (

@@ -15,16 +15,16 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from federations import SITES, content, join, kill_at, make, write_config
 
-from quorate.client.enrol import enrol, node_public_bytes, signing_request
+from quorate.client.node.enrolment import enrol, node_public_bytes, signing_request
 from quorate.deploy.cli import run
 from quorate.deploy.provision.authority import Authority
-from quorate.deploy.provision.certificates import renew_server, revoke_site, sign_site
-from quorate.deploy.provision.index import Index
-from quorate.deploy.provision.keys import admit_key, admitted_key, restore_site, revocation
-from quorate.deploy.provision.provision import provision
-from quorate.server.federation import FederationFolder
+from quorate.deploy.provision.certificate_log import Index
+from quorate.deploy.provision.issuing import renew_server, revoke_site, sign_site
+from quorate.deploy.provision.node_keys import admit_key, admitted_key, restore_site, revocation
+from quorate.deploy.provision.provisioning import provision
+from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import ConfigError, OutputError
-from quorate.shared.files import alone
+from quorate.shared.process.files import alone
 
 
 @pytest.fixture(autouse=True)

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quorate.client.site import Site
-from quorate.server.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
-from quorate.server.outputs import best_state
-from quorate.server.records import RoundMetrics, RoundRecord
-from quorate.server.rounds import Result, run_rounds
-from quorate.server.run import METRICS_FILE, RECORD_FILE, RUN_FILE, Run, read_jsonl
-from quorate.shared import files
-from quorate.shared.adapter import Adapter
+from quorate.client.site.site import Site
+from quorate.server.results.outputs import best_state
+from quorate.server.rounds.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from quorate.server.rounds.loop import Result, run_rounds
+from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, RUN_FILE, Run, read_jsonl
+from quorate.server.tracking.records import RoundMetrics, RoundRecord
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.peft_export import as_lora
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, OutputError
-from quorate.shared.export import as_lora
-from quorate.shared.files import write_folder
-from quorate.simulations.grid import InProcessGrid
+from quorate.shared.process import files
+from quorate.shared.process.files import write_folder
+from quorate.simulations.in_process_grid import InProcessGrid
 
 ROUNDS = 3
 

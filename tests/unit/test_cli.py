@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from quorate.deploy.cli import app, run
-from quorate.deploy.commands.predict import read_texts
+from quorate.deploy.commands.both.predict import read_texts
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import report_failure
 from quorate.shared.config.load import load_run

@@ -7,8 +7,8 @@ import pytest
 from federations import join, make
 from loopback import NEEDS_NGINX
 
-from quorate.client.node.check import Line, check
-from quorate.deploy.provision.certificates import sign_site
+from quorate.client.health.site_check import Line, check
+from quorate.deploy.provision.issuing import sign_site
 
 
 @pytest.fixture

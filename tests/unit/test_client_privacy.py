@@ -16,25 +16,25 @@ import pytest
 from pydantic import ValidationError
 from tampered import SIZES, Change, Tampered, only, spoiled, untouched
 
-from quorate.client.finish import report
-from quorate.client.site import Site
-from quorate.server.central_noise import ClippedSum
-from quorate.server.client_plan import useless
-from quorate.server.cohort import poisson_cohort
-from quorate.server.deliver import delivery
-from quorate.server.outputs import measure, write_outputs
-from quorate.server.records import ClientClaim, RoundRecord
-from quorate.server.releases import LEDGER_FILE, ClientPlan, Ledger
+from quorate.client.site.delivered import report
+from quorate.client.site.site import Site
+from quorate.server.privacy.central_plan import useless
+from quorate.server.privacy.clipped_sum import ClippedSum
+from quorate.server.privacy.released import LEDGER_FILE, ClientPlan, Ledger
 from quorate.server.report import write_report
-from quorate.server.rounds import Result, run_rounds
-from quorate.server.run import RECORD_FILE, Run, read_jsonl
+from quorate.server.results.deliver import delivery
+from quorate.server.results.outputs import measure, write_outputs
+from quorate.server.rounds.cohort import poisson_cohort
+from quorate.server.rounds.loop import Result, run_rounds
+from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
+from quorate.server.tracking.records import ClientClaim, RoundRecord
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import CheckpointError, ConfigError, QuorumNotMet
-from quorate.shared.messages import Update
 from quorate.shared.privacy.accounting import epsilon
-from quorate.shared.privacy.events import PrivacyEvent
-from quorate.shared.privacy.secret import CipherSource, SecretSource, SeededSource
-from quorate.shared.privacy.shown import at_most
+from quorate.shared.privacy.privacy_event import PrivacyEvent
+from quorate.shared.privacy.rounding import at_most
+from quorate.shared.privacy.secure_random import CipherSource, SecretSource, SeededSource
+from quorate.shared.protocol.messages import Update
 
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
 PLAIN = {"unit": "client", "delta": 0.01, "noise_multiplier": 1.0}
@@ -340,8 +340,8 @@ def test_the_last_round_is_the_result_and_says_what_may_be_claimed(privately: An
 
 def test_a_search_is_refused(make_run: Any, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="needs the extra `tune`")
-    from quorate.simulations.space import SpaceConfig
-    from quorate.simulations.trial import Search
+    from quorate.simulations.tuning.space import SpaceConfig
+    from quorate.simulations.tuning.trial import Search
 
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(make_run(aggregation=UNIFORM, privacy=PLAIN)))

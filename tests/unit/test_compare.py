@@ -10,7 +10,7 @@ import report_data
 from report_data import Shape
 
 from quorate.deploy.cli import run
-from quorate.server.compare import _t, compare
+from quorate.server.results.compare_seeds import _t, compare
 from quorate.shared.errors import OutputError
 
 SEEDS = (2, 0, 1)

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quorate.client.config import SiteConfig
-from quorate.server.federation import FederationConfig
-from quorate.shared.config.base import ConfigModel
+from quorate.client.policy.site_config import SiteConfig
+from quorate.server.federation.folder import FederationConfig
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.dialect import MAX_BYTES, parse, write_mapping
 from quorate.shared.config.fields import Node, root
 from quorate.shared.config.load import load_run, load_sites_file, schema
 from quorate.shared.config.read import dump_yaml
-from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SitesConfig
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SitesConfig
 from quorate.shared.errors import ConfigError
 
 BASE: dict[str, Any] = {

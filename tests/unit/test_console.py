@@ -10,7 +10,7 @@ from rich.console import Console
 from quorate.deploy import terminal
 from quorate.deploy.console import ConsoleTracker
 from quorate.deploy.results import print_results
-from quorate.server.records import (
+from quorate.server.tracking.records import (
     Evaluation,
     Exclusion,
     Measured,
@@ -19,10 +19,10 @@ from quorate.server.records import (
     RoundRecord,
     Summary,
 )
-from quorate.server.trackers import Tracker
-from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import SiteDescription
+from quorate.server.tracking.trackers import Tracker
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.progress import StepEvent
+from quorate.shared.protocol.messages import SiteDescription
 
 RUN = RunConfig.model_validate(
     {

@@ -25,17 +25,17 @@ from report_data import TIMEOUT, Shape, config, make_summary, record, round_metr
 from rich.console import Console
 
 from quorate.deploy.cli import run as quorate
-from quorate.deploy.control import ends, watch
-from quorate.deploy.control.flower import Flower, FlowerState, ServerNotUp
+from quorate.deploy.control import run_controller, run_outputs
+from quorate.deploy.control.flower_cli import Flower, FlowerState, ServerNotUp
 from quorate.deploy.control.follower import Follower, joining_table
-from quorate.deploy.control.records import RunFolder, find_run_folder
-from quorate.deploy.control.watch import Controller
-from quorate.server.events import EVENTS_FILE, Event, EventsTracker
-from quorate.server.federation import FederationFolder
-from quorate.server.run import alone_in
-from quorate.server.status import RunStatus
+from quorate.deploy.control.run_controller import Controller
+from quorate.deploy.control.run_list import RunFolder, find_run_folder
+from quorate.server.federation.folder import FederationFolder
+from quorate.server.rounds.run import alone_in
+from quorate.server.tracking.events import EVENTS_FILE, Event, EventsTracker
+from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError, QuorateError
-from quorate.shared.files import write_folder
+from quorate.shared.process.files import write_folder
 
 SHAPE = Shape(rounds=2, planned=2, references=())
 RUN = config(SHAPE)
@@ -133,7 +133,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "BACK_OFF": (0.01, 0.01),
         "POLL_SECONDS": 0.02,
     }.items():
-        monkeypatch.setattr(watch, name, value)
+        monkeypatch.setattr(run_controller, name, value)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ class Carried:
     """A new run, with the controller over it."""
 
     def __init__(self, folder: FederationFolder, *work: Any, max_restarts: int = 3) -> None:
-        self.run = ends.new_run(folder, RUN, folder.path / "out")
+        self.run = run_outputs.new_run(folder, RUN, folder.path / "out")
         self.said: list[str] = []
         self.events: list[Event] = []
         self.flower = Forks(self.run.path, list(work))
@@ -240,68 +240,70 @@ def test_a_server_that_is_not_up_at_first_is_said_and_leaves_no_run(folder: Fede
     with pytest.raises(ServerNotUp):
         carried.controller.carry_out()
     assert not carried.controller.submitted
-    ends.forget(carried.run)
+    run_outputs.forget(carried.run)
     assert list(folder.runs.iterdir()) == []
 
 
 def test_runs_are_found_by_id_and_by_settings(folder: FederationFolder, tmp_path: Path) -> None:
-    first, second = (ends.new_run(folder, RUN, tmp_path / name) for name in ("one", "two"))
+    first, second = (run_outputs.new_run(folder, RUN, tmp_path / name) for name in ("one", "two"))
     assert find_run_folder(folder, second.run_id[:12]) == second
     for wrong in ("", "zzz"):
         with pytest.raises(ConfigError, match="runs list"):
             find_run_folder(folder, wrong)
-    assert ends.old_run(folder, RUN, tmp_path / "two", None) == second  # the newest
+    assert run_outputs.old_run(folder, RUN, tmp_path / "two", None) == second  # the newest
     other = RUN.model_copy(update={"seed": 8})
     with pytest.raises(ConfigError, match="leave --resume out"):
-        ends.old_run(folder, other, tmp_path / "two", None)
+        run_outputs.old_run(folder, other, tmp_path / "two", None)
     with pytest.raises(CheckpointError, match=r"other settings \(seed\)"):
-        ends.old_run(folder, other, tmp_path / "two", first.run_id)
+        run_outputs.old_run(folder, other, tmp_path / "two", first.run_id)
 
 
 def test_what_a_federation_cannot_do_is_said_before_anything_is_sent(
     tmp_path: Path, make_run: Any, tiny_bert: Path
 ) -> None:
-    assert ends.pinned(RUN) is RUN
-    sha256 = ends.pinned(make_run()).model.sha256
-    assert sha256 is not None and ends.pinned(make_run(model={"sha256": sha256})).model.sha256 == sha256
+    assert run_outputs.pinned(RUN) is RUN
+    sha256 = run_outputs.pinned(make_run()).model.sha256
+    assert (
+        sha256 is not None and run_outputs.pinned(make_run(model={"sha256": sha256})).model.sha256 == sha256
+    )
     with pytest.raises(ModelError, match=r"model\.sha256"):
-        ends.pinned(make_run(model={"model_name_or_path": str(tmp_path / "missing")}))
+        run_outputs.pinned(make_run(model={"model_name_or_path": str(tmp_path / "missing")}))
 
     out = tmp_path / "out"
-    ends.check_output(out, RUN, resume=False)
+    run_outputs.check_output(out, RUN, resume=False)
     (out / "adapter").mkdir(parents=True)
     with pytest.raises(OutputError, match="write over"):
-        ends.check_output(out, RUN, resume=False)
+        run_outputs.check_output(out, RUN, resume=False)
 
 
 def test_an_adapter_that_a_run_took_away_is_taken_away_from_its_results(
     folder: FederationFolder, tmp_path: Path
 ) -> None:
-    run = ends.new_run(folder, RUN, tmp_path / "out")
+    run = run_outputs.new_run(folder, RUN, tmp_path / "out")
     write_folder(tmp_path / "out" / "adapter", {"adapter_model.safetensors": b"fetched before"})
     (run.path / "summary.json").write_text("{}")
-    ends.fetch_results(run, tmp_path / "out")
+    run_outputs.fetch_results(run, tmp_path / "out")
     assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_results_are_fetched_without_checkpoints(folder: FederationFolder, tmp_path: Path) -> None:
-    run = ends.new_run(folder, RUN, tmp_path / "out")
+    run = run_outputs.new_run(folder, RUN, tmp_path / "out")
     write_folder(run.path / "checkpoint-1", {"state": b""})
     write_folder(run.path / "adapter", {"adapter_model.safetensors": b"new"})
     write_folder(tmp_path / "out" / "adapter", {"left.over": b"old"})
-    ends.fetch_results(run, tmp_path / "out")
+    run_outputs.fetch_results(run, tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert {"run.yaml", "adapter/adapter_model.safetensors"} <= found
     assert not any("checkpoint" in name or "left" in name or "control" in name for name in found)
     with pytest.raises(OutputError, match="--resume"):
-        ends.check_output(tmp_path / "out", RUN, resume=False)
-    ends.check_output(tmp_path / "out", RUN, resume=True)
+        run_outputs.check_output(tmp_path / "out", RUN, resume=False)
+    run_outputs.check_output(tmp_path / "out", RUN, resume=True)
 
 
 FOLLOWER = """
 import sys, time
 from pathlib import Path
-from quorate.deploy.control.records import RunFolder
+from quorate.deploy.control.run_list import RunFolder
 
 with RunFolder(Path(sys.argv[1])).follow():
     print("following", flush=True)

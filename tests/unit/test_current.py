@@ -12,21 +12,21 @@ import pytest
 from site_folder import RUN_ID, request, sha256_of, write_folder
 from whole_site import WholeSite
 
-from quorate.client import current
-from quorate.client.approvals import approve
-from quorate.client.node.check import check
-from quorate.client.node.site_file import standing
-from quorate.client.node.status import site_status
-from quorate.server.collect import REASONS
-from quorate.shared.files import take_lock
+from quorate.client.health.site_check import check
+from quorate.client.health.site_file import standing
+from quorate.client.health.site_status import site_status
+from quorate.client.policy.approvals import approve
+from quorate.client.process import reload
+from quorate.server.exchange.exchange import REASONS
 from quorate.shared.privacy.claim import PrivacyClaim
+from quorate.shared.process.files import take_lock
 
 OTHER = "f" * 16
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(current, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(reload, "SETTLE_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "quorate")
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_is_being_written_is_waited_for(
     def meanwhile(_seconds: float) -> None:
         path.write_text(whole)
 
-    monkeypatch.setattr(current.time, "sleep", meanwhile)
+    monkeypatch.setattr(reload.time, "sleep", meanwhile)
     assert site.ask(request(pinned())).header.error == "policy-rank"
 
 

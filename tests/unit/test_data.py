@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from quorate.client.data import LoadedRow, load_splits
-from quorate.shared.config.sites import SourceConfig
+from quorate.client.data.splits import LoadedRow, load_splits
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import ConfigError, DataError
 
 SECRET = "Mrs Miller of 4 Mill Lane has had a cough for three weeks now"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quorate.client.readers.hub import _rows, read_hub
+from quorate.client.data.readers.hub import _rows, read_hub
 from quorate.shared.errors import DataError
 
 FEATURES = """---

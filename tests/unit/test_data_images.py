@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quorate.client.data import load_splits
-from quorate.client.readers.hub import read_hub
-from quorate.shared.config.sites import SourceConfig
+from quorate.client.data.readers.hub import read_hub
+from quorate.client.data.splits import load_splits
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError
-from quorate.shared.tasks.base import Kind
-from quorate.shared.tasks.images import decode
+from quorate.shared.tasks.task import Kind
+from quorate.shared.tasks.vision.image_task import decode
 
 COLUMNS: dict[str, Kind] = {"image": "image", "label": "label"}
 LABELS = ("cat", "dog")

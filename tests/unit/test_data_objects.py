@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from quorate.client.data import load_splits
-from quorate.shared.config.sites import SourceConfig
+from quorate.client.data.splits import load_splits
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError
-from quorate.shared.tasks.base import Kind
+from quorate.shared.tasks.task import Kind
 
 COLUMNS: dict[str, Kind] = {"image": "image", "objects": "objects"}
 LABELS = ("cat", "dog")

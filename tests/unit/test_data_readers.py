@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from quorate.client.readers import describe_columns, read_source
-from quorate.shared.config.sites import SourceConfig
+from quorate.client.data.readers import describe_columns, read_source
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError
-from quorate.shared.messages import Split
-from quorate.shared.tasks.base import Row
+from quorate.shared.protocol.messages import Split
+from quorate.shared.tasks.task import Row
 
 SECRET = "Mrs Miller of 4 Mill Lane"
 ROWS: list[dict[str, Any]] = [

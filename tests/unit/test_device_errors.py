@@ -15,17 +15,17 @@ import torch
 from loopback import wait_for
 from site_folder import request, sha256_of, write_folder
 
-from quorate.client import site as site_module
-from quorate.client.device_errors import LOST_EXIT, of_device
-from quorate.client.remote import RemoteSite
-from quorate.client.service import SiteService
-from quorate.client.site import Site
-from quorate.server.collect import REASONS
-from quorate.server.joining import request as ask
-from quorate.server.run import Run
+from quorate.client.process.grpc_client import RemoteSite
+from quorate.client.process.grpc_server import SiteService
+from quorate.client.site import site as site_module
+from quorate.client.site.device_errors import LOST_EXIT, of_device
+from quorate.client.site.site import Site
+from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.join import request as ask
+from quorate.server.rounds.run import Run
 from quorate.shared.errors import ModelError
-from quorate.shared.messages import Update
-from quorate.shared.supervised import read_status
+from quorate.shared.process.supervised import read_status
+from quorate.shared.protocol.messages import Update
 
 LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -152,7 +152,7 @@ def test_a_site_process_that_lost_its_device_ends_and_is_started_again(
     run = make_run(model={"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)})
     program = Path(__file__).parents[1] / "helpers" / "serve_lost_device.py"
     code = (
-        "import sys; from pathlib import Path; from quorate.shared.supervisor import Program, Supervisor; "
+        "import sys; from pathlib import Path; from quorate.shared.process.supervisor import Program, Supervisor; "
         "place = Path(sys.argv[1]); Supervisor(place / 'watch', [Program('site', "
         "[sys.executable, sys.argv[2], str(place)], place / 'site.log')]).run()"
     )

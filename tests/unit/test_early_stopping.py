@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from quorate.server.best import Standing
-from quorate.server.records import Evaluation, RoundMetrics, RoundRecord
-from quorate.server.run import METRICS_FILE, RECORD_FILE, read_jsonl
+from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, read_jsonl
+from quorate.server.tracking.records import Evaluation, RoundMetrics, RoundRecord
 from quorate.shared.errors import ConfigError
 from quorate.simulations.runner import simulate
 

@@ -12,8 +12,8 @@ from report_data import TIMEOUT, Shape, config, make_summary, record, round_metr
 from rich.console import Console
 
 from quorate.deploy.console import ConsoleTracker
-from quorate.server.events import EventsHandler, EventsReader, EventsTracker, Said, follow, replay
-from quorate.server.trackers import Tracker
+from quorate.server.tracking.events import EventsHandler, EventsReader, EventsTracker, Said, follow, replay
+from quorate.server.tracking.trackers import Tracker
 from quorate.shared.errors import OutputError
 
 SHAPE = Shape(rounds=3, planned=3)
@@ -106,7 +106,7 @@ def test_follow_waits_for_more(tmp_path: Path) -> None:
 
 def test_warnings_of_the_coordinator_come_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = EventsTracker(tmp_path / "events.jsonl")
-    logger = logging.getLogger("quorate.server.joining")
+    logger = logging.getLogger("quorate.server.exchange.join")
     handler = EventsHandler(tracker)
     logger.addHandler(handler)
     try:

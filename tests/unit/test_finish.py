@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message
 
-from quorate.client.app import app as client_app
-from quorate.client.finish import report
-from quorate.client.resident import connect
-from quorate.client.site import Site
-from quorate.server import collect
-from quorate.server.deliver import deliver, delivery
-from quorate.server.outputs import measure, write_outputs
-from quorate.server.records import Evaluation, Measured, Summary, Worth
-from quorate.server.rounds import Result, request, run_rounds
-from quorate.server.run import Run
-from quorate.shared.adapter import Adapter
-from quorate.shared.messages import Delivery, RoundRequest
-from quorate.shared.privacy.shown import at_most
-from quorate.simulations.grid import InProcessGrid
+from quorate.client.process.flower_app import app as client_app
+from quorate.client.process.handler import connect
+from quorate.client.site.delivered import report
+from quorate.client.site.site import Site
+from quorate.server.exchange import exchange
+from quorate.server.results.deliver import deliver, delivery
+from quorate.server.results.outputs import measure, write_outputs
+from quorate.server.rounds.loop import Result, request, run_rounds
+from quorate.server.rounds.run import Run
+from quorate.server.tracking.records import Evaluation, Measured, Summary, Worth
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.privacy.rounding import at_most
+from quorate.shared.protocol.messages import Delivery, RoundRequest
+from quorate.simulations.in_process_grid import InProcessGrid
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "run.yaml")
 
@@ -107,7 +107,7 @@ def test_a_site_that_cannot_take_the_result_answers_with_a_code_and_the_run_stan
 def test_a_site_that_is_away_at_the_end_is_asked_again(
     make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "_FIRST_REASK", 0.05)
+    monkeypatch.setattr(exchange, "_FIRST_REASK", 0.05)
     site = Site(make_sites(north=9, south=7), received=tmp_path / "received")
     federation = {"rounds": 1, "reask_seconds": 60}
     run = Run.open(site.prepare(make_run(federation=federation)), tmp_path / "out")

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from quorate.server import flower
+from quorate.server.exchange import flower_messages
 from quorate.shared.errors import OutputError
 
 RUN, NODE = 7, 1001
@@ -81,7 +81,7 @@ def grid_on(superlink: SuperLink, monkeypatch: pytest.MonkeyPatch) -> HttpGrid:
     grid = HttpGrid(insecure=True, token="token")
     monkeypatch.setattr(grid, "_client", superlink)
     monkeypatch.setattr(grid, "_run", Description())
-    monkeypatch.setattr(flower.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(flower_messages.time, "sleep", lambda _seconds: None)
     return grid
 
 
@@ -101,7 +101,7 @@ def test_an_object_that_was_stored_and_not_acknowledged_is_no_end_of_the_run(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     superlink, sent = SuperLink(), messages(3)
-    ids = list(flower.push(grid_on(superlink, monkeypatch), sent))
+    ids = list(flower_messages.push(grid_on(superlink, monkeypatch), sent))
     assert ids == [message.metadata.message_id for message in sent] and len(set(ids)) == len(sent)
     assert superlink.pushes == 2 and "sending them again" in caplog.text
     for each in objects_of(sent):
@@ -111,6 +111,6 @@ def test_an_object_that_was_stored_and_not_acknowledged_is_no_end_of_the_run(
 
 def test_a_superlink_that_stores_nothing_ends_in_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     superlink = SuperLink(refuses=True)
-    with pytest.raises(OutputError, match=f"in {flower.PUSHES} attempts.*--resume"):
-        flower.push(grid_on(superlink, monkeypatch), messages(1))
-    assert superlink.pushes == flower.PUSHES
+    with pytest.raises(OutputError, match=f"in {flower_messages.PUSHES} attempts.*--resume"):
+        flower_messages.push(grid_on(superlink, monkeypatch), messages(1))
+    assert superlink.pushes == flower_messages.PUSHES

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from tampered import SIZES, Tampered, only, spoiled, untouched
 
-from quorate.client.site import Site
-from quorate.server import rounds
-from quorate.server.finish import finish
-from quorate.server.rounds import run_rounds
-from quorate.server.run import Run
-from quorate.server.status import STATUS_FILE, RunStatus
-from quorate.server.trackers import TensorboardTracker
+from quorate.client.site.site import Site
+from quorate.server.results.complete import finish
+from quorate.server.rounds import loop
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import Run
+from quorate.server.tracking.run_status import STATUS_FILE, RunStatus
+from quorate.server.tracking.trackers import TensorboardTracker
 from quorate.shared.errors import QuorumNotMet
-from quorate.shared.files import write_folder
+from quorate.shared.process.files import write_folder
 
 PRIVACY = {"unit": "client", "delta": 0.01, "noise_multiplier": 0.3}
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
@@ -43,13 +43,13 @@ def test_what_others_may_read_does_not_say_who_was_drawn(
 ) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     out, kept = tmp_path / "out", []
-    real = rounds.save_checkpoint
+    real = loop.save_checkpoint
 
     def look(output_dir: Path, *arguments: Any, **options: Any) -> Path:
         kept.extend(mode(path) for path in output_dir.glob("released-*/*"))  # gone after the round
         return real(output_dir, *arguments, **options)
 
-    monkeypatch.setattr(rounds, "save_checkpoint", look)
+    monkeypatch.setattr(loop, "save_checkpoint", look)
     config = make_run(
         privacy={**PRIVACY, "participation_hidden": True},
         aggregation=UNIFORM,

@@ -13,19 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tampered import NAMES, Tampered, described, edited
 
-from quorate.client.site import Site
-from quorate.server import screening
-from quorate.server.checkpoint import list_checkpoints
-from quorate.server.finish import finish
-from quorate.server.records import RoundMetrics, RoundRecord, Summary
-from quorate.server.rounds import run_rounds
-from quorate.server.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
-from quorate.server.screening import FEWEST, WIDEST, Screen, largest_weight, room
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import FederationConfig
+from quorate.client.site.site import Site
+from quorate.server.results.complete import finish
+from quorate.server.rounds import screening
+from quorate.server.rounds.checkpoint import list_checkpoints
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
+from quorate.server.rounds.screening import FEWEST, WIDEST, Screen, largest_weight, room
+from quorate.server.tracking.records import RoundMetrics, RoundRecord, Summary
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import FederationConfig
 from quorate.shared.errors import ModelDiverged
-from quorate.shared.messages import RequestHeader, RoundRequest, Update
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
 from quorate.simulations.runner import simulate
 
 SIZES = {"east": 9, "north": 12, "south": 7, "west": 5}
@@ -354,7 +354,7 @@ def test_updates_are_passed_on_before_the_last_has_come() -> None:
 
 
 def test_sums_that_no_errors_have_are_refused(make_run: Any) -> None:
-    from quorate.shared.config.run import RunConfig
+    from quorate.shared.config.run_config import RunConfig
     from quorate.shared.errors import ProtocolError
 
     run = make_run().model_dump() | {"task": {"name": "sequence_regression", "max_length": 24}}

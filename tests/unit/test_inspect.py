@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from quorate.client.duplicates import near_pairs, shingles
-from quorate.client.inspect import MOST_NAMED, SiteReport, inspect_site, read_all
-from quorate.client.inspectors import inspect_images, inspect_numbers, inspect_texts
-from quorate.shared.config.sites import SourceConfig
+from quorate.client.data.duplicates import near_pairs, shingles
+from quorate.client.data.quality import MOST_NAMED, SiteReport, inspect_site, read_all
+from quorate.client.data.quality_rules import inspect_images, inspect_numbers, inspect_texts
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError
 from quorate.shared.tasks import SequenceClassification, SequenceRegression
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 LABELS = ("yes", "no", "maybe")
 TASK = SequenceClassification(name="sequence_classification", labels=LABELS, max_length=8)

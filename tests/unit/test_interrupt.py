@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from quorate.client.site import Site
-from quorate.deploy.commands.adapters import adapter_folder
-from quorate.server.records import RoundMetrics, RoundRecord
-from quorate.server.rounds import run_rounds
-from quorate.server.run import RECORD_FILE, Run, read_jsonl
-from quorate.shared import files
-from quorate.shared.files import _exchange, restore_folder, write_folder
-from quorate.simulations.grid import InProcessGrid
+from quorate.client.site.site import Site
+from quorate.deploy.commands.both.adapter_choice import adapter_folder
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
+from quorate.server.tracking.records import RoundMetrics, RoundRecord
+from quorate.shared.process import files
+from quorate.shared.process.files import _exchange, restore_folder, write_folder
+from quorate.simulations.in_process_grid import InProcessGrid
 
 
 def test_an_interrupt_between_checkpoint_and_record_counts_the_round(

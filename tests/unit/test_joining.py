@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tampered import NAMES, Change, described, edited, only, spoiled
 
-from quorate.client.site import Site
-from quorate.server import collect
-from quorate.server.collect import Answers
-from quorate.shared.adapter import Adapter
+from quorate.client.site.site import Site
+from quorate.server.exchange import exchange
+from quorate.server.exchange.exchange import Answers
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import QuorumNotMet
-from quorate.shared.messages import RequestHeader, RoundRequest, Update
-from quorate.shared.model import load_model
-from quorate.shared.versions import versions
+from quorate.shared.model.lora_model import load_model
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
+from quorate.shared.protocol.versions import versions
 
 
 def test_a_site_that_claims_a_name_twice_is_refused_under_it(play: Any) -> None:
@@ -109,7 +109,7 @@ def test_admitted_sites_that_are_not_connected_are_named(play: Any) -> None:
 
 def test_a_site_that_was_away_is_asked_again(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two errors of Flower's, then an answer: as if it had answered at once."""
-    monkeypatch.setattr(collect, "_FIRST_REASK", 0.05)
+    monkeypatch.setattr(exchange, "_FIRST_REASK", 0.05)
     asked: Counter[str] = Counter()
 
     def away_twice(update: Update) -> Update | Error:
@@ -125,7 +125,7 @@ def test_a_site_that_was_away_is_asked_again(play: Any, monkeypatch: pytest.Monk
 
 
 def test_asking_again_ends_with_its_time(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "_FIRST_REASK", 0.05)
+    monkeypatch.setattr(exchange, "_FIRST_REASK", 0.05)
     change = only("south", lambda _: Error(3, "node is not available"))
     _, records, *_ = play(change, federation={"reask_seconds": 0.2})
     assert records[0].excluded["south"].code == "unreachable"
@@ -146,11 +146,11 @@ def test_in_order_keeps_the_order_and_loses_nobody(arrival: list[str], failing: 
     def arriving() -> Iterable[tuple[str, Any]]:
         for site in arrival:
             if site in failing:
-                answers.excluded[site] = collect.exclusion("data")
+                answers.excluded[site] = exchange.exclusion("data")
             else:
                 yield site, f"update of {site}"
 
-    got = list(collect.in_order("abcde", answers, iter(arriving())))
+    got = list(exchange.in_order("abcde", answers, iter(arriving())))
     assert got == [(site, f"update of {site}") for site in "abcde" if site not in failing]
 
 

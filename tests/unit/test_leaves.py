@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from quorate.client.site import Site
-from quorate.server.joining import request
-from quorate.server.run import Run
-from quorate.shared.config.base import ConfigModel
-from quorate.shared.leaves import FIELDS, METRICS, rendered, schema_paths
-from quorate.shared.messages import UpdateHeader
-from quorate.shared.tasks.base import Row
+from quorate.client.site.site import Site
+from quorate.server.exchange.join import request
+from quorate.server.rounds.run import Run
+from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.protocol.leaves import FIELDS, METRICS, rendered, schema_paths
+from quorate.shared.protocol.messages import UpdateHeader
+from quorate.shared.tasks.task import Row
 
 WITHHELD = "withheld under privacy"
 DOCS = Path(__file__).parents[2] / "docs" / "what-leaves.md"
@@ -25,7 +25,9 @@ UNITS = {
 
 
 def test_every_field_of_an_answer_is_listed() -> None:
-    assert set(schema_paths(UpdateHeader)) == FIELDS.keys(), "say in quorate.shared.leaves what becomes of it"
+    assert set(schema_paths(UpdateHeader)) == FIELDS.keys(), (
+        "say in quorate.shared.protocol.leaves what becomes of it"
+    )
 
 
 def test_a_field_that_is_added_is_missed() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from ledgers import EVENT, NOTES, Place, answer, key
 
-from quorate.client.ledger import Ledger
-from quorate.client.ledger_check import Anchor, anchor_line, verify
-from quorate.client.ledger_rows import BEFORE_ALL, Commit, ProtectedData
+from quorate.client.privacy.ledger import Ledger
+from quorate.client.privacy.ledger_records import BEFORE_ALL, Commit, ProtectedData
+from quorate.client.privacy.ledger_verify import Anchor, anchor_line, verify
 from quorate.shared.errors import LedgerError, OutputError
 from quorate.shared.privacy.accounting import epsilon
 

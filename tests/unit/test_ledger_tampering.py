@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ledgers import EVENT, NOTES, Place, answer, key
 
-from quorate.client.ledger_rows import canonical, digest
+from quorate.client.privacy.ledger_records import canonical, digest
 from quorate.shared.errors import LedgerError
 
 ROUNDS = 20

@@ -12,12 +12,13 @@ import pytest
 from site_folder import request, sha256_of, write_folder
 from whole_site import WholeSite
 
-from quorate.client import current, limits
-from quorate.client.config import PolicyConfig
-from quorate.client.runs_book import DATABASE
-from quorate.server.collect import REASONS
+from quorate.client.policy import limits
+from quorate.client.policy.site_config import PolicyConfig
+from quorate.client.process import reload
+from quorate.client.runs.run_history import DATABASE
+from quorate.server.exchange.exchange import REASONS
 from quorate.shared.config.load import load_run
-from quorate.shared.config.run import RunConfig
+from quorate.shared.config.run_config import RunConfig
 
 RECIPES = sorted(
     path
@@ -43,7 +44,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(limits, "time", clock)
-    monkeypatch.setattr(current, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(reload, "SETTLE_SECONDS", 0.0)
     return clock
 
 

@@ -14,15 +14,15 @@ import pytest
 from loopback import wait_for
 from small_disks import small_disk
 
-from quorate.shared.log_keeper import FILES, MAX_BYTES, LogFile, Stream
-from quorate.shared.logs import Logs
-from quorate.shared.supervised import read_status, start_detached, stop
+from quorate.shared.process.log_keeper import FILES, MAX_BYTES, LogFile, Stream
+from quorate.shared.process.logs import Logs
+from quorate.shared.process.supervised import read_status, start_detached, stop
 
 TIMED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 _SUPERVISED = """
 import logging, sys
 from pathlib import Path
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.process.supervisor import Program, Supervisor
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
 state = Path(sys.argv[1])
 counts = "i=0; trap 'echo last words; exit 0' TERM; while true; do i=$((i+1)); echo line $i; sleep 0.05; done"

@@ -11,7 +11,15 @@ import pytest
 from small_disks import small_disk
 
 from quorate.shared.errors import ConfigError, NotReady, RequestRefused
-from quorate.shared.looks import LEAST_BYTES, LEAST_DAYS, SOON_DAYS, check_days, check_room, exit_code, line
+from quorate.shared.process.looks import (
+    LEAST_BYTES,
+    LEAST_DAYS,
+    SOON_DAYS,
+    check_days,
+    check_room,
+    exit_code,
+    line,
+)
 
 
 def days(left: float) -> str:
@@ -49,8 +57,8 @@ def test_room_is_measured_on_the_disk_that_a_folder_will_lie_on(tmp_path: Path) 
 def test_a_run_warns_where_it_will_write_to_a_disk_that_is_nearly_full(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from quorate.deploy.control.ends import check_room_for
-    from quorate.server.federation import FederationFolder
+    from quorate.deploy.control.run_outputs import check_room_for
+    from quorate.server.federation.folder import FederationFolder
 
     with small_disk(tmp_path / "disk", 2**20) as disk:
         check_room_for(FederationFolder(tmp_path / "clinic"), disk / "out")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from quorate.shared.adapter import Adapter
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ProtocolError
-from quorate.shared.messages import RequestHeader, RoundRequest, SiteDescription, Update
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, SiteDescription, Update
 
 SECRET = "patient-4711"
 ARRAYS = Adapter(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quorate.shared.errors import ModelError
-from quorate.shared.model import adapter_schema, load_model
+from quorate.shared.model.lora_model import adapter_schema, load_model
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from quorate.client.data import LoadedRow
-from quorate.shared.config.sites import Column, Dirichlet, Iid, PartitionedData, Sizes
+from quorate.client.data.splits import LoadedRow
+from quorate.shared.config.sites_config import Column, Dirichlet, Iid, PartitionedData, Sizes
 from quorate.shared.errors import DataError
-from quorate.shared.messages import Split
+from quorate.shared.protocol.messages import Split
 from quorate.simulations.partition import partition
 
 

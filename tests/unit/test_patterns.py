@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 from site_folder import request
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
+from quorate.shared.adapters.patterns import check_cost
 from quorate.shared.errors import ConfigError
-from quorate.shared.patterns import check_cost
 
 LAYERS = [f"model.layers.{n}.self_attn.{part}_proj.lora_A" for n in range(40) for part in "qkvo"]
 HOSTILE = [

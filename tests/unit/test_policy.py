@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from site_folder import RUN_ID, request, sha256_of
 
-from quorate.client.approvals import approve, note_waiting, waiting_runs
-from quorate.client.config import SiteConfig
-from quorate.client.policy import Gate, check_rows, read_run
-from quorate.server.collect import REASONS
-from quorate.shared.adapter import Adapter
+from quorate.client.policy.approvals import approve, note_waiting, waiting_runs
+from quorate.client.policy.gate import Gate, check_rows, read_run
+from quorate.client.policy.site_config import SiteConfig
+from quorate.server.exchange.exchange import REASONS
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ConfigError, ProtocolError, RequestRefused
-from quorate.shared.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 
 class Inner:

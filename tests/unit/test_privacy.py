@@ -12,23 +12,23 @@ import tiny_lm
 from pydantic import ValidationError
 from tampered import described
 
-from quorate.client.data import load_splits
-from quorate.client.mapping import LoadedRow
-from quorate.client.site import Site
+from quorate.client.data.mapping import LoadedRow
+from quorate.client.data.splits import load_splits
+from quorate.client.site.site import Site
 from quorate.deploy.cli import run as run_command
-from quorate.server import client_plan
-from quorate.server.joining import request
-from quorate.server.run import Run
-from quorate.shared.adapter import Adapter
+from quorate.server.exchange.join import request
+from quorate.server.privacy import central_plan
+from quorate.server.rounds.run import Run
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.load import load_run
-from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SitesConfig, SourceConfig
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SitesConfig, SourceConfig
 from quorate.shared.errors import ConfigError, DataError, QuorumNotMet
-from quorate.shared.messages import RoundRequest
-from quorate.shared.tasks.base import Row
-from quorate.simulations.references import pool
+from quorate.shared.protocol.messages import RoundRequest
+from quorate.shared.tasks.task import Row
+from quorate.simulations.baselines import pool
 from quorate.simulations.runner import simulate
-from quorate.simulations.sites import load_sites
+from quorate.simulations.simulated_sites import load_sites
 
 RECORD = {"unit": "record", "noise_multiplier": 1.0}
 GROUP = {"unit": "group", "noise_multiplier": 1.0, "max_records_per_group": 2}
@@ -297,7 +297,7 @@ def test_references_of_a_run_that_hides_sites_have_no_noise(
 def test_a_run_in_which_no_coin_came_up_ends_with_a_report(
     make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_plan, "poisson_cohort", lambda *_: ())
+    monkeypatch.setattr(central_plan, "poisson_cohort", lambda *_: ())
     privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3, "participation_hidden": True}
     run = make_run(
         privacy=privacy,

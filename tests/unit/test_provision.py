@@ -18,13 +18,13 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.x509.verification import PolicyBuilder, Store
 from federations import SITES, content, join, kill_at, make, write_config
 
-from quorate.client.config import ConnectionConfig, SiteConfig
+from quorate.client.policy.site_config import ConnectionConfig, SiteConfig
 from quorate.deploy.cli import run
 from quorate.deploy.provision.authority import Authority
-from quorate.deploy.provision.keys import admitted_key
 from quorate.deploy.provision.kit import unpack
-from quorate.deploy.provision.provision import provision
-from quorate.server.federation import FederationFolder
+from quorate.deploy.provision.node_keys import admitted_key
+from quorate.deploy.provision.provisioning import provision
+from quorate.server.federation.folder import FederationFolder
 from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
 

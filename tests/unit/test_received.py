@@ -14,19 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from site_folder import SITE, request, sha256_of, write_folder
 
-from quorate.client.policy import Gate
-from quorate.client.received import check_header
-from quorate.client.serve import AtSite
-from quorate.client.site import Site
-from quorate.server.collect import REASONS
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
+from quorate.client.policy.gate import Gate
+from quorate.client.process.main import AtSite
+from quorate.client.site.request_checks import check_header
+from quorate.client.site.site import Site
+from quorate.server.exchange.exchange import REASONS
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
+from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
-from quorate.shared.config.run import RunConfig
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ProtocolError
-from quorate.shared.messages import RoundRequest, Update
-from quorate.shared.model import LoadedModel
-from quorate.shared.selection import downloaded
+from quorate.shared.model.lora_model import LoadedModel
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 REFUSED = {"adapter", "non-finite", "protocol", "policy-base", "model"}
 Arrays = dict[str, np.ndarray]

@@ -14,11 +14,11 @@ import pytest
 from report_data import LABELS, MIX, Shape, round_metrics, write_run
 from report_data import config as run_config
 
-from quorate.server.records import RoundMetrics
 from quorate.server.report import write_report
-from quorate.server.report.curves import spread
+from quorate.server.report.drawing.curves import spread
+from quorate.server.report.drawing.svg import FEDERATED, drawing, to_svg
 from quorate.server.report.figures import DASH, MINUS, listed, show_bytes, show_gain, show_seconds, spans
-from quorate.server.report.svg import FEDERATED, drawing, to_svg
+from quorate.server.tracking.records import RoundMetrics
 from quorate.shared.errors import ConfigError, OutputError
 
 SECTIONS = ["worth", "learning", "quality", "data", "sites", "cost", "limits", "made"]

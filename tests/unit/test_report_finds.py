@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from report_data import Shape, write_run
 
-from quorate.server.records import Sample, SampleObject
 from quorate.server.report import write_report
+from quorate.server.tracking.records import Sample, SampleObject
 from quorate.shared.errors import OutputError
 
 SHAPE = Shape(rounds=2, planned=2, intervals=False, references=())

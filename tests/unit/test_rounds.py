@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from tampered import SIZES, edited, only, spoiled
 
-from quorate.server.checkpoint import list_checkpoints, load_checkpoint
-from quorate.server.cohort import choose_cohort
-from quorate.server.joining import Members
-from quorate.server.records import RoundMetrics
-from quorate.server.run import METRICS_FILE, Run, read_jsonl
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B
+from quorate.server.exchange.join import Members
+from quorate.server.rounds.checkpoint import list_checkpoints, load_checkpoint
+from quorate.server.rounds.cohort import choose_cohort
+from quorate.server.rounds.run import METRICS_FILE, Run, read_jsonl
+from quorate.server.tracking.records import RoundMetrics
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.errors import QuorumNotMet
-from quorate.shared.messages import Update
-from quorate.shared.model import load_model
+from quorate.shared.model.lora_model import load_model
+from quorate.shared.protocol.messages import Update
 
 
 def test_without_a_quorum_the_run_stops_and_keeps_its_last_good_round(play: Any) -> None:

@@ -21,15 +21,15 @@ from loopback import NEEDS_NGINX, free_ports
 
 from quorate.deploy.cli import run
 from quorate.deploy.provision.authority import Authority
-from quorate.deploy.provision.certificates import revoke_site
-from quorate.deploy.provision.provision import provision
-from quorate.deploy.server import checks, nginx
-from quorate.deploy.server.checks import check_before_start, check_port
-from quorate.deploy.server.keys import pins
-from quorate.deploy.server.paths import ServerPaths
-from quorate.server.federation import FederationFolder
+from quorate.deploy.provision.issuing import revoke_site
+from quorate.deploy.provision.provisioning import provision
+from quorate.deploy.server import nginx, server_check
+from quorate.deploy.server.admitted_keys import pins
+from quorate.deploy.server.server_check import check_before_start, check_port
+from quorate.deploy.server.server_paths import ServerPaths
+from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import ConfigError
-from quorate.shared.loopback import write_loopback_pair
+from quorate.shared.process.loopback import write_loopback_pair
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_what_is_missing_is_said(provisioned: Any, monkeypatch: pytest.MonkeyPat
     paths = provisioned()
     (paths.folder.server / "superexec.secret").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(checks, "find_nginx", lambda: "nginx")
+        patched.setattr(server_check, "find_nginx", lambda: "nginx")
         with pytest.raises(
             ConfigError, match=r"is not provisioned \(superexec\.secret missing\).*quorate provision"
         ):
@@ -121,7 +121,7 @@ def test_what_is_missing_is_said(provisioned: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_expired_certificate_is_said(provisioned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "find_nginx", lambda: "nginx")
+    monkeypatch.setattr(server_check, "find_nginx", lambda: "nginx")
     paths = provisioned()
     check_before_start(paths)
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)

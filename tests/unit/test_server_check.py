@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from plain_flower import free_port, make_certificates
 
+from quorate.client.health.server_reachability import CERTIFICATE, SERVER, server_lines
 from quorate.client.node.folder import SiteFolder
-from quorate.client.node.server_check import CERTIFICATE, SERVER, server_lines
-from quorate.shared.looks import Line
+from quorate.shared.process.looks import Line
 
 
 class NotFound(BaseHTTPRequestHandler):

@@ -17,12 +17,12 @@ import pytest
 from loopback import wait_for
 from site_folder import RUN_ID, SITE
 
-from quorate.client.remote import CHUNK_BYTES, METHOD, RemoteSite, SiteUnavailable, chunks
-from quorate.client.resident import answer
-from quorate.client.service import SiteService, check_health
-from quorate.shared.adapter import Adapter
+from quorate.client.process.grpc_client import CHUNK_BYTES, METHOD, RemoteSite, SiteUnavailable, chunks
+from quorate.client.process.grpc_server import SiteService, check_health
+from quorate.client.process.handler import answer
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ConfigError, QuorateError
-from quorate.shared.messages import RequestHeader, RoundRequest, Update
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
 
 SECRET = "patient-4711"
 LIMIT = 3 * CHUNK_BYTES

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from quorate.client.site import Site
-from quorate.server.rounds import request
-from quorate.server.run import Run
-from quorate.shared.messages import Update
+from quorate.client.site.site import Site
+from quorate.server.rounds.loop import request
+from quorate.server.rounds.run import Run
+from quorate.shared.protocol.messages import Update
 from quorate.simulations.runner import simulate
 
 WITHHELD = {"share_outcomes": False}

@@ -12,9 +12,9 @@ import yaml
 from site_folder import SITE, request, sha256_of, write_folder
 
 from quorate.client.node.folder import SiteFolder
-from quorate.client.serve import AtSite
-from quorate.client.site import Site
-from quorate.shared.tasks.base import Example
+from quorate.client.process.main import AtSite
+from quorate.client.site.site import Site
+from quorate.shared.tasks.task import Example
 
 
 @pytest.fixture

@@ -11,17 +11,24 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from quorate.client.approvals import approve, is_withdrawn, note_waiting, rejoin, withdraw, withdrawn_runs
-from quorate.client.node.bundle import BundleRefused, check_bundle, check_overrides, own_bundle
-from quorate.client.node.contact import SILENT_SECONDS, Contact, silent, standing
+from quorate.client.flower.admitted_bundle import BundleRefused, check_bundle, check_overrides, own_bundle
+from quorate.client.flower.allowed_commands import GUARDED, REFUSING, write_commands
+from quorate.client.node.connection_state import SILENT_SECONDS, Contact, silent, standing
 from quorate.client.node.folder import SiteFolder
-from quorate.client.node.guard import GUARDED, REFUSING, write_commands
 from quorate.client.node.names import CONTACT, SOCKET
-from quorate.client.node.owners import prepare_folders
-from quorate.client.node.supernode import Ports, flower_environment, flower_programs, site_program
+from quorate.client.node.programs import Ports, flower_environment, flower_programs, site_program
 from quorate.client.node.supervise import read_programs
-from quorate.shared.bundle import bundle_dir
+from quorate.client.node.users import prepare_folders
+from quorate.client.policy.approvals import (
+    approve,
+    is_withdrawn,
+    note_waiting,
+    rejoin,
+    withdraw,
+    withdrawn_runs,
+)
 from quorate.shared.errors import ConfigError
+from quorate.shared.protocol.bundle import bundle_dir
 
 # flwr's builder uses an old name of pathspec's.
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
@@ -60,7 +67,9 @@ def test_a_file_more_or_another_content_is_refused(change: dict[str, bytes]) -> 
 
 
 def test_the_same_sizes_with_another_byte_are_refused() -> None:
-    changed = own_bundle()["pyproject.toml"].replace(b"quorate.client.app:app", b"quorate.client.apq:app")
+    changed = own_bundle()["pyproject.toml"].replace(
+        b"quorate.client.process.flower_app:app", b"quorate.client.apq:app"
+    )
     with pytest.raises(BundleRefused, match=r"differ from ours \(found: pyproject\.toml\)"):
         check_bundle(packed({**own_bundle(), "pyproject.toml": changed}))
 

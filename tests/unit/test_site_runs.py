@@ -18,13 +18,14 @@ import pytest
 from site_folder import RUN_ID, request, sha256_of, write_folder
 from whole_site import WholeSite
 
-from quorate.client import current, runs, runs_book
-from quorate.client.approvals import approval, approve, is_approved, rejoin, withdraw, withdrawal
-from quorate.client.runs import RunAtSite, runs_of
-from quorate.client.runs_book import DATABASE, Asked, Left, RunsBook
+from quorate.client.policy.approvals import approval, approve, is_approved, rejoin, withdraw, withdrawal
+from quorate.client.process import reload
+from quorate.client.runs import run_history, runs_report
+from quorate.client.runs.run_history import DATABASE, Asked, Left, RunsBook
+from quorate.client.runs.runs_report import RunAtSite, runs_of
 from quorate.deploy.cli import run as quorate
 from quorate.shared.errors import OutputError
-from quorate.shared.files import take_lock
+from quorate.shared.process.files import take_lock
 
 OTHER = "f" * 16
 ME = pwd.getpwuid(os.getuid()).pw_name
@@ -32,7 +33,7 @@ ME = pwd.getpwuid(os.getuid()).pw_name
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(current, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(reload, "SETTLE_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "quorate")
 
 
@@ -178,7 +179,7 @@ def test_a_finished_run_is_finished(site: Any, pinned: Any) -> None:
 
 def test_a_run_that_is_not_heard_of_is_silent(site: Any, pinned: Any, monkeypatch: Any) -> None:
     site.ask(request(pinned(), "join", 0))
-    monkeypatch.setattr(runs, "SILENT_SECONDS", -1.0)
+    monkeypatch.setattr(runs_report, "SILENT_SECONDS", -1.0)
     assert only(site).state == "silent"
 
 
@@ -211,7 +212,7 @@ def test_a_damaged_book_says_what_to_do(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from quorate.client.runs_book import Asked, Left, RunsBook
+from quorate.client.runs.run_history import Asked, Left, RunsBook
 
 book = RunsBook(Path(sys.argv[1]))
 asked = Asked("a" * 16, "c", "run", "trial", "localhost:1", "t", "notes", None, None, 5)
@@ -251,8 +252,8 @@ def test_what_is_kept_is_limited_and_who_is_refused_pushes_nobody_out(
 ) -> None:
     folder = write_folder(tmp_path / "kit", tiny_bert)
     folder.state.mkdir()
-    monkeypatch.setattr(runs_book, "KEEP", 3)
-    monkeypatch.setattr(runs_book, "KEEP_REFUSED", 2)
+    monkeypatch.setattr(run_history, "KEEP", 3)
+    monkeypatch.setattr(run_history, "KEEP_REFUSED", 2)
     book = RunsBook(folder.state / DATABASE)
 
     def one(number: int, left: Left | None) -> None:

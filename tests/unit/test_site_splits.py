@@ -13,15 +13,15 @@ import pytest
 import yaml
 from site_folder import SITE, request, sha256_of, write_folder
 
-from quorate.client.accounted import Accounted
-from quorate.client.answered import Answered
-from quorate.client.inspection import inspect_own_data
+from quorate.client.data.quality_report import inspect_own_data
+from quorate.client.data.split_key import open_splits
 from quorate.client.node.folder import SiteFolder
-from quorate.client.serve import ANSWERS_FILE, AtSite, account_for
-from quorate.client.site import Site
-from quorate.client.site_splits import open_splits
+from quorate.client.policy.answer_store import Answered
+from quorate.client.privacy.spending_gate import Accounted
+from quorate.client.process.main import ANSWERS_FILE, AtSite, account_for
+from quorate.client.site.site import Site
 from quorate.shared.errors import LedgerError
-from quorate.shared.messages import Split, Update
+from quorate.shared.protocol.messages import Split, Update
 
 MEASURED: tuple[Split, ...] = ("validation", "test")
 LABELS = ("cardiac", "hepatic", "pulmonary")

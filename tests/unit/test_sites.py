@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from quorate.shared.config.load import load_run, load_sites_file
-from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SiteList, SitesConfig
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SiteList, SitesConfig
+from quorate.shared.config.template import TextTemplate
 from quorate.shared.errors import ConfigError, DataError
 from quorate.shared.tasks import TokenClassification
-from quorate.shared.template import TextTemplate
-from quorate.simulations.sites import default_sites_path, find_recipe, load_sites, recipes
+from quorate.simulations.simulated_sites import default_sites_path, find_recipe, load_sites, recipes
 
 SECRET = "Mrs Miller of 4 Mill Lane"
 RECIPES = recipes()

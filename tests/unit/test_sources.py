@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from quorate.shared.errors import ConfigError, DataError, ModelError
-from quorate.shared.sources import expand, resolve_local, resolve_model
+from quorate.shared.model.sources import expand, resolve_local, resolve_model
 
 PACKAGE = "somewhere_on_the_path"
 

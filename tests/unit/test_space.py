@@ -6,7 +6,7 @@ import pytest
 
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import ConfigError
-from quorate.simulations.space import SpaceConfig, as_overrides, load_space
+from quorate.simulations.tuning.space import SpaceConfig, as_overrides, load_space
 
 RUN = """
 name: trial

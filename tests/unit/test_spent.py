@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from quorate.client.private import plan_of
+from quorate.client.privacy.units import plan_of
 from quorate.shared.privacy.accounting import epsilon
-from quorate.simulations.spent import spent_by
+from quorate.simulations.tuning.privacy_cost import spent_by
 
 PRIVATE = {"unit": "record", "noise_multiplier": 1.0, "delta": 0.01}
 

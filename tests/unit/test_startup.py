@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 MODULES = (
-    "quorate.client.config",
-    "quorate.client.enrol",
-    "quorate.client.node.start",
-    "quorate.client.node.status",
-    "quorate.deploy.provision.provision",
-    "quorate.deploy.server.status",
-    "quorate.server.federation",
+    "quorate.client.policy.site_config",
+    "quorate.client.node.enrolment",
+    "quorate.client.node.site_start",
+    "quorate.client.health.site_status",
+    "quorate.deploy.provision.provisioning",
+    "quorate.deploy.server.server_status",
+    "quorate.server.federation.folder",
 )
 
 

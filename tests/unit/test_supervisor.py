@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from quorate.shared.errors import OutputError, QuorateError
-from quorate.shared.supervised import ProgramStatus, Status, read_status, start_detached, stop
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.process.supervised import ProgramStatus, Status, read_status, start_detached, stop
+from quorate.shared.process.supervisor import Program, Supervisor
 
 # One program that sleeps, and one that starts a child and tells its pid.
 _CODE = """
 import sys
 from pathlib import Path
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.process.supervisor import Program, Supervisor
 state = Path(sys.argv[1])
 child = "sleep 600 & echo $! >> " + str(state / "children") + "; wait"
 Supervisor(state, [
@@ -163,7 +163,7 @@ def test_what_cannot_be_started_again_is_named_and_tried_again(tmp_path: Path) -
     code = """
 import sys
 from pathlib import Path
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.process.supervisor import Program, Supervisor
 state = Path(sys.argv[1])
 Supervisor(state, [
     Program("steady", ["sleep", "600"], state / "steady.log"),

@@ -3,9 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from quorate.shared.config.sites import SourceConfig
+from quorate.shared.config.sites_config import SourceConfig
+from quorate.shared.config.template import TextTemplate
 from quorate.shared.errors import DataError
-from quorate.shared.template import TextTemplate
 
 SECRET = "Mrs Miller of 4 Mill Lane"
 

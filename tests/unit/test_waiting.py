@@ -14,16 +14,16 @@ from flwr.app import Error, Message
 from rich.console import Console
 from tampered import NAMES, Tampered, edited, only
 
-from quorate.client.site import Site
+from quorate.client.site.site import Site
 from quorate.deploy.console import ConsoleTracker
-from quorate.server.best import Standing
-from quorate.server.events import EventsReader, EventsTracker
-from quorate.server.finish import finish
-from quorate.server.presence import FIRST_PAUSE, LONGEST_PAUSE
-from quorate.server.records import Evaluation, RoundMetrics, RoundRecord
-from quorate.server.rounds import run_rounds
-from quorate.server.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
-from quorate.shared.messages import Update
+from quorate.server.exchange.presence import FIRST_PAUSE, LONGEST_PAUSE
+from quorate.server.results.complete import finish
+from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
+from quorate.server.tracking.events import EventsReader, EventsTracker
+from quorate.server.tracking.records import Evaluation, RoundMetrics, RoundRecord
+from quorate.shared.protocol.messages import Update
 
 SIZES = {"north": 8, "south": 7, "west": 5}
 FEDERATION = {"quorum": 2, "grace_seconds": 60, "timeout_seconds": 3600, "reask_seconds": 300}
@@ -262,7 +262,7 @@ def test_rounds_are_compared_on_the_sites_that_both_measured(make_run: Any) -> N
 
 
 def test_a_resumed_run_compares_as_the_uninterrupted_one(make_run: Any) -> None:
-    from quorate.server.checkpoint import Progress
+    from quorate.server.rounds.checkpoint import Progress
 
     run = make_run(federation={"rounds": 9})
     standing = best(run, {1: scored(0.6, north=(0.9, 10), south=(0.3, 10))})

@@ -1,1 +1,1 @@
-"""The site process: policy, ledger, data, trainer and DP-SGD."""
+"""The site: its process, its rules, its data and ledger, training and DP-SGD."""

@@ -9,24 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quorate.deploy import program
-from quorate.deploy.commands.audit import audit
-from quorate.deploy.commands.certificates import certificates
-from quorate.deploy.commands.compare import compare
-from quorate.deploy.commands.data import data
-from quorate.deploy.commands.export import export
-from quorate.deploy.commands.forecast import forecast
-from quorate.deploy.commands.predict import predict
-from quorate.deploy.commands.provision import provision
-from quorate.deploy.commands.report import report
-from quorate.deploy.commands.rerun import rerun
-from quorate.deploy.commands.run import run as run_command
-from quorate.deploy.commands.runs import runs
-from quorate.deploy.commands.schema import schema
-from quorate.deploy.commands.server import server
-from quorate.deploy.commands.simulate import simulate
-from quorate.deploy.commands.site import site
-from quorate.deploy.commands.tune import tune
-from quorate.deploy.commands.validate import validate
+from quorate.deploy.commands.both.export import export
+from quorate.deploy.commands.both.predict import predict
+from quorate.deploy.commands.coordinator.certificates import certificates
+from quorate.deploy.commands.coordinator.provision import provision
+from quorate.deploy.commands.coordinator.run import run as run_command
+from quorate.deploy.commands.coordinator.runs import runs
+from quorate.deploy.commands.coordinator.server import server
+from quorate.deploy.commands.simulation.audit import audit
+from quorate.deploy.commands.simulation.compare import compare
+from quorate.deploy.commands.simulation.data import data
+from quorate.deploy.commands.simulation.forecast import forecast
+from quorate.deploy.commands.simulation.report import report
+from quorate.deploy.commands.simulation.rerun import rerun
+from quorate.deploy.commands.simulation.schema import schema
+from quorate.deploy.commands.simulation.simulate import simulate
+from quorate.deploy.commands.simulation.tune import tune
+from quorate.deploy.commands.simulation.validate import validate
+from quorate.deploy.commands.site.site import site
 
 app = program.new_app(
     "Federated LoRA fine-tuning: sites keep their data and decide, no round counts without a quorum.\n\n"

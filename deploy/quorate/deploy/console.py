@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from quorate.server.evaluation import scalars
-from quorate.server.records import Exclusion, RoundMetrics, RoundRecord, Summary
-from quorate.shared.config.run import RunConfig
-from quorate.shared.messages import SiteDescription
+from quorate.server.rounds.evaluation import scalars
+from quorate.server.tracking.records import Exclusion, RoundMetrics, RoundRecord, Summary
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.progress import StepEvent
+from quorate.shared.protocol.messages import SiteDescription
 
 _BRIEF = ("cohort", "aggregate", "checkpoint")
 """Phases that are over at once: a line for each would only hide the others."""

@@ -20,7 +20,7 @@ import typer
 from quorate.deploy.environment import prepare_environment
 from quorate.deploy.failures import DONE, INTERRUPTED, report_failure
 from quorate.shared.errors import BadInput
-from quorate.shared.versions import QUORATE
+from quorate.shared.protocol.versions import QUORATE
 
 WHEELS = ("quorate", "quorate-client")
 """Distributions that hold the same files, so that only one of them can be installed."""

@@ -10,8 +10,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from quorate.server.records import Evaluation, Measured, Summary
-from quorate.shared.privacy.shown import at_most, delta_shown
+from quorate.server.tracking.records import Evaluation, Measured, Summary
+from quorate.shared.privacy.rounding import at_most, delta_shown
 
 _ENDINGS = {
     "done": "done",

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quorate.deploy import program
-from quorate.deploy.commands.data_own import own_data
-from quorate.deploy.commands.export import export
-from quorate.deploy.commands.forecast_own import forecast
-from quorate.deploy.commands.predict import predict
-from quorate.deploy.commands.site import site
+from quorate.deploy.commands.both.export import export
+from quorate.deploy.commands.both.predict import predict
+from quorate.deploy.commands.site.data_own import own_data
+from quorate.deploy.commands.site.forecast_own import forecast
+from quorate.deploy.commands.site.site import site
 
 app = program.new_app(
     "A site of a federation: it keeps its data and decides what they are used for.\n\n"

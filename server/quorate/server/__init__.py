@@ -1,1 +1,1 @@
-"""The coordinator: rounds, checkpoints, evaluation and reports."""
+"""The coordinator: rounds, exchanges with the sites, privacy at the server, results and reports."""

@@ -1,1 +1,1 @@
-"""Every site on one machine: the in-process grid, the Ray runner, partitions and sweeps."""
+"""Every site on one machine: the in-process grid, partitions, baselines, audits and searches."""

@@ -15,22 +15,22 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from quorate.client.site import Site, SiteRows
-from quorate.server.rounds import Result
-from quorate.server.run import Run
-from quorate.shared.adapter import Adapter, num_values
+from quorate.client.site.site import Site, SiteRows
+from quorate.server.rounds.loop import Result
+from quorate.server.rounds.run import Run
+from quorate.shared.adapters.adapter import Adapter, num_values
+from quorate.shared.adapters.selection import upload_schema
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.config.privacy import ClientPrivacy
-from quorate.shared.config.run import RunConfig
+from quorate.shared.config.privacy_config import ClientPrivacy
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
-from quorate.shared.messages import RoundRequest, SiteDescription, Update
-from quorate.shared.outcomes import Outcomes
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.privacy.audit.audit_record import ClientAudit
 from quorate.shared.privacy.audit.one_shot import canaries, cosines, estimate, lower_bound
-from quorate.shared.privacy.audit.record import ClientAudit
 from quorate.shared.progress import OnStep, ignore_step
+from quorate.shared.protocol.messages import RoundRequest, SiteDescription, Update
 from quorate.shared.seeds import rng
-from quorate.shared.selection import upload_schema
-from quorate.simulations.grid import InProcessGrid
+from quorate.simulations.in_process_grid import InProcessGrid
 from quorate.simulations.runner import serve
 
 _BEYOND = 1e6

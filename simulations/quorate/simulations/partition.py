@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from quorate.client.data import stratum
-from quorate.client.mapping import LABEL, LoadedRow
-from quorate.shared.config.sites import Column, Dirichlet, Iid, Partition, Sizes
+from quorate.client.data.mapping import LABEL, LoadedRow
+from quorate.client.data.splits import stratum
+from quorate.shared.config.sites_config import Column, Dirichlet, Iid, Partition, Sizes
+from quorate.shared.config.template import is_missing
 from quorate.shared.errors import DataError
-from quorate.shared.messages import Split
+from quorate.shared.protocol.messages import Split
 from quorate.shared.seeds import rng
-from quorate.shared.template import is_missing
 
 Rows = Mapping[Split, Sequence[LoadedRow]]
 _DRAWS = 1000

@@ -8,21 +8,21 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from quorate.client.site import Site, SiteRows
-from quorate.server.finish import all_the_same
-from quorate.server.outputs import best_state, measure, write_outputs
-from quorate.server.records import Answer, References, Summary, Worth
-from quorate.server.rounds import Result, run_rounds
-from quorate.server.run import Run, alone_in
-from quorate.server.trackers import Tracker
+from quorate.client.site.site import Site, SiteRows
+from quorate.server.results.complete import all_the_same
+from quorate.server.results.outputs import best_state, measure, write_outputs
+from quorate.server.rounds.loop import Result, run_rounds
+from quorate.server.rounds.run import Run, alone_in
+from quorate.server.tracking.records import Answer, References, Summary, Worth
+from quorate.server.tracking.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.config.run import RunConfig
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.progress import OnStep, ignore_step
-from quorate.simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid
-from quorate.simulations.origin import Origin
-from quorate.simulations.references import POOL, pool, run_references
-from quorate.simulations.samples import check_samples, write_samples
+from quorate.simulations.baselines import POOL, pool, run_references
+from quorate.simulations.detection_samples import check_samples, write_samples
+from quorate.simulations.in_process_grid import RUN_ID, SERVER_NODE, InProcessGrid
+from quorate.simulations.provenance import Origin
 
 
 def simulate(

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quorate.client.audit.shadow import Shadow
-from quorate.client.private import plan_of
-from quorate.client.trainer.canaries import Canaries
+from quorate.client.audit.shadow_models import Shadow
+from quorate.client.privacy.units import plan_of
+from quorate.client.trainer.dp.canaries import Canaries
+from quorate.shared.adapters.selection import moving
 from quorate.shared.errors import ConfigError
+from quorate.shared.privacy.audit.audit_record import MechanismAudit
 from quorate.shared.privacy.audit.one_run import guess, lower_bound
-from quorate.shared.privacy.audit.record import MechanismAudit
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.seeds import rng
-from quorate.shared.selection import moving
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 GUESSED = 0.4
 """Share of the canaries that are guessed: the clearest, half of each kind; settled before any is seen."""

@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quorate.client.audit.shadow import Shadow
-from quorate.shared.adapter import LORA_A, Adapter, is_lora_a
-from quorate.shared.privacy.audit.membership import attack, auc
-from quorate.shared.privacy.audit.record import TokenLeak
+from quorate.client.audit.shadow_models import Shadow
+from quorate.shared.adapters.adapter import LORA_A, Adapter, is_lora_a
+from quorate.shared.adapters.selection import layer_index, moving
+from quorate.shared.privacy.audit.audit_record import TokenLeak
+from quorate.shared.privacy.audit.membership_inference import attack, auc
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.seeds import rng
-from quorate.shared.selection import layer_index, moving
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 ROUNDS = 2
 """B starts at zero, and A does not move before B did: with one step a round, not before the second."""

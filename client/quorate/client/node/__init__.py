@@ -1,1 +1,1 @@
-"""What runs Flower at a site: the SuperNode, what guards it, and the checks before it starts."""
+"""Running a site on its machine: folder, users, supervised programs, the way to the server."""

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from quorate.client.config import ConnectionConfig, SiteConfig, UsersConfig
 from quorate.client.node.names import SOCKET
+from quorate.client.policy.site_config import ConnectionConfig, SiteConfig, UsersConfig
 from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError, DataError
-from quorate.shared.sources import resolve_local
+from quorate.shared.model.sources import resolve_local
 
 SITE_YAML, CONNECTION_YAML = "site.yaml", "connection.yaml"
 NOT_FILES = ("hub", "sklearn", "package")

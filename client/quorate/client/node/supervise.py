@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from quorate.shared.errors import QuorateError
-from quorate.shared.files import write_atomically
-from quorate.shared.supervised import refuse_second
-from quorate.shared.supervisor import Program, Supervisor
+from quorate.shared.process.files import write_atomically
+from quorate.shared.process.supervised import refuse_second
+from quorate.shared.process.supervisor import Program, Supervisor
 
 _FILE = "programs.json"
 _PATHS = ("log", "cwd")

@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from quorate.client.trainer.stack import Layout
-from quorate.shared.model import LoadedModel, checkpoint_layers
+from quorate.shared.model.lora_model import LoadedModel, checkpoint_layers
 
 
 @contextmanager

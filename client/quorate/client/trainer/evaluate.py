@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import RunConfig
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import NonFiniteUpdate
-from quorate.shared.model import LoadedModel
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Example
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.model.lora_model import LoadedModel
+from quorate.shared.tasks.task import Batch, Example
 
 
 def forward(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from quorate.client.trainer.dp.dp_sgd import fit_privately
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.passes import Fitted, Share, SiteTask, row_losses, training_mode
-from quorate.client.trainer.private import fit_privately
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.config.privacy import SitePrivacy
-from quorate.shared.config.run import RunConfig, TrainingConfig
-from quorate.shared.model import LoadedModel
+from quorate.shared.config.privacy_config import SitePrivacy
+from quorate.shared.config.run_config import RunConfig, TrainingConfig
+from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.progress import OnStep, StepEvent, between_passes
 from quorate.shared.seeds import derive_seed, rng
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import Adafactor
 
-from quorate.shared.config.run import TrainingConfig
+from quorate.shared.adapters.selection import rate_factors
+from quorate.shared.config.run_config import TrainingConfig
 from quorate.shared.errors import ConfigError
-from quorate.shared.selection import rate_factors
 
 
 def make_optimizer(

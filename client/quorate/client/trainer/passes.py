@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quorate.client.trainer.canaries import Canaries
 from quorate.client.trainer.checkpointing import checkpointed
-from quorate.client.trainer.secret import seed_secretly
+from quorate.client.trainer.dp.canaries import Canaries
+from quorate.client.trainer.dp.noise import seed_secretly
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.adapter import Adapter
-from quorate.shared.config.run import RunConfig
-from quorate.shared.model import LoadedModel
-from quorate.shared.tasks.base import Batch, Example
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.model.lora_model import LoadedModel
+from quorate.shared.tasks.task import Batch, Example
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from quorate.client.data import stratum
-from quorate.shared.config.run import RunConfig
+from quorate.client.data.splits import stratum
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.seeds import rng
-from quorate.shared.tasks.base import Row
+from quorate.shared.tasks.task import Row
 
 
 def few_shot(run: RunConfig, site: str, rows: Sequence[Row]) -> Sequence[Row]:

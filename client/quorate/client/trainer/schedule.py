@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from quorate.client.trainer.sampling import BalancedWalk
-from quorate.shared.config.run import TrainingConfig
+from quorate.shared.config.run_config import TrainingConfig
 from quorate.shared.seeds import rng
 
 

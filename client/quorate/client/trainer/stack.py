@@ -17,13 +17,13 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from quorate.client.trainer.dp.per_sample import PerSample, convolution, grouped, linear, scaled, spread
 from quorate.client.trainer.dropout import draw_keys, keep_probability, kept
-from quorate.client.trainer.per_sample import PerSample, convolution, grouped, linear, scaled, spread
-from quorate.shared.adapter import LORA_MAGNITUDE, Adapter
+from quorate.shared.adapters.adapter import LORA_MAGNITUDE, Adapter
 from quorate.shared.errors import AdapterError
-from quorate.shared.heads import HeadDropout
-from quorate.shared.model import LoadedModel
-from quorate.shared.tasks.base import Example
+from quorate.shared.model.heads import HeadDropout
+from quorate.shared.model.lora_model import LoadedModel
+from quorate.shared.tasks.task import Example
 
 
 @dataclass
@@ -229,7 +229,7 @@ class AdapterStack:
     arrays: dict[str, nn.Parameter]
     lora_layers: list[LoraLayer] = field(default_factory=list)
     rows_apart: dict[str, RowsApart] = field(default_factory=dict)
-    """Of which sites the rows of a batch were seen not to mix, see `quorate.client.trainer.row_check`."""
+    """Of which sites the rows of a batch were seen not to mix, see `quorate.client.trainer.dp`."""
 
     @classmethod
     def install(cls, model: LoadedModel) -> AdapterStack:

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from quorate.deploy.console import ConsoleTracker
-from quorate.server.events import Event, Refused, Started, replay
-from quorate.server.records import Exclusion
-from quorate.shared.messages import SiteDescription
+from quorate.server.tracking.events import Event, Refused, Started, replay
+from quorate.server.tracking.records import Exclusion
+from quorate.shared.protocol.messages import SiteDescription
 
 _LABELS_SHOWN = 3
 

@@ -20,11 +20,11 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from quorate.client.enrol import client_private_bytes, new_key
-from quorate.deploy.provision.index import Index, Issued, Revoked, Role
-from quorate.server.federation import FederationFolder
+from quorate.client.node.enrolment import client_private_bytes, new_key
+from quorate.deploy.provision.certificate_log import Index, Issued, Revoked, Role
+from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import ConfigError
-from quorate.shared.files import PRIVATE, PUBLIC, make_folder, write_atomically
+from quorate.shared.process.files import PRIVATE, PUBLIC, make_folder, write_atomically
 
 CA_DAYS = 3652
 """Ten years."""

@@ -16,13 +16,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quorate.client.config import ConnectionConfig
-from quorate.client.enrol import CLIENT_KEY, CONNECTION, NODE_KEY
-from quorate.server.federation import FederationConfig
+from quorate.client.node.enrolment import CLIENT_KEY, CONNECTION, NODE_KEY
+from quorate.client.policy.site_config import ConnectionConfig
+from quorate.server.federation.folder import FederationConfig
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError
-from quorate.shared.files import PRIVATE, PUBLIC
-from quorate.shared.versions import QUORATE
+from quorate.shared.process.files import PRIVATE, PUBLIC
+from quorate.shared.protocol.versions import QUORATE
 
 KIT = "kit.tar"
 CA_CRT = "ca.crt"

@@ -10,10 +10,10 @@ import psutil
 from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quorate.deploy.server.keys import read_certificate
-from quorate.deploy.server.paths import NGINX, SUPEREXEC, SUPERLINK, ServerPaths
-from quorate.shared.loopback import HOST
-from quorate.shared.supervised import read_status
+from quorate.deploy.server.admitted_keys import read_certificate
+from quorate.deploy.server.server_paths import NGINX, SUPEREXEC, SUPERLINK, ServerPaths
+from quorate.shared.process.loopback import HOST
+from quorate.shared.process.supervised import read_status
 
 _SECONDS = 5.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quorate.deploy.server.keys import pins
-from quorate.deploy.server.paths import ServerPaths
+from quorate.deploy.server.admitted_keys import pins
+from quorate.deploy.server.server_paths import ServerPaths
 from quorate.shared.errors import ConfigError, QuorateError
-from quorate.shared.files import write_atomically
-from quorate.shared.loopback import find_nginx
+from quorate.shared.process.files import write_atomically
+from quorate.shared.process.loopback import find_nginx
 
 CALLS = (
     "activate-node",

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from quorate.server.report.audited import audit_section
-from quorate.server.report.comparison import worth_section
-from quorate.server.report.cost import cost_section
-from quorate.server.report.files import RunFiles
-from quorate.server.report.finds import finds_section
-from quorate.server.report.headline import headline
-from quorate.server.report.learning import data_section, learning_section
-from quorate.server.report.origin import limits_section, origin_section
 from quorate.server.report.page import Headline, Section
-from quorate.server.report.privacy import privacy_section
-from quorate.server.report.quality import quality_section
-from quorate.server.report.rounds import participation_section
-from quorate.server.report.samples import samples_section
+from quorate.server.report.run_files import RunFiles
+from quorate.server.report.sections.answers import samples_section
+from quorate.server.report.sections.audit_findings import audit_section
+from quorate.server.report.sections.class_quality import quality_section
+from quorate.server.report.sections.comparison import worth_section
+from quorate.server.report.sections.cost import cost_section
+from quorate.server.report.sections.detections import finds_section
+from quorate.server.report.sections.guarantee import privacy_section
+from quorate.server.report.sections.headline import headline
+from quorate.server.report.sections.learning import data_section, learning_section
+from quorate.server.report.sections.participation import participation_section
+from quorate.server.report.sections.reproduction import limits_section, origin_section
 from quorate.shared.errors import OutputError
 
 __all__ = ["REPORT_FILE", "render_page", "write_report"]

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from quorate.shared.aggregation.base import Aggregator, GlobalState
 from quorate.shared.aggregation.fedavg import FedAvg
 from quorate.shared.aggregation.fedex import FedEx
 from quorate.shared.aggregation.ffa import FFA
 from quorate.shared.aggregation.reptile import Reptile
+from quorate.shared.aggregation.rule import Aggregator, GlobalState
 
 AggregationRule = Annotated[FedAvg | FFA | FedEx | Reptile, Field(discriminator="name")]
 RULES: tuple[type[Aggregator], ...] = (FedAvg, FFA, FedEx, Reptile)

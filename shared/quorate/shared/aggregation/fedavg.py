@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from quorate.shared.aggregation.base import Aggregator
+from quorate.shared.aggregation.rule import Aggregator
 
 
 class FedAvg(Aggregator):

@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from quorate.shared.adapter import LORA_A, LORA_B, Adapter, is_lora_a, is_lora_b, lora_layers
-from quorate.shared.aggregation.base import RESIDUAL_A, RESIDUAL_B, Aggregator, GlobalState, WeightedSum
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, is_lora_b, lora_layers
 from quorate.shared.aggregation.factors import Matrix, compress
+from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B, Aggregator, GlobalState, WeightedSum
 from quorate.shared.errors import AdapterError
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from quorate.shared.adapter import is_lora_a
-from quorate.shared.aggregation.base import Aggregator
+from quorate.shared.adapters.adapter import is_lora_a
+from quorate.shared.aggregation.rule import Aggregator
 
 
 class FFA(Aggregator):

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from quorate.shared.adapter import Array
-from quorate.shared.aggregation.base import Aggregator, GlobalState, WeightedSum
+from quorate.shared.adapters.adapter import Array
+from quorate.shared.aggregation.rule import Aggregator, GlobalState, WeightedSum
 
 
 class Reptile(Aggregator):

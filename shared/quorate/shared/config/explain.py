@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.fields import Node, dotted, root, suggest, suggest_choice
-from quorate.shared.config.names import Name, Sha256
+from quorate.shared.config.texts import Name, Sha256
 
 Path = tuple[str | int, ...]
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.dialect import parse, read_mapping
 from quorate.shared.config.fields import Node, dotted, root, suggest
 from quorate.shared.config.read import load_file, validate
-from quorate.shared.config.run import RunConfig
-from quorate.shared.config.sites import SitesConfig
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SitesConfig
 from quorate.shared.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.dialect import read_mapping, write_mapping
 from quorate.shared.config.explain import explain
 from quorate.shared.errors import ConfigError

@@ -19,7 +19,7 @@ from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Literal
 
 from quorate.shared.errors import ConfigError
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import Accountant, epsilon
-from quorate.shared.privacy.events import PrivacyEvent
-from quorate.shared.privacy.shown import at_most
+from quorate.shared.privacy.privacy_event import PrivacyEvent
+from quorate.shared.privacy.rounding import at_most
 
 LEAST_NOISE = 0.01
 """Noise multipliers below this are not considered: a step's epsilon is in the thousands there."""

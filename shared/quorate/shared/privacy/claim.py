@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from quorate.shared.config.base import ConfigModel
-from quorate.shared.privacy.shown import at_most, delta_shown
+from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.privacy.rounding import at_most, delta_shown
 
 
 class PrivacyClaim(ConfigModel):

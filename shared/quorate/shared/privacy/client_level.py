@@ -9,7 +9,7 @@ makes the sensitivity depend on the data, and the real multiplier smaller than z
 from __future__ import annotations
 
 from quorate.shared.errors import ConfigError
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 COUNT_NOISE_SHARE = 1 / 20
 """Noise on the count of small updates, over the expected participants (Andrew et al., arXiv:1905.03871)."""

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from pydantic import ConfigDict
 
-from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.privacy.accounting import epsilon, grouped
-from quorate.shared.privacy.events import PrivacyEvent
+from quorate.shared.privacy.privacy_event import PrivacyEvent
 
 
 class CrossCheck(ConfigModel):

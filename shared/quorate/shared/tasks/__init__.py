@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from quorate.shared.tasks.base import Task
 from quorate.shared.tasks.causal_lm import CausalLM
 from quorate.shared.tasks.image_classification import ImageClassification, ImageRegression
 from quorate.shared.tasks.object_detection import ObjectDetection
 from quorate.shared.tasks.sequence_classification import SequenceClassification, SequenceRegression
+from quorate.shared.tasks.task import Task
 from quorate.shared.tasks.token_classification import TokenClassification
 
 TaskConfig = Annotated[

@@ -15,11 +15,20 @@ from pydantic import Field, StringConstraints, model_validator
 from torch import Tensor
 
 from quorate.shared.errors import DataError, ModelError, ProtocolError
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row, Task
-from quorate.shared.tasks.sequences import IGNORED, apart, bins, count_learnt, cut, joined, nll, stretched
-from quorate.shared.tasks.text import check_length, set_pad_token
-from quorate.shared.tasks.tokenizing import Format, Tokenizing
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row, Task
+from quorate.shared.tasks.text.sequences import (
+    IGNORED,
+    apart,
+    bins,
+    count_learnt,
+    cut,
+    joined,
+    nll,
+    stretched,
+)
+from quorate.shared.tasks.text.text_task import check_length, set_pad_token
+from quorate.shared.tasks.text.tokenizing import Format, Tokenizing
 
 _COLUMNS: Mapping[str, Mapping[str, Kind]] = {
     "prompt_completion": {"prompt": "text", "completion": "text"},

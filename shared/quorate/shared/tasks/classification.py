@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
-from quorate.shared.intervals import MeanOfRatios
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Example, Metrics, Row, TargetTask
+from quorate.shared.metrics.intervals import MeanOfRatios
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.tasks.task import Batch, Example, Metrics, Row, TargetTask
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 

@@ -1,7 +1,7 @@
 """Object detection: labels and boxes of what an image shows, with models of the DETR family (YOLOS, DETR).
 
-The loss is taken image by image (`quorate.shared.detection_loss`); average precision comes from counts of
-outcomes, without a box leaving its site (`quorate.shared.detection_metrics`).
+The loss is taken image by image (`quorate.shared.tasks.vision.detection_loss`); average precision comes from
+counts of outcomes, without a box leaving its site (`quorate.shared.metrics.detection_metrics`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from quorate.shared.detection_loss import Costs, Detections, hungarian_loss
-from quorate.shared.detection_metrics import WIDTH, average_precision, check, import_extra, match
 from quorate.shared.errors import DataError, ModelError
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.augmentation import Augmentation, Change
-from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row, Task
+from quorate.shared.metrics.detection_metrics import WIDTH, average_precision, check, import_extra, match
+from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks.classification import Label
-from quorate.shared.tasks.images import decode, pixel_values
+from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row, Task
+from quorate.shared.tasks.vision.augmentation import Augmentation, Change
+from quorate.shared.tasks.vision.detection_loss import Costs, Detections, hungarian_loss
+from quorate.shared.tasks.vision.image_task import decode, pixel_values
 
 HEADS = ("class_labels_classifier", "bbox_predictor")
 MODEL_TYPES = ("yolos", "detr", "table-transformer")
@@ -218,12 +218,12 @@ class ObjectDetection(Task):
         return Detections(out.logits, out.pred_boxes)
 
     def loss(self, logits: Detections, batch: Batch) -> Tensor:
-        """Return each image's own Hungarian loss, [rows]; see `quorate.shared.detection_loss`."""
+        """Return each image's own Hungarian loss, [rows]; see `detection_loss`."""
         costs = Costs(**{each.name: getattr(self, each.name) for each in fields(Costs)})
         return hungarian_loss(logits, batch.targets, costs) * batch.weights
 
     def outcomes(self, logits: Detections, batch: Batch) -> npt.NDArray[np.int64]:
-        """Return one outcome per detection and per true box; see `quorate.shared.detection_metrics`."""
+        """Return one outcome per detection and per true box; see `detection_metrics`."""
         found = [np.zeros((0, WIDTH), dtype=np.int64)]
         for (labels, boxes, scores), target in zip(self._best(logits), batch.targets, strict=True):
             true_labels = target["class_labels"].cpu().numpy()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Metrics, Row, TargetTask
+from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.tasks.task import Batch, Metrics, Row, TargetTask
 
 _SUMS = ("absolute", "squared", "target", "target_squared")
 

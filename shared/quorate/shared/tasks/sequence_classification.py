@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from quorate.shared.tasks.base import Kind
 from quorate.shared.tasks.classification import Classification
 from quorate.shared.tasks.regression import Regression
-from quorate.shared.tasks.text import TextTargetTask
+from quorate.shared.tasks.task import Kind
+from quorate.shared.tasks.text.text_task import TextTargetTask
 
 
 class SequenceClassification(Classification, TextTargetTask):

@@ -19,14 +19,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
-from quorate.shared.entity_counts import check_products, ratios, sums_of_products, unit_counts
 from quorate.shared.errors import DataError, ModelError, ProtocolError
-from quorate.shared.intervals import MeanOfRatios, UnitCounts
-from quorate.shared.outcomes import Outcomes
-from quorate.shared.tasks.base import Batch, Example, Kind, Metrics, Row
+from quorate.shared.metrics.entity_counts import check_products, ratios, sums_of_products, unit_counts
+from quorate.shared.metrics.intervals import MeanOfRatios, UnitCounts
+from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks.classification import Label
-from quorate.shared.tasks.text import TextTask, padded
-from quorate.shared.words import CUT, NO_PIECE, Words, places_of, split_text
+from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row
+from quorate.shared.tasks.text.text_task import TextTask, padded
+from quorate.shared.tasks.text.words import CUT, NO_PIECE, Words, places_of, split_text
 
 OUTSIDE = "O"
 IGNORED = -100
@@ -247,7 +247,7 @@ class TokenClassification(TextTask):
     def sums(self, logits: Any, batch: Batch) -> dict[str, float]:
         """Return sums over rows of the products of two counts, of which a row has three for each type.
 
-        See `quorate.shared.entity_counts`.
+        See `quorate.shared.metrics.entity_counts`.
         """
         return sums_of_products(self._found(logits, batch), len(self.types))
 

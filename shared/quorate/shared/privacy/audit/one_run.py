@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from quorate.shared.config.base import ConfigModel
+from quorate.shared.config.config_model import ConfigModel
 
 _LARGEST_EPSILON = 100.0
 _PRECISION = 1e-6

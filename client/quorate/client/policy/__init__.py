@@ -1,0 +1,1 @@
+"""What a site allows, and what it answered before: rules of site.yaml, approvals, limits, stored answers."""

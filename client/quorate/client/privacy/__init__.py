@@ -1,0 +1,1 @@
+"""What private runs cost a site: forecast, budgets, ledger, and paying before anything leaves."""

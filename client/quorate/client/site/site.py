@@ -1,0 +1,287 @@
+"""The resident site: data, base model and trainer behind one seam, `handle(requests) -> updates`.
+
+In production a process holds one organisation and is asked one thing at a time. In simulation one process
+holds every site, and the whole cohort is trained in one pass over the frozen base.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from quorate.client.privacy.units import check_shares_outcomes, groups_of, told_seconds
+from quorate.client.process.handler import failed
+from quorate.client.site.data_source import Holdings, InMemory, SiteRows
+from quorate.client.site.delivered import keep_result
+from quorate.client.site.device_errors import in_smaller_stacks, of_device
+from quorate.client.site.join import describe
+from quorate.client.site.loaded import Prepared, Resident
+from quorate.client.site.local_baseline import train_alone
+from quorate.client.site.request_checks import check_arrays, check_base_change, check_header
+from quorate.client.trainer.evaluate import evaluate
+from quorate.client.trainer.fit import Fitted, SiteTask, fit
+from quorate.client.trainer.optimizers import check_optimizer
+from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.selection import check_patterns, moving, uploaded
+from quorate.shared.aggregation import GlobalState
+from quorate.shared.config.privacy_config import SitePrivacy
+from quorate.shared.config.run_config import RunConfig
+from quorate.shared.errors import NonFiniteUpdate, ProtocolError, RequestRefused
+from quorate.shared.progress import OnStep, ignore_step
+from quorate.shared.protocol.messages import BEST_ROUND, RoundRequest, Update
+from quorate.shared.protocol.versions import check_versions
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Site", "SiteRows"]
+
+
+class Site:
+    """Answers requests for the sites whose rows it holds.
+
+    Args:
+        rows: site name -> split -> rows, or whoever finds them (and the base model) for a run.
+        device: where to train; the first visible GPU, else the CPU, when left out.
+        on_step: told of every optimiser step.
+        as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
+            reference that holds what the sites have drawn.
+        received: folder for the results of runs; none are taken when left out.
+        on_model: told when a base model is in memory, and when it is let go of.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, SiteRows] | Holdings,
+        *,
+        device: torch.device | None = None,
+        on_step: OnStep = ignore_step,
+        as_given: Collection[str] = (),
+        received: Path | None = None,
+        on_model: Callable[[bool], None] = lambda loaded: None,
+    ) -> None:
+        holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
+        self._prepared = Prepared(holdings, device, as_given, on_model)
+        self._received_dir = received
+        self._on_step = on_step
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites this process answers for."""
+        return self._prepared.holdings.names
+
+    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+        """Answer requests in order. A site that fails answers with an error code; the others go on.
+
+        The text of an error may quote data, so it goes to this process's log and never into an update.
+        """
+        answers: dict[int, Update] = {}
+        for group in self._groups(requests, answers):
+            answers.update(in_smaller_stacks(self._answer, requests, group))
+        return [answers[i] for i in range(len(requests))]
+
+    def prepare(self, run: RunConfig) -> RunConfig:
+        """Load the base model and make every site's rows ready, so that what is wrong shows before round 1.
+
+        Returns: the run with its model's hash filled in.
+        Raises: ModelError, DataError: naming the site.
+        """
+        resident = self._prepared.load(run)
+        pinned = run.model.model_copy(update={"sha256": resident.model.sha256})
+        resident.run = run.model_copy(update={"model": pinned})
+        check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
+        for site in self.names:
+            for split in ("train", "validation", "test"):
+                self._prepared.examples(resident, site, split)
+            self._prepared.claim(resident, site)
+        log.debug("prepared %d sites on %s", len(self.names), resident.model.peft.device)
+        return resident.run
+
+    def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
+        """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
+        resident = self._prepared.load(run)
+        answers = []
+        for state in states:
+            resident.model.set_residual(state.residual)
+            resident.stack.load([state.adapter], ())
+            resident.stack.layout.sites = (0,)
+            answers.append(run.task.samples(resident.model.peft, resident.model.processor))
+        return answers
+
+    def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
+        """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            try:
+                resident = self._admit(request)
+            except Exception as error:  # any failure must reach the coordinator as a code, and no further
+                answers[index] = failed(request, of_device(error) or error)
+                continue
+            stacked = request.header.phase == "fit"
+            residual = GlobalState.unpack(request.arrays).residual.content_hash
+            key = (str(request.header.round), residual) if stacked else (str(index),)
+            groups.setdefault((resident.run.content_hash, request.header.phase, *key), []).append(index)
+        for members in groups.values():
+            last = self._prepared.resident
+            yield from _chunks(members, last.run.training.max_stack if last is not None else 1)
+
+    def _admit(self, request: RoundRequest) -> Resident:
+        header = request.header
+        run = RunConfig.model_validate_json(header.run_config)
+        if run.content_hash != header.config_hash:
+            raise ProtocolError("the configuration does not have the hash that the request names.")
+        if header.site not in self.names:
+            raise RequestRefused(f"this process does not answer for site {header.site!r}.")
+        check_header(run, header)
+        resident = self._prepared.load(run)
+        check_arrays(run, header, request.arrays, resident.model.initial)
+        residual = GlobalState.unpack(request.arrays).residual
+        check_base_change(resident.model, residual, self._prepared.holdings.base_limits)
+        if header.phase == "fit":
+            self._prepared.examples(resident, header.site, "train")
+        return resident
+
+    def _answer(self, requests: list[RoundRequest]) -> list[Update]:
+        resident = self._prepared.load(RunConfig.model_validate_json(requests[0].header.run_config))
+        phase = requests[0].header.phase
+        if phase == "fit":
+            return self._fit(resident, requests)
+        one = {
+            "join": self._join,
+            "evaluate": self._evaluate,
+            "alone": self._alone,
+            "finish": self._finish,
+        }[phase]
+        return [one(resident, request) for request in requests]
+
+    def _join(self, resident: Resident, request: RoundRequest) -> Update:
+        run, site, prepared = resident.run, request.header.site, self._prepared
+        check_versions(request.header.versions)
+        check_patterns(run, resident.model.initial)
+        check_optimizer(run.training, resident.model.peft.device)
+        claim = prepared.claim(resident, site)
+        if claim is not None:
+            log.info("%s: %s", site, claim.sentence)
+        description = describe(
+            run,
+            resident.model,
+            {split: prepared.examples(resident, site, split) for split in ("train", "validation", "test")},
+            prepared.rows(run, site, "train"),
+            len(prepared.holdings.rows(run, site).get("train", ())),
+            claim,
+        )
+        return Update.reply(request, resident.model.initial, description=description)
+
+    def _evaluate(self, resident: Resident, request: RoundRequest) -> Update:
+        started = time.monotonic()
+        split = request.header.split
+        assert split is not None, "check_header"
+        check_shares_outcomes(resident.run)
+        state = self._received(resident, request)
+        examples = self._prepared.examples(resident, request.header.site, split)
+        outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
+        return Update.reply(
+            request,
+            outcomes=outcomes,
+            num_examples=len(examples),
+            seconds=told_seconds(resident.run, time.monotonic() - started),
+        )
+
+    def _alone(self, resident: Resident, request: RoundRequest) -> Update:
+        started, site = time.monotonic(), request.header.site
+        if resident.run.privacy is not None:
+            raise RequestRefused(
+                "training alone under differential privacy would spend what nothing accounts for; have the "
+                "coordinator leave evaluation.references out.",
+                code="policy-privacy",
+            )
+        resident.model.set_residual(Adapter({}))
+        train, validation, test = (
+            self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
+        )
+        task = SiteTask(site, train, resident.model.initial)
+        done = train_alone(
+            resident.model, resident.stack, resident.run, task, validation, test, self._on_step
+        )
+        return Update.reply(
+            request,
+            outcomes=done.outcomes,
+            num_examples=len(test),
+            metrics={BEST_ROUND: float(done.round)},
+            seconds=time.monotonic() - started,
+        )
+
+    def _finish(self, resident: Resident, request: RoundRequest) -> Update:
+        state = self._completed(resident, request)
+        claim = self._prepared.claim_kept(resident.run, request.header.site)
+        folder = keep_result(self._received_dir, resident.run, request.header, state, claim)
+        log.info("run %s is done; its result lies in %s", request.header.run_id, folder)
+        return Update.reply(request)
+
+    def _fit(self, resident: Resident, requests: list[RoundRequest]) -> list[Update]:
+        """Train the requests' sites as one stack: the rule's site half around the trainer."""
+        started = time.monotonic()
+        run, round = resident.run, requests[0].header.round
+        states = [self._received(resident, request) for request in requests]
+        tasks = [
+            self._task(resident, request.header.site, state.adapter)
+            for request, state in zip(requests, states, strict=True)
+        ]
+        trainable = moving(run, resident.model.initial, round)
+        fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
+        seconds = told_seconds(run, (time.monotonic() - started) / len(requests))
+        return [
+            self._uploaded(run, *answer, seconds)
+            for answer in zip(requests, tasks, states, fitted, strict=True)
+        ]
+
+    def _task(self, resident: Resident, site: str, start: Adapter) -> SiteTask:
+        groups = groups_of(resident.run, site, self._prepared.rows(resident.run, site, "train"))
+        return SiteTask(site, self._prepared.examples(resident, site, "train"), start, groups)
+
+    def _uploaded(
+        self,
+        run: RunConfig,
+        request: RoundRequest,
+        task: SiteTask,
+        state: GlobalState,
+        done: Fitted,
+        seconds: float,
+    ) -> Update:
+        if not all(map(math.isfinite, done.metrics.values())):
+            # Only this site's answer: those it was stacked with never saw its numbers.
+            return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
+        arrays = uploaded(run, done.adapter, state, request.header.round)
+        private = isinstance(run.privacy, SitePrivacy)  # then nobody is told how many tokens the rows have
+        num_tokens = 0 if private else run.task.num_tokens(task.examples)
+        return Update.reply(
+            request,
+            arrays,
+            num_examples=run.task.num_rows(task.examples),
+            num_tokens=num_tokens,
+            num_steps=done.steps,
+            metrics=done.metrics,
+            seconds=seconds,
+        )
+
+    def _received(self, resident: Resident, request: RoundRequest) -> GlobalState:
+        """Complete what was sent, and put its residual into the base."""
+        state = self._completed(resident, request)
+        resident.model.set_residual(state.residual, self._prepared.holdings.base_limits.admit)
+        return state
+
+    def _completed(self, resident: Resident, request: RoundRequest) -> GlobalState:
+        """Complete what was sent by the seeded start."""
+        return GlobalState.unpack(resident.model.initial.updated(request.arrays))
+
+
+def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
+    members = iter(indices)
+    while chunk := list(islice(members, size)):
+        yield chunk

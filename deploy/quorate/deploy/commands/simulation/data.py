@@ -1,0 +1,67 @@
+"""`quorate data inspect`: what a site should know of its own data before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quorate.deploy.commands.both.data_output import tell
+from quorate.deploy.commands.both.options import (
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    OverridesArgument,
+    RunArgument,
+    SitesOption,
+    configure_logging,
+)
+from quorate.deploy.commands.simulation.inputs import find_run, find_sites
+from quorate.deploy.commands.site.data_own import inspect_own
+
+data = typer.Typer(
+    name="data",
+    no_args_is_help=True,
+    help="Look at a site's data before anything is trained.\n\nExample: quorate data inspect demo",
+)
+
+
+@data.command("inspect")
+def inspect(
+    run: RunArgument,
+    overrides: OverridesArgument = None,
+    sites: SitesOption = None,
+    site: Annotated[
+        str | None, typer.Option("--site", metavar="NAME", help="Look at this site alone; all of them else.")
+    ] = None,
+    site_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--site-file",
+            metavar="FILE",
+            help="A site's own site.yaml, instead of a simulation's sites.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    log_level: LogLevelOption = LogLevel.warning,
+) -> None:
+    """Report on the data of a run: bad rows, duplicates, leakage, labels, lengths. Quotes no row.
+
+    Exit code 0, also with warnings; 2 where a run would refuse the data. Nothing is fetched or trained.
+
+    Example: quorate data inspect heart --site Budapest
+    """
+    configure_logging(log_level)
+    run_path = find_run(run)
+    if site_file is not None:
+        if sites is not None or site is not None:
+            raise typer.BadParameter("--site-file is of one site: leave out --sites and --site.")
+        inspect_own(run_path, overrides or [], site_file, as_json=as_json)
+        return
+    sites_path = find_sites(sites, run_path)
+    from quorate.shared.config.load import load_run, load_sites_file
+    from quorate.simulations.sites_quality import inspect_data
+
+    config = load_run(run_path, overrides or [])
+    tell(inspect_data(load_sites_file(sites_path), sites_path.parent, config, site), as_json=as_json)

@@ -1,0 +1,84 @@
+"""`quorate rerun`: make a simulated run again from its own folder, and compare the two adapters."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quorate.deploy.commands.both.options import (
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    configure_logging,
+    print_json,
+)
+from quorate.shared.errors import QuorateError
+
+_WEIGHTS = Path("adapter") / "adapter_model.safetensors"
+
+
+def rerun(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The output folder of a run that `simulate` made.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR2", help="Where to write the run; DIR-rerun when left out."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    log_level: LogLevelOption = LogLevel.info,
+) -> None:
+    """Make a run again from what its folder holds, from any working directory.
+
+    On a CPU, with the same versions and number of threads, the adapter is the same byte for byte; exit code 1
+    where it is not. Data that changed since are refused, changed versions are warned of. Under differential
+    privacy noise is drawn afresh, so the adapter is another one, and is not compared.
+
+    Example: quorate rerun runs/demo -o runs/demo-again
+    """
+    configure_logging(log_level)
+    output_dir = output or Path(f"{directory if directory.name else directory.resolve()}-rerun")
+    from quorate.deploy.console import ConsoleTracker
+    from quorate.deploy.results import print_results
+    from quorate.deploy.terminal import stderr_console, stdout_console
+    from quorate.server.tracking.trackers import configured_trackers
+    from quorate.simulations.provenance import reopen
+    from quorate.simulations.runner import simulate
+
+    config, rows, origin = reopen(directory)
+    tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
+    trackers = [tracker, *configured_trackers(config)]
+    try:
+        summary = simulate(config, rows, output_dir, trackers=trackers, on_step=tracker.step, origin=origin)
+    finally:
+        tracker.close()
+    private = config.privacy is not None
+    before, now = None if private else _sha256(directory / _WEIGHTS), _sha256(output_dir / _WEIGHTS)
+    if as_json:
+        same = None if before is None else before == now
+        print_json({"same_adapter": same, "adapter_sha256": now, "summary": summary.model_dump(mode="json")})
+    else:
+        print_results(stdout_console(), summary, output_dir)
+    if before is not None and before != now:
+        raise QuorateError(
+            f"{output_dir / _WEIGHTS} is not the same as that of {directory}; on a CPU with the same "
+            "versions and threads it would be, so look at the warnings above (a GPU, or a run that was cut "
+            "short, explains it too)."
+        )
+    if private:
+        typer.echo(
+            "differential privacy: noise is drawn afresh in every run, so the adapters differ and are not "
+            "compared",
+            err=True,
+        )
+    elif not as_json:
+        typer.echo("no adapter to compare with" if before is None else "same adapter, byte for byte")
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,0 +1,248 @@
+"""Flower's ServerApp: carries out one run in its folder, and says in `status.json` there how it stands.
+
+A SuperExec starts a process with it for every submission. Nothing of a run but its id comes through Flower:
+`state/runs/RUN_ID/` of the federation holds run.yaml, and gets all that a simulation's output folder gets.
+Touches a private name of Flower's: `RunNotRunningException`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.run import RunNotRunningException
+
+from quorate.server.federation.folder import FederationFolder
+from quorate.server.federation.nodes import Nodes
+from quorate.server.results.complete import finish
+from quorate.server.results.local_reference import left_out
+from quorate.server.rounds.loop import run_rounds
+from quorate.server.rounds.run import RUN_FILE, Run, alone_in
+from quorate.server.tracking.events import EVENTS_FILE, EventsHandler, EventsTracker
+from quorate.server.tracking.run_status import RunStatus
+from quorate.server.tracking.trackers import configured_trackers
+from quorate.shared.config.load import load_run
+from quorate.shared.errors import ConfigError, ModelDiverged, OutputError, QuorateError, QuorumNotMet
+from quorate.shared.process.files import open_to_append, writing
+from quorate.shared.protocol.bundle import RUN_KEY
+
+log = logging.getLogger(__name__)
+
+FEDERATION = "QUORATE_FEDERATION"
+"""Environment variable: the federation's folder, set by `quorate server start`."""
+LOG_FILE = "server.log"
+INTERNAL, INTERRUPTED = 1, 130
+_LOCK_SECONDS = 60.0
+"""How long to wait for an earlier process of the same run to leave its folder."""
+
+
+class StoppableGrid(Grid):
+    """A grid in which a run that somebody stopped ends as by Ctrl-C: what is there gets written.
+
+    Flower raises a BaseException of its own, which no step of a run would expect.
+
+    Args:
+        grid: carries the messages.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def set_run(self, run: FlowerRun) -> None:
+        """Take over Flower's description of the run."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> FlowerRun:
+        """Flower's description of the run."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are connected."""
+        with _stoppable():
+            return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; returns their ids."""
+        with _stoppable():
+            return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there."""
+        with _stoppable():
+            return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, and wait for the replies."""
+        with _stoppable():
+            return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Carry out the run that the run configuration names.
+
+    Raises: QuorateError: it cannot be carried out, or ended early; status.json says the same.
+    """
+    folder, run_id = _asked_for(context)
+    run_dir = folder.runs / run_id
+    status = partial(RunStatus, flower_run_id=context.run_id)
+    events = EventsTracker(run_dir / EVENTS_FILE)
+    with _alone_in(run_dir), _logging_to(run_dir / LOG_FILE, events), _interruptible():
+        status(state="running").write(run_dir)
+        try:
+            carry_out(StoppableGrid(grid), folder, run_id, events)
+        except KeyboardInterrupt:
+            message = "the run was stopped; continue it with --resume."
+            status(state="interrupted", exit_code=INTERRUPTED, message=message).write(run_dir)
+            raise QuorateError(message) from None  # Flower ends a run in order after an Exception alone
+        except QuorumNotMet as error:
+            status(state="quorum-not-met", exit_code=error.exit_code, message=str(error)).write(run_dir)
+            raise
+        except ModelDiverged as error:
+            status(state="diverged", exit_code=error.exit_code, message=str(error)).write(run_dir)
+            raise
+        except QuorateError as error:
+            message = f"{type(error).__name__}: {error}"
+            status(state="failed", exit_code=error.exit_code, message=message).write(run_dir)
+            raise
+        except Exception as error:
+            log.exception("internal error")
+            message = f"internal error ({type(error).__name__}); the traceback is in {run_dir / LOG_FILE}."
+            status(state="failed", exit_code=INTERNAL, message=message).write(run_dir)
+            raise
+        status(state="done", exit_code=0).write(run_dir)
+
+
+def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
+    """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
+
+    Raises: QuorateError: it cannot be carried out. QuorumNotMet, ModelDiverged, KeyboardInterrupt: it ended
+        early, and what finished rounds gave is written.
+    """
+    run_dir = folder.runs / run_id
+    config = load_run(run_dir / RUN_FILE)
+    trackers = [events, *configured_trackers(config)]
+    run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
+    if why := left_out(config):
+        log.warning("evaluation.references are left out: %s", why)
+    result = run_rounds(grid, run, Nodes.read(folder).sites)
+    finish(grid, run, result)
+
+
+def _asked_for(context: Context) -> tuple[FederationFolder, str]:
+    """Return the federation and the run. The run id names a folder, so nothing else may be in it."""
+    run_id, home = str(context.run_config.get(RUN_KEY, "")), os.environ.get(FEDERATION)
+    if not re.fullmatch(r"[0-9a-f]{16}", run_id):
+        raise ConfigError(
+            f"run: {run_id!r} is no run id (16 hexadecimal digits); submit runs with `quorate run`."
+        )
+    if not home:
+        raise ConfigError(f"{FEDERATION} is not set; start the server with `quorate server start`.")
+    folder = FederationFolder(Path(home))
+    if not (folder.runs / run_id / RUN_FILE).is_file():
+        raise ConfigError(f"{folder.runs / run_id} holds no {RUN_FILE}; submit runs with `quorate run`.")
+    return folder, run_id
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Enter `alone_in`, once an earlier process of this run has left: it may still be writing."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        lock = alone_in(run_dir)
+        try:
+            lock.__enter__()
+            break
+        except OutputError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+@contextmanager
+def _logging_to(path: Path, events: EventsTracker) -> Iterator[None]:
+    """Append our log to a file, and warnings to the events: this process has no terminal.
+
+    For its owner alone: it names sites that were asked.
+    """
+    with writing(path):
+        os.close(open_to_append(path, private=True))
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours, handlers = logging.getLogger("quorate"), (handler, EventsHandler(events))
+    ours.setLevel(logging.INFO)
+    for each in handlers:
+        ours.addHandler(each)
+    try:
+        yield
+    finally:
+        for each in handlers:
+            ours.removeHandler(each)
+            each.close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt, so that finished rounds get written.
+
+    Flower raises SIGINT in this process when its run is stopped, and also when the SuperExec that started it
+    is gone. Then nobody asked for an end: Flower's own handler ends the process at once, status.json keeps
+    saying `running`, and the run goes on when it is submitted again.
+    """
+    parent = os.getppid()
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        theirs = before[signal.Signals(number)]
+        if os.getppid() != parent and callable(theirs):
+            log.warning("the process that started this one is gone; the run can be submitted again")
+            theirs(number, frame)
+        raise KeyboardInterrupt
+
+    for each in before:
+        signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each, theirs in before.items():
+            signal.signal(each, theirs)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except RunNotRunningException:
+        raise KeyboardInterrupt from None

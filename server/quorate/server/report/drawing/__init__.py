@@ -1,0 +1,1 @@
+"""Charts of the report, as SVG that lives in the page."""

@@ -1,0 +1,1 @@
+"""After the last round: outputs, delivery to the sites, model card, comparison of seeds."""

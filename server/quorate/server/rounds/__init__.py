@@ -1,0 +1,1 @@
+"""The rounds of a run: the loop, who is drawn, what an update must be, checkpoints, evaluation."""

@@ -1,0 +1,1 @@
+"""How a run is followed: its records, events, trackers and status."""

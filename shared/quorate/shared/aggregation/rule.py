@@ -1,0 +1,158 @@
+"""The interface of an aggregation rule: a site half and a server half in one frozen value.
+
+A rule is one file with one class. The class is the rule's configuration as well (its fields are what the
+run file may say about it), so whatever a run file names is fully described by this package.
+
+    site    trainable(names, round)            which arrays move in this round
+            upload(trained, received, round)   what leaves the site
+            sent(names, round)                 which arrays a site accepts, and
+            residual_rank(r, rounds, cohort)   how much of a base change
+    server  download(state, round)             what goes to the sites
+            init -> add(update) ... -> finish  one pass over the round's updates
+            memory_bytes(schema, cohort)       what that pass holds
+
+`add` may be called as updates arrive. A linear rule needs only a weighted sum of what sites upload: it
+holds one adapter whatever the cohort, and composes with secure aggregation and central noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from quorate.shared.adapters.adapter import Adapter, num_values
+from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.errors import AdapterError
+
+RESIDUAL_A = ".residual_A"
+RESIDUAL_B = ".residual_B"
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """The federation's model: one adapter, and what a rule has moved into the frozen base.
+
+    With scaling s (lora_alpha / r), layer W0 acts as W0 + s (B A + residual_B residual_A).
+
+    Args:
+        adapter: the arrays that sites train.
+        residual: `<layer>.residual_A` [q, d_in] and `<layer>.residual_B` [d_out, q]; empty for most rules.
+    """
+
+    adapter: Adapter
+    residual: Adapter = field(default_factory=lambda: Adapter({}))
+
+    def pack(self) -> Adapter:
+        """Return all arrays in one adapter value, as they travel and are stored."""
+        return self.adapter.updated(self.residual)
+
+    @classmethod
+    def unpack(cls, arrays: Adapter) -> GlobalState:
+        """Split what `pack` joined."""
+        residual = {name for name in arrays if name.endswith((RESIDUAL_A, RESIDUAL_B))}
+        return cls(arrays.subset(n for n in arrays if n not in residual), arrays.subset(residual))
+
+
+@dataclass
+class WeightedSum:
+    """A running sum of weight * array in float64, and of the weights: the memory of one update."""
+
+    arrays: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    weight: float = 0.0
+
+    def add(self, update: Adapter, weight: float) -> None:
+        """Add `weight` times `update`."""
+        self.weight += weight
+        for name, array in update.items():
+            term = np.multiply(array, weight, dtype=np.float64)
+            if name in self.arrays:
+                self.arrays[name] += term
+            else:
+                self.arrays[name] = term
+
+    def mean(self) -> Adapter:
+        """Return the weighted mean, rounded to float32.
+
+        Raises: AdapterError: no update has a weight above 0.
+        """
+        if not self.weight > 0:
+            raise AdapterError(
+                "the updates' weights sum to 0, so they have no mean: no site trained on a single row; "
+                "give the sites training rows or set aggregation.weighting: uniform."
+            )
+        return Adapter(
+            {name: (total / self.weight).astype(np.float32) for name, total in self.arrays.items()}
+        )
+
+
+class Aggregator(ConfigModel):
+    """One aggregation rule with its parameters."""
+
+    linear: ClassVar[bool]
+    """Whether the server needs only a weighted sum of the uploads."""
+    changes_base: ClassVar[bool] = False
+    """Whether the rule adds to the frozen base weights, which must then be floating point."""
+    weighting: Literal["examples", "tokens", "uniform"] = "examples"
+    """Weigh sites by their training rows, by the tokens trained in these rows (causal_lm), or equally."""
+
+    def check_compatible(self, *, use_dora: bool) -> None:
+        """Raise ValueError, with the reason, if this rule does not compose with the adapter asked for."""
+
+    def weight(self, num_examples: int, num_tokens: int = 0) -> float:
+        """Return the weight of a site with `num_examples` training rows and `num_tokens` trained in them."""
+        return {"examples": float(num_examples), "tokens": float(num_tokens), "uniform": 1.0}[self.weighting]
+
+    def trainable(self, names: Iterable[str], round: int) -> frozenset[str]:
+        """Return which of the adapter's arrays are trained in `round` (from 1); the others stay frozen."""
+        return frozenset(names)
+
+    def upload(self, trained: Adapter, received: GlobalState, round: int) -> Adapter:
+        """Return what leaves the site after training; by default the arrays that were trained."""
+        return trained.subset(sorted(self.trainable(trained, round)))
+
+    def upload_schema(self, schema: Mapping[str, tuple[int, ...]], round: int) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes a site must send back, from the adapter's own schema."""
+        names = self.trainable(schema, round)
+        return {name: shape for name, shape in schema.items() if name in names}
+
+    def sent(self, names: Iterable[str], round: int) -> frozenset[str]:
+        """Return which of the adapter's arrays are sent; sites have the others from their seeded start."""
+        return frozenset(names)
+
+    def residual_rank(self, r: int, rounds: int, cohort: int | None) -> int | None:
+        """Return the highest rank that the residual of a layer can have.
+
+        Args:
+            r: rank of the adapter.
+            rounds: that have been aggregated.
+            cohort: most sites of a round; None where the run does not say.
+        Returns: None where nothing bounds it but the layer itself; 0 of rules that leave the base alone.
+        """
+        return 0
+
+    def download(self, state: GlobalState, round: int) -> Adapter:
+        """Return the arrays sent to every site: those of `sent`, and the residual."""
+        return state.adapter.subset(self.sent(state.adapter, round)).updated(state.residual)
+
+    def init(self, state: GlobalState, round: int) -> WeightedSum:
+        """Start a round's aggregation; returns the accumulator that `add` and `finish` take.
+
+        A rule that needs more than the sum extends WeightedSum.
+        """
+        return WeightedSum()
+
+    def add(self, accumulator: WeightedSum, update: Adapter, weight: float) -> None:
+        """Take one upload into the accumulator."""
+        accumulator.add(update, weight)
+
+    def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
+        """Return the next global state; changes nothing it is given. Only called after at least one `add`."""
+        return GlobalState(state.adapter.updated(accumulator.mean()), state.residual)
+
+    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
+        """Return the bytes the accumulator holds for a cohort of this size; float64 sums by default."""
+        return 8 * num_values(self.upload_schema(schema, 1))

@@ -1,0 +1,1 @@
+"""Counts that sites send instead of rows, and intervals from them."""

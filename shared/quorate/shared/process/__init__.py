@@ -1,0 +1,1 @@
+"""Programs and files on one machine: supervisor, logs, loopback TLS, atomic files, secrets."""

@@ -1,0 +1,1 @@
+"""What tasks on texts share: tokenising, packing, words."""

@@ -1,0 +1,1 @@
+"""Searching settings with Optuna: each trial is a federation of its own."""

@@ -114,6 +114,7 @@ def test_what_keeps_a_site_from_starting(tiny_bert: Path, tmp_path: Path) -> Non
 
 def test_the_client_app_is_light() -> None:
     heavy = ["torch", "transformers", "peft", "pandas", "pyarrow"]
-    code = f"import sys, quorate.client.process.flower_app; print([name for name in {heavy} if name in sys.modules])"
+    code = "import sys, quorate.client.process.flower_app; "
+    code += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -134,7 +134,8 @@ def test_two_users_share_the_socket_alone(python: list[str]) -> None:
             started.append(subprocess.Popen([*isolated, *command]))
         node, deadline = NodeFolder(folder), time.monotonic() + 400
         health = (
-            "import sys; from pathlib import Path; from quorate.client.process.grpc_server import check_health; "
+            "import sys; from pathlib import Path; "
+            "from quorate.client.process.grpc_server import check_health; "
             "sys.exit(not check_health(Path(sys.argv[1])))"
         )
         socket = str(folder / "state" / "site.sock")

@@ -152,7 +152,8 @@ def test_a_site_process_that_lost_its_device_ends_and_is_started_again(
     run = make_run(model={"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)})
     program = Path(__file__).parents[1] / "helpers" / "serve_lost_device.py"
     code = (
-        "import sys; from pathlib import Path; from quorate.shared.process.supervisor import Program, Supervisor; "
+        "import sys; from pathlib import Path; "
+        "from quorate.shared.process.supervisor import Program, Supervisor; "
         "place = Path(sys.argv[1]); Supervisor(place / 'watch', [Program('site', "
         "[sys.executable, sys.argv[2], str(place)], place / 'site.log')]).run()"
     )

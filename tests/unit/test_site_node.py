@@ -67,9 +67,8 @@ def test_a_file_more_or_another_content_is_refused(change: dict[str, bytes]) -> 
 
 
 def test_the_same_sizes_with_another_byte_are_refused() -> None:
-    changed = own_bundle()["pyproject.toml"].replace(
-        b"quorate.client.process.flower_app:app", b"quorate.client.apq:app"
-    )
+    ours = own_bundle()["pyproject.toml"]
+    changed = ours.replace(b"process.flower_app:app", b"process.flower_apq:app")
     with pytest.raises(BundleRefused, match=r"differ from ours \(found: pyproject\.toml\)"):
         check_bundle(packed({**own_bundle(), "pyproject.toml": changed}))
 

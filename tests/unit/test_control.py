@@ -32,7 +32,7 @@ from quorate.deploy.control.run_controller import Controller
 from quorate.deploy.control.run_list import RunFolder, find_run_folder
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.rounds.run import alone_in
-from quorate.server.tracking.events import EVENTS_FILE, Event, EventsTracker
+from quorate.server.tracking.events import EVENTS_FILE, Event, EventsTracker, Finished, RoundDone, Started
 from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError, QuorateError
 from quorate.shared.process.files import write_folder
@@ -53,7 +53,8 @@ def die() -> None:
 def round_of(number: int) -> Work:
     def work(events: EventsTracker, run_dir: Path) -> None:
         write_folder(run_dir / f"checkpoint-{number}", {"state": b""})
-        events.round(*ROUNDS[number - 1])
+        done, metrics = ROUNDS[number - 1]
+        events(RoundDone(record=done, metrics=metrics))
 
     return work
 
@@ -71,7 +72,7 @@ def killed(*before: Work) -> Work:
 
 def done(events: EventsTracker, run_dir: Path) -> None:
     round_of(2)(events, run_dir)
-    events.finish(SUMMARY)
+    events(Finished(summary=SUMMARY))
 
 
 def never_ends(events: EventsTracker, run_dir: Path) -> None:
@@ -116,7 +117,15 @@ class Forks(Flower):
         with alone_in(run_dir):
             RunStatus(state="running", flower_run_id=number).write(run_dir)
             try:
-                events.start(RUN, run_dir.name, run_dir, SUMMARY.sites, RunFolder(run_dir).rounds_done)
+                events(
+                    Started(
+                        run=RUN,
+                        run_id=run_dir.name,
+                        output_dir=str(run_dir),
+                        sites=SUMMARY.sites,
+                        resumed_from=RunFolder(run_dir).rounds_done,
+                    )
+                )
                 work(events, run_dir)
                 ended = RunStatus(state="done", exit_code=0, flower_run_id=number)
             except KeyboardInterrupt:

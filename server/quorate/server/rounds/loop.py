@@ -22,6 +22,7 @@ from quorate.server.rounds.round_log import Books, round_seconds
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.screening import Screen, room
 from quorate.server.rounds.update_checks import check_trained
+from quorate.server.tracking.events import PhaseBegan, RoundDone, Started
 from quorate.server.tracking.records import ClientClaim, Evaluation, RoundMetrics
 from quorate.shared.adapters.selection import downloaded, upload_schema
 from quorate.shared.aggregation import GlobalState
@@ -85,7 +86,13 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     state, progress = _start(run, members)
     central = CentralPrivacy.open(run, members, state, progress)
     run.tell(
-        "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
+        Started(
+            run=run.config,
+            run_id=run.run_id,
+            output_dir=str(run.output_dir),
+            sites=members.sites,
+            resumed_from=progress.round if progress else 0,
+        )
     )
     result = Result(state, progress, members, central=central)
     latecomers = Latecomers(grid, run, members, names)
@@ -266,13 +273,13 @@ def _finish(
         record=record,
         metrics=metrics,
     )
-    run.tell("phase", round, "checkpoint")
+    run.tell(PhaseBegan(round=round, name="checkpoint"))
     private = run.config.hides_participation
     save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit, private=private)
     seconds = {**books.seconds, "checkpoint": round_seconds(time.monotonic() - started)}
     record = record.model_copy(update={"seconds": seconds})
     run.append(record, metrics)
-    run.tell("round", record, metrics)
+    run.tell(RoundDone(record=record, metrics=metrics))
     return progress
 
 

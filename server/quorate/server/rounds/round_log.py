@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from quorate.server.exchange.exchange import Answers
 from quorate.server.rounds.run import Run
+from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Exclusion, RoundNoise, RoundRecord
 from quorate.shared.protocol.messages import Update
 
@@ -31,7 +32,7 @@ class Books:
     @contextmanager
     def timed(self, run: Run, round: int, phase: str) -> Iterator[None]:
         """Time one step of the round and tell the trackers that it began."""
-        run.tell("phase", round, phase)
+        run.tell(PhaseBegan(round=round, name=phase))
         started = time.monotonic()
         yield
         self.seconds[phase] = round_seconds(time.monotonic() - started)

@@ -131,7 +131,7 @@ def test_warnings_reach_trackers_and_a_follower_says_them_once(
 ) -> None:
     heard: list[Event] = []
     logger = logging.getLogger("quorate.server.exchange.join")
-    with telling_warnings([EventsTracker(tmp_path / "events.jsonl"), heard.append]):
+    with telling_warnings(tmp_path, [heard.append]):
         logger.info("not this")
         logger.warning("the rows of %s are not those of the rounds before", "north")
     logger.warning("nor this")
@@ -146,7 +146,7 @@ def test_warnings_reach_trackers_and_a_follower_says_them_once(
 
 
 def test_a_tracker_that_fails_is_named_stops_nobody_and_its_failure_is_told(
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[Event] = []
 
@@ -154,7 +154,7 @@ def test_a_tracker_that_fails_is_named_stops_nobody_and_its_failure_is_told(
         raise ValueError("broken")
 
     trackers = [broken, heard.append]
-    with telling_warnings(trackers):
+    with telling_warnings(tmp_path, trackers):
         tell(trackers, JOIN)
     failure, join = heard
     assert isinstance(failure, LogMessage) and failure.level == logging.ERROR and join == JOIN

@@ -13,7 +13,7 @@ from quorate.server.results.complete import all_the_same
 from quorate.server.results.outputs import best_state, measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import Run, alone_in
-from quorate.server.tracking.events import EVENTS_FILE, EventsTracker, PhaseBegan, Tracker, telling_warnings
+from quorate.server.tracking.events import PhaseBegan, Tracker, telling_warnings
 from quorate.server.tracking.records import Answer, References, Summary, Worth
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
@@ -67,8 +67,7 @@ def simulate(
     pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
     site = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = site.prepare(config)
-    events = EventsTracker(output_dir / EVENTS_FILE)
-    with alone_in(output_dir), telling_warnings([events, *trackers]):
+    with alone_in(output_dir), telling_warnings(output_dir, trackers):
         run = Run.open(config, output_dir, resume=resume, trackers=trackers)
         if origin is not None:
             origin.keep(output_dir)

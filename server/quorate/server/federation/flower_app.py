@@ -29,7 +29,7 @@ from quorate.server.results.complete import finish
 from quorate.server.results.local_reference import left_out
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import RUN_FILE, Run, alone_in
-from quorate.server.tracking.events import EVENTS_FILE, EventsTracker, telling_warnings
+from quorate.server.tracking.events import telling_warnings
 from quorate.server.tracking.run_status import RunStatus
 from quorate.server.tracking.trackers import configured_trackers
 from quorate.shared.config.load import load_run
@@ -114,8 +114,8 @@ def main(grid: Grid, context: Context) -> None:
     folder, run_id = _asked_for(context)
     run_dir = folder.runs / run_id
     status = partial(RunStatus, flower_run_id=context.run_id)
-    watched = telling_warnings([EventsTracker(run_dir / EVENTS_FILE)])  # this process has no terminal
-    with _alone_in(run_dir), _logging_to(run_dir / LOG_FILE), watched, _interruptible():
+    logging_to = _logging_to(run_dir / LOG_FILE)  # this process has no terminal
+    with _alone_in(run_dir), logging_to, telling_warnings(run_dir), _interruptible():
         status(state="running").write(run_dir)
         try:
             carry_out(StoppableGrid(grid), folder, run_id)

@@ -36,7 +36,7 @@ class Run:
         output_dir: everything the run writes.
         run_id: outlives restarts.
         resumed: state and progress of the checkpoint to go on from, if any.
-        trackers: told what happens; its own events file among them.
+        trackers: told what happens, once it is in the run's own file of events.
     """
 
     config: RunConfig
@@ -66,7 +66,7 @@ class Run:
             config: the run.
             output_dir: its folder.
             resume: go on with what is there.
-            trackers: told what happens, after the events file that every run has.
+            trackers: told what happens.
             run_id: identity of a run that has no checkpoint yet; a new one when left out.
 
         Raises:
@@ -96,8 +96,7 @@ class Run:
                 "bit where it would have ended"
             )
         run_id = resumed[1].run_id if resumed else run_id or uuid.uuid4().hex[:16]
-        events = EventsTracker(output_dir / EVENTS_FILE)
-        run = cls(config, output_dir, run_id, resumed, (events, *trackers))
+        run = cls(config, output_dir, run_id, resumed, trackers)
         run._align_logs()
         return run
 
@@ -123,7 +122,11 @@ class Run:
                 stream.write(line.model_dump_json().encode() + b"\n")
 
     def tell(self, event: Event) -> None:
-        """Pass an event to every tracker; one that fails is logged and does not stop the run."""
+        """Write an event to the run's file and pass it to every tracker; one that fails is logged.
+
+        Raises: OutputError: the file cannot be written.
+        """
+        EventsTracker(self.output_dir / EVENTS_FILE)(event)
         tell(self.trackers, event)
 
     def _align_logs(self) -> None:

@@ -186,8 +186,9 @@ class _LogHandler(logging.Handler):
 
 
 @contextmanager
-def telling_warnings(trackers: Iterable[Tracker]) -> Iterator[None]:
-    """Tell our own warnings and errors to trackers too, so that they reach whoever follows the run."""
+def telling_warnings(output_dir: Path, trackers: Iterable[Tracker] = ()) -> Iterator[None]:
+    """Write our own warnings and errors to a run's events too, and tell them to its trackers."""
+    trackers = (EventsTracker(output_dir / EVENTS_FILE), *trackers)
     handler, ours = _LogHandler(trackers), logging.getLogger("quorate")
     ours.addHandler(handler)
     try:

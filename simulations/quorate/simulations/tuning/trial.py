@@ -139,7 +139,7 @@ def objective(trial: Trial, search: Search, site: Site) -> float:
     config = site.prepare(search.config(values))
     watch = _watch(trial, search.metric, config.federation.rounds)
     run = Run.open(config, trial_dir(search.output_dir, trial.number), trackers=[watch])
-    with telling_warnings(run.trackers):
+    with telling_warnings(run.output_dir, run.trackers):
         result = serve(InProcessGrid(site, list(search.rows)), run)
     for folder in run.output_dir.glob("checkpoint-*"):  # the adapters of trials that nobody will use
         shutil.rmtree(folder)

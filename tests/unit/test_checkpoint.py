@@ -437,7 +437,7 @@ def test_another_run_is_not_resumed(play: Any) -> None:
     assert (run.output_dir / RUN_FILE).exists()
 
 
-@pytest.mark.parametrize("name", ["adapter", "record.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["adapter", "record.jsonl", "events.jsonl", "summary.json"])
 def test_what_another_program_left_is_not_written_over(play: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).mkdir(parents=True)
     for resume in (False, True):

@@ -40,7 +40,7 @@ def state_of(round: int) -> GlobalState:
         f"layer.{name}": draw.standard_normal((2, 2)).astype(np.float32)
         for name in ("lora_A.weight", "lora_B.weight", "residual_A", "residual_B")
     }
-    return GlobalState.unpack(Adapter(arrays))
+    return GlobalState.from_stored(Adapter(arrays))
 
 
 def progress_of(round: int, best: int | None = None) -> Progress:
@@ -286,7 +286,7 @@ def records(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_end(one: tuple[Run, Result], other: tuple[Run, Result]) -> None:
-    assert one[1].state.pack().content_hash == other[1].state.pack().content_hash
+    assert one[1].state.stored().content_hash == other[1].state.stored().content_hash
     assert adapter_file(*one) == adapter_file(*other)
     assert records(one[0]) == records(other[0])
     lines = [(run.output_dir / METRICS_FILE).read_bytes() for run, _ in (one, other)]
@@ -405,7 +405,7 @@ def test_a_run_that_is_done_stays_as_it_is(play: Any) -> None:
     before = records(whole[0])
     again = play("whole", resume=True)
     assert again[0].run_id == whole[0].run_id and records(again[0]) == before
-    assert again[1].state.pack().content_hash == whole[1].state.pack().content_hash
+    assert again[1].state.stored().content_hash == whole[1].state.stored().content_hash
 
 
 def test_a_folder_with_a_run_is_not_written_over(play: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tampered import described, edited
 
 from quorate.client.site.site import Site
 from quorate.server.results.outputs import best_state
@@ -24,8 +25,10 @@ from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.peft_export import as_lora
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, OutputError
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.process import files
 from quorate.shared.process.files import write_folder
+from quorate.shared.protocol.messages import Update
 from quorate.simulations.in_process_grid import InProcessGrid
 
 ROUNDS = 3
@@ -474,10 +477,13 @@ def test_sites_that_start_elsewhere_do_not_resume(
         """A site process whose libraries draw another start from the same seed."""
 
         def handle(self, requests: list[Any]) -> list[Any]:
-            return [
-                type(update)(update.header, update.arrays.map(lambda _, array: array + np.float32(1)))
-                for update in super().handle(requests)
-            ]
+            return [self.moved(update) for update in super().handle(requests)]
+
+        def moved(self, update: Update) -> Update:
+            start = load_model(run.config).initial.map(lambda _, array: array + np.float32(1))
+            if update.header.phase == "join":
+                return described(update, start_hash=start.content_hash)
+            return edited(update, start) if update.header.phase == "start" else update
 
     site = Elsewhere(make_sites(north=9, south=6))
     again = Run.open(run.config, run.output_dir, resume=True)

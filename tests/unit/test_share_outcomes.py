@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from quorate.client.site.site import Site
-from quorate.server.rounds.loop import request
+from quorate.server.exchange.join import request
 from quorate.server.rounds.run import Run
 from quorate.shared.protocol.messages import Update
 from quorate.simulations.runner import simulate

@@ -44,19 +44,16 @@ class Passed:
     Args:
         site: whose.
         update: what it sent.
+        arrays: what it trained, padded to what the rule adds up.
         weight: that it counts with.
         norm: how far it moved, L2 [parameter units].
     """
 
     site: str
     update: Update
+    arrays: Adapter
     weight: float
     norm: float
-
-    @property
-    def arrays(self) -> Adapter:
-        """What the site trained."""
-        return self.update.arrays
 
     def weighing(self, weight: float) -> Passed:
         """Return it with another weight."""

@@ -46,8 +46,9 @@ class Collection:
 
     def __iter__(self) -> Iterator[Passed]:
         config, members = self.round.run.config, self.round.members
-        arrays = downloaded(config, self.state, self.round.number)
-        asked = dict(self.round.request(self.phase, site, arrays) for site in self.cohort)
+        sent, rule = downloaded(config, self.state, self.round.number), config.aggregation
+        shares = {site: sent.cropped(rule.site_schema(sent.schema, site)) for site in self.cohort}
+        asked = dict(self.round.request(self.phase, site, arrays) for site, arrays in shares.items())
         arriving = self.answers.ask(self.round.grid, asked, self._passed)
         if config.private_clients:
             # Whom another site's update would set aside, no noise hides; updates are clipped instead. Order
@@ -62,16 +63,17 @@ class Collection:
         config, site = self.round.run.config, update.header.site
         rule, federation = config.aggregation, config.federation
         whole = upload_schema(config, self.round.members.initial.schema, self.round.number)
+        schema = rule.site_schema(whole, site)
         norm = check_trained(
             update,
-            rule.site_schema(whole, site),
-            self.state.adapter,
+            schema,
+            self.state.adapter.cropped(schema),
             self._rows(site),
             federation.max_update_norm,
             rule.weighting,
         )
         weight = rule.weight(update.header.num_examples, update.header.num_tokens)
-        passed = Passed(site, update, weight, norm)
+        passed = Passed(site, update, update.arrays.padded(whole), weight, norm)
         self.screen.see(passed)
         return passed
 

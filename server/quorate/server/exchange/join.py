@@ -227,6 +227,8 @@ def _check(update: Update, labels: Set[str], private: bool) -> None:
     description = update.header.description
     if description is None:
         raise ProtocolError("joined without a description of itself.")
+    if not description.start_hash:
+        raise ProtocolError("joined without the hash of its start.")
     if not re.fullmatch(NAME, update.header.site):
         raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
     if description.label_counts.keys() != labels:

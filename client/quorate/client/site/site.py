@@ -110,7 +110,6 @@ class Site:
         for state in states:
             resident.model.set_residual(state.residual)
             resident.stack.load([state.adapter], ())
-            resident.stack.layout.sites = (0,)
             answers.append(run.task.samples(resident.model.peft, resident.model.processor))
         return answers
 

@@ -24,7 +24,6 @@ def forward(
 ) -> Iterator[tuple[list[int], Batch, Any]]:
     """Yield (row indices, batch, the task's logits) over all examples, of similar length together."""
     stack.load([adapter], ())
-    stack.layout.sites = (0,)
     order = sorted(range(len(examples)), key=lambda row: run.task.length(examples[row]))
     size = run.training.per_device_eval_batch_size
     device = model.peft.device

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quorate.client.trainer.dp.dp_sgd import fit_privately
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
@@ -117,8 +117,12 @@ def _step(
         if micro:
             between()
         present = [i for i in live if micro < len(members[i].steps[step])]
-        per_site = _forward(model, stack, run, members, present, round, step, micro)
-        per_site.sum().backward()  # type: ignore[no-untyped-call]
+        shares = [_share(model, run, members[i], (i, round, step, micro)) for i in present]
+        rows = [sum(map(len, members[i].steps[step])) for i in present]
+        with row_losses(model, stack, run, shares) as (each, real):
+            # Each site's share of its step's mean loss, [k].
+            per_site = (each * real).sum(dim=1) / torch.tensor(rows, device=each.device)
+            per_site.sum().backward()  # type: ignore[no-untyped-call]
         for i, loss in zip(present, per_site.detach().tolist(), strict=True):
             losses[i] += loss
     for i in live:
@@ -127,26 +131,12 @@ def _step(
     return list(losses.values())
 
 
-def _forward(
-    model: LoadedModel,
-    stack: AdapterStack,
-    run: RunConfig,
-    members: list[_Member],
-    present: list[int],
-    round: int,
-    step: int,
-    micro: int,
-) -> Tensor:
-    """Return each present site's share of its step's mean loss, [k]."""
-    shares = []
-    for i in present:
-        task = members[i].task
-        drawn = rng(run.seed, "augment", task.site, round, step, micro)
-        rows = [task.examples[row] for row in members[i].steps[step][micro]]
-        shares.append(Share(i, run.task.augment(rows, drawn, model.processor), members[i].generator))
-    each, real = row_losses(model, stack, run, shares)
-    rows_of_step = [sum(map(len, members[i].steps[step])) for i in present]
-    return (each * real).sum(dim=1) / torch.tensor(rows_of_step, device=each.device)
+def _share(model: LoadedModel, run: RunConfig, member: _Member, at: tuple[int, int, int, int]) -> Share:
+    """Return a site's rows of a pass, augmented; `at` is (position, round, step, micro-batch)."""
+    position, round, step, micro = at
+    drawn = rng(run.seed, "augment", member.task.site, round, step, micro)
+    rows = [member.task.examples[row] for row in member.steps[step][micro]]
+    return Share(position, run.task.augment(rows, drawn, model.processor), member.generator)
 
 
 def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, position: int, step: int) -> None:

@@ -205,12 +205,8 @@ def backward_by_row(
     Raises: ModelError: an array was trained outside of the layers that keep them apart.
     """
     kept = PerSample(max(len(share.rows) for share in shares))
-    stack.layout.per_sample = kept
-    try:
-        each, real = row_losses(model, stack, run, shares, length)
+    with row_losses(model, stack, run, shares, length, kept) as (each, real):
         (each * real).sum().backward()  # type: ignore[no-untyped-call]
-    finally:
-        stack.layout.per_sample = None
     for name, parameter in model.peft.named_parameters():
         if parameter.grad is not None:
             raise ModelError(
@@ -234,10 +230,10 @@ def summed_gradient(
     """
     wanted = {name: array for name, array in stack.arrays.items() if array.requires_grad}
     share = Share(0, examples, torch.Generator(model.peft.device))
-    each, _ = row_losses(model, stack, run, [share], length)
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        each.sum(), list(wanted.values()), allow_unused=True
-    )
+    with row_losses(model, stack, run, [share], length) as (each, _):
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            each.sum(), list(wanted.values()), allow_unused=True
+        )
     return {
         name: torch.zeros_like(array[0]) if gradient is None else gradient[0]
         for (name, array), gradient in zip(wanted.items(), found, strict=True)

@@ -188,7 +188,7 @@ class Site:
         check_shares_outcomes(resident.run)
         state = self._received(resident, request)
         examples = self._prepared.examples(resident, request.header.site, split)
-        outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
+        outcomes = evaluate(resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request,
             outcomes=outcomes,
@@ -209,9 +209,7 @@ class Site:
             self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
         )
         task = SiteTask(site, train, resident.model.initial)
-        done = train_alone(
-            resident.model, resident.stack, resident.run, task, validation, test, self._on_step
-        )
+        done = train_alone(resident.stack, resident.run, task, validation, test, self._on_step)
         return Update.reply(
             request,
             outcomes=done.outcomes,
@@ -237,7 +235,7 @@ class Site:
             for request, state in zip(requests, states, strict=True)
         ]
         trainable = moving(run, resident.model.initial, round)
-        fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
+        fitted = fit(resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = told_seconds(run, (time.monotonic() - started) / len(requests))
         return [
             self._uploaded(run, *answer, seconds)

@@ -15,13 +15,13 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from quorate.client.trainer.stack import AdapterStack
-from quorate.shared.model.lora_model import LoadedModel, checkpoint_layers
+from quorate.shared.model.lora_model import checkpoint_layers
 
 
 @contextmanager
-def checkpointed(model: LoadedModel, stack: AdapterStack) -> Iterator[None]:
-    """Have the model's layers checkpointed inside the context."""
-    layers = checkpoint_layers(model.peft)
+def checkpointed(stack: AdapterStack) -> Iterator[None]:
+    """Have the layers of the stack's model checkpointed inside the context."""
+    layers = checkpoint_layers(stack.model.peft)
     before = [layer.training for layer in layers]
     # Not reentrant: the input of a frozen base's first layer needs no gradient, which that kind cannot do.
     run: Any = partial(checkpoint, use_reentrant=False, context_fn=partial(_same_dropout, stack))

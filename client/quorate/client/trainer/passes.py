@@ -67,7 +67,6 @@ class Share:
 
 @contextmanager
 def row_losses(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     shares: Sequence[Share],
@@ -85,12 +84,12 @@ def row_losses(
     """
     most = max(len(share.rows) for share in shares)
     filled = [e for share in shares for e in (*share.rows, *[share.rows[0]] * (most - len(share.rows)))]
-    batch = run.task.collate(filled, model.processor, length).to(model.peft.device)
+    batch = run.task.collate(filled, stack.model.processor, length).to(stack.model.peft.device)
     real = torch.tensor(
         [[r < len(share.rows) for r in range(most)] for share in shares], device=batch.weights.device
     )
-    with stack.batch(_layout(model, run, shares, per_sample)):
-        yield run.task.loss(_logits(model, run, batch), batch).view(len(shares), most), real
+    with stack.batch(_layout(stack.model, run, shares, per_sample)):
+        yield run.task.loss(_logits(stack.model, run, batch), batch).view(len(shares), most), real
 
 
 def _layout(
@@ -115,29 +114,27 @@ def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
 
 
 @contextmanager
-def training_mode(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, seed: int | None
-) -> Iterator[None]:
+def training_mode(stack: AdapterStack, run: RunConfig, seed: int | None) -> Iterator[None]:
     """Put the model in training mode and back.
 
     The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the
     rows of a batch would leak into one another. The global generator, from which only the base's own dropout
     draws, is set to `seed` (to a secret state when that is None) and put back.
     """
-    devices = [model.peft.device] if model.peft.device.type == "cuda" else []
+    devices = [stack.model.peft.device] if stack.model.peft.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         if seed is None:
-            seed_secretly(model.peft.device)
+            seed_secretly(stack.model.peft.device)
         else:
             torch.manual_seed(seed)
-        model.peft.train(run.training.base_dropout)
-        for module in model.peft.modules():
+        stack.model.peft.train(run.training.base_dropout)
+        for module in stack.model.peft.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
         stack.set_lora_training(True)
         saving = run.training.gradient_checkpointing
         try:
-            with checkpointed(model, stack) if saving else nullcontext():
+            with checkpointed(stack) if saving else nullcontext():
                 yield
         finally:
-            model.peft.eval()
+            stack.model.peft.eval()

@@ -50,7 +50,7 @@ class Layout:
 
 @dataclass
 class InFlight:
-    """The layout of the batch in flight, shared by all stacked layers of a model; see `AdapterStack.batch`."""
+    """The layout of the batch in flight, shared by all stacked layers; see `AdapterStack.batch`."""
 
     layout: Layout = field(default_factory=Layout)
 
@@ -241,6 +241,7 @@ class RowsApart:
 class AdapterStack:
     """The stacked arrays of a model by adapter name, and the layout of the batch in flight."""
 
+    model: LoadedModel
     in_flight: InFlight
     arrays: dict[str, nn.Parameter]
     lora_layers: list[LoraLayer] = field(default_factory=list)
@@ -273,7 +274,7 @@ class AdapterStack:
         if arrays.keys() != model.initial.keys():
             odd = sorted(arrays.keys() ^ model.initial.keys())
             raise AdapterError(f"stacked layers and PEFT disagree on the arrays {', '.join(odd[:3])}.")
-        return cls(in_flight, arrays, layers)
+        return cls(model, in_flight, arrays, layers)
 
     @property
     def size(self) -> int:

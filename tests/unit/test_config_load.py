@@ -385,6 +385,8 @@ def test_lines_of_other_files(tmp_path: Path) -> None:
     assert places(SitesConfig, path) == [(7, "data.notes.sites[1].source"), (7, "data.notes.sites[1].name")]
     one = "data:\n  notes:\n    source: x\n    partition:\n      by: iid\n      sites:\n      - a\n      - b c\n"
     assert places(SitesConfig, write(tmp_path, one)) == [(8, "data.notes.partition.sites[1]")]
+    named = "data:\n  notes: {source: x, partition: {by: iid, sites: 3}}\n  my notes:\n    sites: [{name: a, source: x}]\n"
+    assert places(SitesConfig, write(tmp_path, named)) == [(3, "data")]
     policy = "data: {notes: {source: x}}\npolicy:\n  privacy_budgets:\n  - data: notes\n    delta: 2\n"
     assert places(SiteConfig, write(tmp_path, policy)) == [
         (4, "policy.privacy_budgets[0].max_epsilon"),

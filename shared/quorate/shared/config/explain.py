@@ -81,7 +81,8 @@ def explain(
         if problem.details["type"] == "too_short" and problem.path in sections:
             continue
         path, text = _words(top, problem)
-        known = (lines[path[:length]] for length in range(len(path), 0, -1) if path[:length] in lines)
+        place = max(path, problem.path, key=len)
+        known = (lines[place[:length]] for length in range(len(place), 0, -1) if place[:length] in lines)
         field, line = dotted(path), next(known, None)
         if any(path[: len(key)] == key for key in overridden):
             field, line = f"{field} (set on the command line)", None

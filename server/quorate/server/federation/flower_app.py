@@ -2,7 +2,6 @@
 
 A SuperExec starts a process with it for every submission. Nothing of a run but its id comes through Flower:
 `state/runs/RUN_ID/` of the federation holds run.yaml, and gets all that a simulation's output folder gets.
-Touches a private name of Flower's: `RunNotRunningException`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from types import FrameType
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run as FlowerRun
-from flwr.supercore.run import RunNotRunningException
 
+from quorate.server.exchange.flower_internals import FlowerRun, RunNotRunningException
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Nodes
 from quorate.server.results.complete import finish

@@ -16,7 +16,7 @@ from quorate.client.process.handler import connect
 from quorate.client.site.site import Site
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
-from quorate.server.federation.nodes import Node, Nodes
+from quorate.server.federation.nodes import Nodes, SiteNode
 from quorate.server.rounds.run import alone_in
 from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.run_status import RunStatus
@@ -56,7 +56,8 @@ def submit(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.M
         config = site.prepare(make_run(**changes))
         (submitted.run_dir / "run.yaml").write_text(dump_yaml(config))
         nodes = {
-            FIRST_SITE_NODE + index: Node(site=each, key="0" * 64) for index, each in enumerate(site.names)
+            FIRST_SITE_NODE + index: SiteNode(site=each, key="0" * 64)
+            for index, each in enumerate(site.names)
         }
         Nodes(nodes=nodes).write(submitted.folder)
         monkeypatch.setenv(FEDERATION, str(submitted.folder.path))

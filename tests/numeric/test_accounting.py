@@ -18,7 +18,6 @@ from quorate.shared.privacy.accounting import (
     default_delta,
     epsilon,
     grouped,
-    of_disjoint_sites,
 )
 from quorate.shared.privacy.calibration import LEAST_NOISE, calibrate, rounds_left
 from quorate.shared.privacy.privacy_event import PrivacyEvent
@@ -230,11 +229,6 @@ def test_delta_of_a_site() -> None:
     check_delta(9e-4, 1000)
     with pytest.raises(ConfigError, match=r"privacy\.delta is 0\.001, but there are 1000 units.*1e-05"):
         check_delta(1e-3, 1000)
-
-
-def test_disjoint_sites_report_the_largest() -> None:
-    assert of_disjoint_sites([1.5, 3.0, 2.0]) == 3
-    assert of_disjoint_sites([]) == 0
 
 
 def test_a_cross_check_survives_json_and_knows_its_limits() -> None:

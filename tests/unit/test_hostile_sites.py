@@ -22,7 +22,7 @@ from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, R
 from quorate.server.rounds.screening import FEWEST, WIDEST, Screen, largest_weight, room
 from quorate.server.tracking.records import RoundMetrics, RoundRecord, Summary
 from quorate.shared.adapters.adapter import Adapter
-from quorate.shared.config.run_config import FederationConfig
+from quorate.shared.config.run_config import RoundsConfig
 from quorate.shared.errors import ModelDiverged
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
@@ -299,7 +299,7 @@ def test_what_counts_does_not_depend_on_when_it_came(
     norms: dict[str, float], rows: list[int], draw: Any
 ) -> None:
     """Passed on early, as soon as that is safe, or after all have come: the same sites, weights and order."""
-    federation = FederationConfig(rounds=1)
+    federation = RoundsConfig(rounds=1)
     order = sorted(norms)
     weights = dict(zip(order, map(float, rows), strict=False))
 
@@ -348,7 +348,7 @@ def test_updates_are_passed_on_before_the_last_has_come() -> None:
             come.append(site)
             yield site, update_of(site), 1.0
 
-    passed = Screen(FederationConfig(rounds=1), 20, 1.0, [], known).passed(arriving())
+    passed = Screen(RoundsConfig(rounds=1), 20, 1.0, [], known).passed(arriving())
     next(passed)
     assert len(come) == 10
 

@@ -44,7 +44,7 @@ def test_an_interrupt_between_checkpoint_and_record_counts_the_round(
 REPLACES = """
 import os, signal, sys
 from pathlib import Path
-from quorate.shared import files
+from quorate.shared.process import files
 
 folder, nth, exchanges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
 rename, calls = Path.rename, iter(range(1, 99))

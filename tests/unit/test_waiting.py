@@ -18,7 +18,7 @@ from quorate.client.site.site import Site
 from quorate.deploy.console import ConsoleTracker
 from quorate.server.exchange.presence import FIRST_PAUSE, LONGEST_PAUSE
 from quorate.server.results.complete import finish
-from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.best_round import BestRound
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
 from quorate.server.tracking.events import EventsReader, EventsTracker
@@ -240,8 +240,8 @@ def scored(pooled: float, **sites: tuple[float, int]) -> Evaluation:
     )
 
 
-def best(run: Any, rounds: Mapping[int, Evaluation]) -> Standing:
-    standing = Standing()
+def best(run: Any, rounds: Mapping[int, Evaluation]) -> BestRound:
+    standing = BestRound()
     for number, evaluation in rounds.items():
         standing = standing.after(run, number, evaluation)
     return standing
@@ -282,7 +282,7 @@ def test_a_resumed_run_compares_as_the_uninterrupted_one(make_run: Any) -> None:
         ),
     }  # fmt: skip
     read = Progress.model_validate_json(Progress.model_validate(fields).model_dump_json())
-    assert read.standing == standing
+    assert read.best == standing
 
 
 def test_pauses_are_as_documented() -> None:

@@ -1,4 +1,4 @@
-"""All private names of Flower's that a site rests on; import-linter keeps them out of every other module here.
+"""All private names of Flower's that a site rests on; import-linter keeps them out of its other modules.
 
 What takes long to load is imported when it is asked for: each of Flower's programs needs a part of it.
 `tests/contract/` fails loudly when a name moves.

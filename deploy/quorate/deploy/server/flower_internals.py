@@ -1,7 +1,7 @@
 """All private names of Flower's that the coordinator's commands rest on; import-linter keeps others out.
 
-`tests/contract/test_control.py` fails loudly when one moves. httpx and Flower are imported when they are asked
-for: commands load this module for its constants.
+`tests/contract/test_control.py` fails loudly when one moves. Flower is imported when it is asked for:
+commands load this module for its constants.
 """
 
 from __future__ import annotations

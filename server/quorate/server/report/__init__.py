@@ -1,8 +1,7 @@
-"""`report.html`: a run's result in one self-contained page, made from its output folder alone.
+"""`report.html`: a run's result in one self-contained page, made from its output folder alone."""
 
-The page asks nothing of the network, holds no script, follows light and dark mode, prints, and is the same
-byte for byte when made again from the same files.
-"""
+# The page asks nothing of the network, holds no script, follows light and dark mode, prints, and is the same
+# byte for byte when made again from the same files.
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from quorate.server.report.sections.headline import headline
 from quorate.server.report.sections.learning import data_section, learning_section
 from quorate.server.report.sections.participation import participation_section
 from quorate.server.report.sections.reproduction import limits_section, origin_section
-from quorate.shared.errors import OutputError
+from quorate.shared.process.files import BY_UMASK, write_atomically
 
 __all__ = ["REPORT_FILE", "render_page", "write_report"]
 
@@ -54,16 +53,7 @@ def write_report(output_dir: Path) -> Path:
     """
     page = render(RunFiles.read(output_dir))
     path = output_dir / REPORT_FILE
-    temporary = path.with_name(f".{REPORT_FILE}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)  # half a page would take the room that others need
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}; free space or mend its rights, then make it again "
-            "with quorate report."
-        ) from error
+    write_atomically(path, page, BY_UMASK)
     return path
 
 

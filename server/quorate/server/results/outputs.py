@@ -31,7 +31,7 @@ from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ModelDiverged, QuorumNotMet
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.process.files import write_file, write_folder
+from quorate.shared.process.files import BY_UMASK, write_atomically, write_folder
 
 _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
 
@@ -123,7 +123,7 @@ def write_outputs(
         shutil.rmtree(run.output_dir / ADAPTER_DIR, ignore_errors=True)
     else:
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
-    write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
+    write_atomically(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n", BY_UMASK)
     write_report(run.output_dir)
     run.tell("finish", summary)
     return summary

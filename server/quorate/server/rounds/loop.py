@@ -14,7 +14,7 @@ from quorate.server.exchange.exchange import in_order
 from quorate.server.exchange.join import Members, answers_of, join, request, warn_of_changes
 from quorate.server.exchange.latecomers import Latecomers
 from quorate.server.privacy.central_dp import CentralPrivacy
-from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.best_round import BestRound
 from quorate.server.rounds.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.rounds.cohort import choose_cohort
 from quorate.server.rounds.measuring import measure
@@ -246,7 +246,7 @@ def _finish(
 ) -> Progress:
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
-    standing = before.standing if before else Standing()
+    standing = before.best if before else BestRound()
     if run.config.picks_best:
         standing = standing.after(run.config, round, validation)
     early_stop = standing.stops(run.config, round)

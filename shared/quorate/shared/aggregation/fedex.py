@@ -7,9 +7,8 @@ The residual of all rounds so far is kept as unscaled factors (see GlobalState),
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -76,15 +75,6 @@ class FedEx(Aggregator):
             residual[layer + RESIDUAL_A] = right.astype(np.float32)
         kept = Adapter({name: array for name, array in residual.items() if array.size})
         return GlobalState(state.adapter.updated(mean), kept)
-
-    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
-        """Return the bytes held: float64 sums, and a float32 copy of every site's factors.
-
-        `finish` needs a few times 8 (m + n) (cohort r + q) bytes besides, for one layer after the other, q
-        being the rank of the residual so far.
-        """
-        factors = sum(prod(shape) for name, shape in schema.items() if is_lora_a(name) or is_lora_b(name))
-        return super().memory_bytes(schema, cohort) + 4 * cohort * factors
 
 
 def residual_factors(

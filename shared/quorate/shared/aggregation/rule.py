@@ -9,7 +9,6 @@ run file may say about it), so whatever a run file names is fully described by t
             residual_rank(r, rounds, cohort)   how much of a base change
     server  download(state, round)             what goes to the sites
             init -> add(update) ... -> finish  one pass over the round's updates
-            memory_bytes(schema, cohort)       what that pass holds
 
 `add` may be called as updates arrive. A linear rule needs only a weighted sum of what sites upload: it
 holds one adapter whatever the cohort, and composes with secure aggregation and central noise.
@@ -24,7 +23,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from quorate.shared.adapters.adapter import Adapter, num_values
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import AdapterError
 
@@ -152,7 +151,3 @@ class Aggregator(ConfigModel):
     def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
         """Return the next global state; changes nothing it is given. Only called after at least one `add`."""
         return GlobalState(state.adapter.updated(accumulator.mean()), state.residual)
-
-    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
-        """Return the bytes the accumulator holds for a cohort of this size; float64 sums by default."""
-        return 8 * num_values(self.upload_schema(schema, 1))

@@ -171,7 +171,7 @@ class TrainingConfig(ConfigModel):
         return self
 
 
-class FederationConfig(ConfigModel):
+class RoundsConfig(ConfigModel):
     """Rounds, cohort and quorum."""
 
     rounds: int = Field(ge=1, le=10**6)
@@ -219,7 +219,7 @@ class RunConfig(ConfigModel):
     """The LoRA adapter."""
     training: TrainingConfig = TrainingConfig()
     """Training at the sites."""
-    federation: FederationConfig
+    federation: RoundsConfig
     """Rounds, cohort and quorum."""
     aggregation: AggregationRule = FedAvg()
     """How updates become the next global adapter."""

@@ -17,6 +17,8 @@ from quorate.shared.errors import OutputError
 
 PRIVATE, PUBLIC, PRIVATE_FOLDER = 0o600, 0o644, 0o700
 """Modes, whatever the umask: what only its owner may read, what anyone may, and a folder of the former."""
+BY_UMASK = None
+"""In place of a mode: what people made with their umask in mind, such as the results of a run."""
 
 log = logging.getLogger(__name__)
 
@@ -25,49 +27,89 @@ _RENAME = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+def write_atomically(
+    path: Path, content: bytes | str, mode: int | None = PRIVATE, owner: tuple[int, int] | None = None
+) -> None:
     """Write a file so that a reader, and a kill at any moment, sees all of it or none of it.
 
     It is on disk (fsync) before its name appears, and never readable by more than `mode` says. What a kill
-    leaves behind is `.NAME.tmp`, which the next call replaces.
+    leaves behind is `.NAME.tmp`, which the next call replaces. Two processes must not write one file at once.
 
+    Args:
+        path: an existing file is replaced.
+        content: a text is written as UTF-8.
+        mode: whatever the umask; `BY_UMASK`: as the umask says.
+        owner: user and group that it shall belong to, which only root can say.
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        try:
+            with opened(temporary, "wb", private=mode is not None) as stream:
+                if mode is not None:
+                    os.fchmod(stream.fileno(), mode)
+                if owner is not None:
+                    os.fchown(stream.fileno(), *owner)
+                stream.write(content.encode() if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:  # on a full disk it would take the room that the rest needs
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, private: bool = False) -> None:
-    """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
+    """Write `files` (relative name -> content) as `folder`, as `put_folder` does.
+
+    Args:
+        private: for its owner alone, whatever the umask.
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
+    restore_folder(folder)
+    with unfinished(folder, PRIVATE_FOLDER if private else BY_UMASK) as temporary:
+        for name, content in files.items():
+            with opened(temporary / name, "wb", private=private) as stream:
+                stream.write(content)
+        put_folder(temporary, folder)
+
+
+@contextmanager
+def unfinished(folder: Path, mode: int | None = BY_UMASK) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, to be filled and `put_folder` there; it is gone afterwards.
+
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with writing(folder):
+        try:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(0o777 if mode is None else mode)
+            yield temporary
+        finally:  # on a full disk it would take the room that the rest needs
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(temporary: Path, folder: Path) -> None:
+    """Give a complete folder its name: readers see all of it or what was there before.
 
     An existing folder is replaced. Everything is on disk (fsync) before the name appears. On a file system
     that cannot exchange two names in one step (NFS), a kill in between leaves the earlier folder as
     `.NAME.old`; `restore_folder` gives it its name back.
 
     Args:
-        private: for its owner alone, whatever the umask.
+        temporary: on the same file system; afterwards it is gone, or holds what was there before.
+        folder: its name from now on.
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    restore_folder(folder)
+    old = folder.with_name(f".{folder.name}.old")
     with writing(folder):
+        for each in (*temporary.rglob("*"), temporary):
+            _sync(each)
         try:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir(PRIVATE_FOLDER if private else 0o777)
-            for name, content in files.items():
-                _write_synced(temporary / name, content, private)
-            sync_folder(temporary)
             if not folder.exists():
                 temporary.rename(folder)
             elif not _exchange(temporary, folder):
@@ -79,8 +121,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, private: bool = Fa
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
-            for left in (temporary, old):  # on a full disk they would take the room that the rest needs
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_folder(folder: Path) -> None:
@@ -93,20 +134,6 @@ def restore_folder(folder: Path) -> None:
         with writing(folder):
             old.rename(folder)
             sync_folder(folder.parent)
-
-
-def write_file(path: Path, content: str, *, private: bool = False) -> None:
-    """Write a text file atomically; `private` for its owner alone, whatever the umask.
-
-    Raises: OutputError: the disk is full, or the place cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            _write_synced(temporary, content.encode(), private)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
@@ -124,7 +151,11 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put names that appeared or went in `folder` on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -238,10 +269,3 @@ def opened(path: Path, mode: Literal["ab", "wb"], *, private: bool) -> BinaryIO:
         path.unlink(missing_ok=True)  # what a kill left may be anybody's to read
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE if private else 0o666)
     return os.fdopen(descriptor, mode)
-
-
-def _write_synced(path: Path, content: bytes, private: bool) -> None:
-    with opened(path, "wb", private=private) as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -17,7 +17,7 @@ from quorate.client.site.site import Site
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Nodes, SiteNode
-from quorate.server.rounds.run import alone_in
+from quorate.server.rounds.run import locked_output
 from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.config.read import dump_yaml
@@ -147,7 +147,7 @@ def test_without_its_superexec_it_ends_by_flowers_handler_and_stays_running(
         signal.signal(signal.SIGINT, before)
     status = RunStatus.read(submitted.run_dir)
     assert status is not None and (status.state, status.exit_code) == ("running", None)
-    with alone_in(submitted.run_dir):  # nobody is in the folder: a new submission can go on
+    with locked_output(submitted.run_dir):  # nobody is in the folder: a new submission can go on
         pass
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tampered import NAMES, Tampered, described, edited
 
 from quorate.client.site.site import Site
-from quorate.server.results.complete import finish
+from quorate.server.results.complete import complete_run
 from quorate.server.rounds import screening
 from quorate.server.rounds.checkpoint import list_checkpoints
 from quorate.server.rounds.loop import run_rounds
@@ -267,7 +267,7 @@ def test_a_model_that_diverged_between_evaluations_falls_back_to_the_last_measur
     grid = Tampered(site, fails)
     result = run_rounds(grid, run)
     with pytest.raises(ModelDiverged):
-        finish(grid, run, result)
+        complete_run(grid, run, result)
     summary = Summary.model_validate(json.loads((out / SUMMARY_FILE).read_text()))
     assert summary.status == "diverged" and not summary.bytes and not summary.seconds
     page = (out / "report.html").read_text()

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from quorate.client.policy.site_config import ConnectionConfig
 from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
-from quorate.shared.process.files import PRIVATE, PUBLIC, alone, sync_folder, write_atomically, writing
+from quorate.shared.process.files import PRIVATE, PUBLIC, locked, sync_folder, write_atomically, writing
 
 CONNECTION = "connection.yaml"
 NODE_KEY, NODE_PUB = "node.key", "node.pub"
@@ -62,7 +62,7 @@ def enrol(folder: Path, *, renew: bool = False) -> Enrolment:
         )
     connection = load_file(ConnectionConfig, path)
     made: list[str] = []
-    with alone(folder):
+    with locked(folder):
         aside = _put_aside(folder, connection.mutual_tls) if renew else ()
         send = [_node_key(folder, connection, made)]
         if connection.mutual_tls:

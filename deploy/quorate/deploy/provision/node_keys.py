@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from quorate.client.node.enrolment import NODE_PUB, node_public_bytes
 from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import ConfigError
-from quorate.shared.process.files import PUBLIC, alone, make_folder, sync_folder, write_atomically, writing
+from quorate.shared.process.files import PUBLIC, locked, make_folder, sync_folder, write_atomically, writing
 
 REVOKED = "revoked"
 _MOST_BYTES = 16 * 2**10
@@ -61,12 +61,12 @@ def admit_key(folder: FederationFolder, site: str, pub: Path, *, renew: bool = F
             content = stream.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{pub}: cannot be read: {error.strerror}; check the path.") from error
-    with alone(folder.path):
+    with locked(folder.path):
         return admit(folder, site, content, str(pub), renew=renew)
 
 
 def admit(folder: FederationFolder, site: str, content: bytes, where: str, *, renew: bool = False) -> Path:
-    """Admit a node key given as bytes; `admit_key` says the rest. The caller holds the folder (`alone`)."""
+    """Admit a node key given as bytes; `admit_key` says the rest. The caller holds the folder (`locked`)."""
     known_site(folder, site)
     if revocation(folder, site):
         raise ConfigError(
@@ -155,7 +155,7 @@ def revocation(folder: FederationFolder, site: str) -> Revocation | None:
 def revoke_key(folder: FederationFolder, site: str) -> None:
     """Put a site out: mark it, then take its admitted key away. Given again, it completes what is missing.
 
-    The caller holds the folder (`alone`). Raises: ConfigError, OutputError.
+    The caller holds the folder (`locked`). Raises: ConfigError, OutputError.
     """
     marker, path = folder.site(site) / REVOKED, folder.site(site) / NODE_PUB
     found, key = revocation(folder, site), _stored_key(folder, site)

@@ -27,7 +27,7 @@ from quorate.shared.process.files import (
     PRIVATE,
     PRIVATE_FOLDER,
     PUBLIC,
-    alone,
+    locked,
     make_folder,
     sync_folder,
     write_atomically,
@@ -78,7 +78,7 @@ def provision(
     fresh = not (folder.path / CONFIG).exists()
     make_folder(folder.path)
     done = Provisioned(folder, config)
-    with alone(folder.path):
+    with locked(folder.path):
         if fresh:
             with writing(folder.path):
                 folder.path.chmod(PRIVATE_FOLDER)

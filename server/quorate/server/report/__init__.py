@@ -13,7 +13,7 @@ from quorate.server.report.run_files import RunFiles
 from quorate.server.report.sections.answers import samples_section
 from quorate.server.report.sections.audit_findings import audit_section
 from quorate.server.report.sections.class_quality import quality_section
-from quorate.server.report.sections.comparison import worth_section
+from quorate.server.report.sections.comparison import comparison_section
 from quorate.server.report.sections.cost import cost_section
 from quorate.server.report.sections.detections import finds_section
 from quorate.server.report.sections.guarantee import privacy_section
@@ -27,7 +27,7 @@ __all__ = ["REPORT_FILE", "render_page", "write_report"]
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
-    worth_section,
+    comparison_section,
     learning_section,
     quality_section,
     finds_section,

@@ -20,11 +20,11 @@ from quorate.server.rounds.run import ADAPTER_DIR, RECORD_FILE, SUMMARY_FILE, Ru
 from quorate.server.tracking.records import (
     Answer,
     Exclusion,
+    LocalGain,
     Measured,
     References,
     RoundRecord,
     Summary,
-    Worth,
 )
 from quorate.shared.adapters.peft_export import adapter_files
 from quorate.shared.aggregation import GlobalState
@@ -113,7 +113,7 @@ def write_outputs(
     best: Measured | None,
     *,
     references: References | None = None,
-    worth: Mapping[str, Worth] | None = None,
+    worth: Mapping[str, LocalGain] | None = None,
     samples: Sequence[Answer] = (),
 ) -> Summary:
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
@@ -141,7 +141,7 @@ def _summary(
     final: Measured | None,
     best: Measured | None,
     references: References | None,
-    worth: Mapping[str, Worth],
+    worth: Mapping[str, LocalGain],
     samples: Sequence[Answer],
 ) -> Summary:
     records = [

@@ -19,7 +19,7 @@ from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import CheckpointError, OutputError
-from quorate.shared.process.files import BY_UMASK, PRIVATE, alone, opened, write_atomically, writing
+from quorate.shared.process.files import BY_UMASK, PRIVATE, locked, opened, write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list
 
 
 @contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
+def locked_output(output_dir: Path) -> Iterator[None]:
     """Make the output folder and keep other processes from running into it at the same time.
 
     The lock is the system's and leaves no file: it is gone with the process, however that ends.
@@ -187,7 +187,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
     """
     _make_folder(output_dir)
     busy = f"another process is running into {output_dir}; wait for its end, or choose another folder (-o)."
-    with alone(output_dir, busy):
+    with locked(output_dir, busy):
         yield
 
 

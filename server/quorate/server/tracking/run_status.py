@@ -18,8 +18,8 @@ State = Literal["running", "done", "interrupted", "quorum-not-met", "diverged", 
 class RunStatus(Record):
     """What `status.json` holds.
 
-    `running` with nobody in the folder (`quorate.server.rounds.run.alone_in` can be entered) means that the
-    ServerApp died: a run that is submitted again goes on from the last checkpoint.
+    `running` with nobody in the folder (`quorate.server.rounds.run.locked_output` can be entered) means that
+    the ServerApp died: a run that is submitted again goes on from the last checkpoint.
     """
 
     state: State

@@ -15,7 +15,7 @@ from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.evaluation_config import EvaluationConfig
 from quorate.shared.config.privacy_config import ClientPrivacy, PrivacyConfig
-from quorate.shared.config.privacy_rules import check_sound
+from quorate.shared.config.privacy_rules import check_privacy_rules
 from quorate.shared.config.texts import Name, Sha256
 from quorate.shared.tasks import TaskConfig
 
@@ -304,8 +304,8 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _privacy_is_sound(self) -> RunConfig:
-        check_sound(self)
+    def _privacy_rules_hold(self) -> RunConfig:
+        check_privacy_rules(self)
         return self
 
     @model_validator(mode="after")

@@ -163,7 +163,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path, busy: str | None = None) -> Iterator[None]:
+def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
     """Hold `folder` for this process, so that two commands do not write into it at once.
 
     The lock is the system's and leaves no file: it is gone with the process, however that ends.
@@ -190,7 +190,7 @@ def alone(folder: Path, busy: str | None = None) -> Iterator[None]:
 
 
 def held(path: Path) -> bool | None:
-    """Whether a process holds this file or folder as `alone` does; None where the file system has no locks.
+    """Whether a process holds this file or folder as `locked` does; None where the file system has no locks.
 
     Raises: OSError: it cannot be opened.
     """

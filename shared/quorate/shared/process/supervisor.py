@@ -94,7 +94,7 @@ class Supervisor:
         Raises: OutputError: another supervisor has this folder. OSError: a program cannot even be
             started once.
         """
-        with _alone(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
+        with _locked(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
             before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
             try:
                 if self._beside is not None:  # not earlier: what it says goes to the log too
@@ -216,7 +216,7 @@ class _Kept:
 
 
 @contextmanager
-def _alone(state_dir: Path) -> Iterator[None]:
+def _locked(state_dir: Path) -> Iterator[None]:
     state_dir.mkdir(parents=True, exist_ok=True)
     # Not inherited by the programs (O_CLOEXEC is Python's default), so the lock ends with this process.
     with (state_dir / LOCK_FILE).open("a") as file:

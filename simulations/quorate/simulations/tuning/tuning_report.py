@@ -28,7 +28,7 @@ from quorate.server.tracking.records import Figure, Record
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.process.files import BY_UMASK, write_atomically
-from quorate.simulations.tuning.privacy_cost import SearchSpending, spent_by
+from quorate.simulations.tuning.privacy_cost import SearchSpending, privacy_cost
 from quorate.simulations.tuning.search import settled
 from quorate.simulations.tuning.space import Value
 from quorate.simulations.tuning.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
@@ -124,7 +124,7 @@ def summarise(search: Search, study: Study) -> Tuned:
         best=done[study.best_trial.number] if done else None,
         importances=_importances(study, list(done.values())),
         trials=trials,
-        spent=spent_by(search.rows, _begun(search, study)),
+        spent=privacy_cost(search.rows, _begun(search, study)),
     )
 
 

@@ -140,8 +140,6 @@ def test_a_folder_is_small_and_says_in_a_sentence_what_it_is_for(folder: Path) -
 PUTS_IN_PLACE = {
     "quorate.shared.process.files": "the one way of writing a file or a folder atomically",
     "quorate.shared.process.log_keeper": "a log gives way to the next",
-    "quorate.client.node.enrolment": "earlier keys are kept aside",
-    "quorate.deploy.provision.node_keys": "revoked keys are kept aside",
 }
 
 

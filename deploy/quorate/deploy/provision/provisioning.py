@@ -29,7 +29,7 @@ from quorate.shared.process.files import (
     PUBLIC,
     locked,
     make_folder,
-    sync_folder,
+    sync,
     write_atomically,
     writing,
 )
@@ -182,7 +182,7 @@ def _drop(trial: Path) -> None:
             for each in trial.iterdir():
                 each.unlink()
             trial.rmdir()
-            sync_folder(trial.parent)
+            sync(trial.parent)
 
 
 def _look_around(done: Provisioned, authority: Authority) -> None:

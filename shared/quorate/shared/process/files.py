@@ -57,7 +57,7 @@ def write_atomically(
         except BaseException:  # on a full disk it would take the room that the rest needs
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, private: bool = False) -> None:
@@ -108,7 +108,7 @@ def put_folder(temporary: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     with writing(folder):
         for each in (*temporary.rglob("*"), temporary):
-            _sync(each)
+            sync(each)
         try:
             if not folder.exists():
                 temporary.rename(folder)
@@ -117,7 +117,7 @@ def put_folder(temporary: Path, folder: Path) -> None:
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
                 temporary.rename(folder)
-            sync_folder(folder.parent)
+            sync(folder.parent)
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
@@ -133,7 +133,7 @@ def restore_folder(folder: Path) -> None:
     if old.is_dir() and not folder.exists():
         with writing(folder):
             old.rename(folder)
-            sync_folder(folder.parent)
+            sync(folder.parent)
 
 
 def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
@@ -146,15 +146,19 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=PRIVATE_FOLDER)
             path.chmod(mode)
-            sync_folder(path.parent)
+            sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put names that appeared or went in `folder` on disk."""
-    _sync(folder)
+def put_aside(path: Path, name: str) -> Path:
+    """Give a file another name in its folder; returns its path. Raises: OutputError."""
+    with writing(path):
+        aside = path.rename(path.with_name(name))
+        sync(path.parent)
+    return aside
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

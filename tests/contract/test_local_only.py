@@ -10,11 +10,11 @@ from flwr.app import Context, RecordDict
 
 from quorate.client.process.handler import connect, failed
 from quorate.client.site.site import Site
+from quorate.server.exchange.join import request
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Nodes, SiteNode
 from quorate.server.report import write_report
-from quorate.server.rounds.loop import request
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.records import Summary
 from quorate.shared.config.read import dump_yaml

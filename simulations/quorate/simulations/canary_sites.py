@@ -50,7 +50,7 @@ class CanarySites:
         self._site = site
         self._names = {name: index for index, name in enumerate(names)}
         self._run = run
-        self._like: Update | None = None
+        self._told: SiteDescription | None = None
 
     def handle(self, requests: list[RoundRequest]) -> list[Update]:
         """Answer requests in order."""
@@ -65,17 +65,17 @@ class CanarySites:
     def _answer(self, request: RoundRequest) -> Update:
         if request.header.phase == "join":
             return self._joined(request)
+        if request.header.phase == "start":
+            return Update.reply(request, self._as_another(request).arrays)
         if request.header.phase == "fit":
             return Update.reply(request, self._sent(request), num_examples=1, num_steps=1)
         return Update.reply(request, outcomes=Outcomes())
 
     def _joined(self, request: RoundRequest) -> Update:
         """Join as a site of one row does, with the base model and the start that the others have."""
-        if self._like is None:  # all canaries are alike
-            header = request.header.model_copy(update={"site": self._site.names[0]})
-            (self._like,) = self._site.handle([RoundRequest(header, request.arrays)])
-        like = self._like
-        told = like.header.description
+        if self._told is None:  # all canaries are alike
+            self._told = self._as_another(request).header.description
+        told = self._told
         if told is None:
             raise ConfigError(f"site {self._site.names[0]} cannot join; see the log for why.")
         description = SiteDescription(
@@ -83,12 +83,19 @@ class CanarySites:
             label_counts=self._run.task.label_counts(()),
             model_files=told.model_files,
             model_sha256=told.model_sha256,
+            start_hash=told.start_hash,
             versions=told.versions,
         )
-        return Update.reply(request, like.arrays, description=description)
+        return Update.reply(request, description=description)
+
+    def _as_another(self, request: RoundRequest) -> Update:
+        """Return what a site that holds rows answers."""
+        header = request.header.model_copy(update={"site": self._site.names[0]})
+        (answer,) = self._site.handle([RoundRequest(header, request.arrays)])
+        return answer
 
     def _sent(self, request: RoundRequest) -> Adapter:
-        start = GlobalState.unpack(request.arrays).adapter
+        start = GlobalState.from_sent(request.arrays).adapter
         schema = upload_schema(self._run, start.schema, request.header.round)
         flat = self.direction(request.header.site, num_values(schema)) * _norm(self._run)
         sent, at = {}, 0

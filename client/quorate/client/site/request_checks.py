@@ -19,7 +19,7 @@ from quorate.shared.errors import AdapterError, ProtocolError, RequestRefused
 from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.protocol.messages import RequestHeader
 
-_WITHOUT_ROUND = ("join", "alone")
+_WITHOUT_ROUND = ("join", "start", "alone")
 """Phases outside of the rounds: they begin from the seeded start, so no arrays come with them."""
 
 
@@ -81,7 +81,7 @@ def check_arrays(run: RunConfig, header: RequestHeader, arrays: Adapter, initial
         schema = download_schema(run, initial.schema, header.round)
     if len(arrays) > len(schema) + 2 * len(initial):
         raise AdapterError(f"{len(arrays)} arrays, where {len(schema)} and their residual would be the most.")
-    state = GlobalState.unpack(arrays)
+    state = GlobalState.from_sent(arrays)
     state.adapter.check_schema({name: schema[name] for name in schema.keys() & state.adapter.keys()})
     pairs = _pairs(state.residual)
     # A round is sent to before it is aggregated; what is measured or delivered has been.

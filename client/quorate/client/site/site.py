@@ -124,7 +124,7 @@ class Site:
                 answers[index] = failed(request, of_device(error) or error)
                 continue
             stacked = request.header.phase == "fit"
-            residual = GlobalState.unpack(request.arrays).residual.content_hash
+            residual = GlobalState.from_sent(request.arrays).residual.content_hash
             key = (str(request.header.round), residual) if stacked else (str(index),)
             groups.setdefault((resident.run.content_hash, request.header.phase, *key), []).append(index)
         for members in groups.values():
@@ -141,7 +141,7 @@ class Site:
         check_header(run, header)
         resident = self._prepared.load(run)
         check_arrays(run, header, request.arrays, resident.model.initial)
-        residual = GlobalState.unpack(request.arrays).residual
+        residual = GlobalState.from_sent(request.arrays).residual
         check_base_change(resident.model, residual, self._prepared.holdings.base_limits)
         if header.phase == "fit":
             self._prepared.examples(resident, header.site, "train")
@@ -154,6 +154,7 @@ class Site:
             return self._fit(resident, requests)
         one = {
             "join": self._join,
+            "start": self._start,
             "evaluate": self._evaluate,
             "alone": self._alone,
             "finish": self._finish,
@@ -176,7 +177,10 @@ class Site:
             len(prepared.holdings.rows(run, site).get("train", ())),
             claim,
         )
-        return Update.reply(request, resident.model.initial, description=description)
+        return Update.reply(request, description=description)
+
+    def _start(self, resident: Resident, request: RoundRequest) -> Update:
+        return Update.reply(request, resident.model.initial)
 
     def _evaluate(self, resident: Resident, request: RoundRequest) -> Update:
         started = time.monotonic()
@@ -278,7 +282,7 @@ class Site:
 
     def _completed(self, resident: Resident, request: RoundRequest) -> GlobalState:
         """Complete what was sent by the seeded start."""
-        return GlobalState.unpack(resident.model.initial.updated(request.arrays))
+        return GlobalState.from_sent(resident.model.initial.updated(request.arrays))
 
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:

@@ -19,7 +19,6 @@ from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.progress import OnStep
 from quorate.shared.tasks.task import Example
 
@@ -60,7 +59,6 @@ def value(config: RunConfig, outcomes: Outcomes | None) -> float:
 
 
 def train_local_baseline(
-    model: LoadedModel,
     stack: AdapterStack,
     config: RunConfig,
     task: SiteTask,
@@ -84,9 +82,9 @@ def train_local_baseline(
     current = task.start
     best: tuple[int, Adapter, float] | None = None
     for round in range(1, last + 1):
-        moved = moving(run, model.initial, round)
+        moved = moving(run, stack.model.initial, round)
         start = SiteTask(task.site, task.examples, current)
-        (fitted,) = fit(model, stack, run, round, [start], moved, on_step)
+        (fitted,) = fit(stack, run, round, [start], moved, on_step)
         current = fitted.adapter
         try:
             current.check_finite()
@@ -94,8 +92,8 @@ def train_local_baseline(
             raise NonFiniteUpdate("training alone diverged; lower training.learning_rate.") from error
         if round % config.evaluation.every and round != last:
             continue
-        scored = value(run, evaluate(model, stack, run, current, validation) if validation else None)
+        scored = value(run, evaluate(stack, run, current, validation) if validation else None)
         if best is None or scored > best[2] or scored == UNKNOWN:
             best = round, current, scored
     assert best is not None, "the last round is always measured"
-    return LocalBaseline(best[0], evaluate(model, stack, run, best[1], test) if test else Outcomes())
+    return LocalBaseline(best[0], evaluate(stack, run, best[1], test) if test else Outcomes())

@@ -110,7 +110,6 @@ class Site:
         for state in states:
             resident.model.set_residual(state.residual)
             resident.stack.load([state.adapter], ())
-            resident.stack.layout.sites = (0,)
             answers.append(run.task.samples(resident.model.peft, resident.model.processor))
         return answers
 
@@ -189,7 +188,7 @@ class Site:
         check_shares_outcomes(resident.run)
         state = self._received(resident, request)
         examples = self._prepared.examples(resident, request.header.site, split)
-        outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
+        outcomes = evaluate(resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request,
             outcomes=outcomes,
@@ -210,9 +209,7 @@ class Site:
             self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
         )
         task = SiteTask(site, train, resident.model.initial)
-        done = train_local_baseline(
-            resident.model, resident.stack, resident.run, task, validation, test, self._on_step
-        )
+        done = train_local_baseline(resident.stack, resident.run, task, validation, test, self._on_step)
         return Update.reply(
             request,
             outcomes=done.outcomes,
@@ -238,7 +235,7 @@ class Site:
             for request, state in zip(requests, states, strict=True)
         ]
         trainable = moving(run, resident.model.initial, round)
-        fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
+        fitted = fit(resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = reported_seconds(run, (time.monotonic() - started) / len(requests))
         return [
             self._uploaded(run, *answer, seconds)

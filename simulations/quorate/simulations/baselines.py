@@ -19,6 +19,7 @@ from quorate.server.exchange.exchange import exclusion
 from quorate.server.exchange.join import request
 from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.rounds.run import Run
+from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Exclusion, LocalGain, Measured, References
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import downloaded
@@ -122,7 +123,7 @@ def train_reference(
     best: dict[str, Candidate] = {}
     asking = Run(config, run.output_dir, run.run_id)
     for round in range(1, config.federation.rounds + 1):
-        run.tell("phase", round, what)
+        run.tell(PhaseBegan(round=round, name=what))
         asked = [_asking(asking, round, "fit", name, adapter) for name, adapter in current.items()]
         trained = _answers(site, asked, failed)
         current = {name: initial.updated(update.arrays) for name, update in trained.items()}

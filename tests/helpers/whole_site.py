@@ -11,7 +11,7 @@ from site_folder import fix_splits
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy.answer_store import Answered
 from quorate.client.process import main
-from quorate.client.runs.run_history import DATABASE, RunsBook
+from quorate.client.runs.run_history import DATABASE, RunHistory
 from quorate.client.site.site import Site
 from quorate.shared.protocol.messages import RoundRequest, Update
 
@@ -37,7 +37,7 @@ class WholeSite:
         site = Site(self.at_site, on_step=self._step, received=self.folder.state / main.RECEIVED)
         self._answered = Answered(self.folder.state / main.ANSWERS_FILE, site)
         self._accounted = main.account_for(self.folder, self.at_site, self._answered)
-        self._book = RunsBook(self.folder.state / DATABASE)
+        self._book = RunHistory(self.folder.state / DATABASE)
         self._book.settle()
         self._front, self._limited = main.front_of(self.folder, self.at_site, self._book, self._accounted)
 

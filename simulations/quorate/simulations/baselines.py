@@ -17,10 +17,10 @@ from quorate.client.site.site import Site, SiteRows
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.exchange.exchange import exclusion
 from quorate.server.exchange.join import request
-from quorate.server.rounds.evaluation import summarise, worth
+from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.events import PhaseBegan
-from quorate.server.tracking.records import Exclusion, Measured, References, Worth
+from quorate.server.tracking.records import Exclusion, LocalGain, Measured, References
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState
@@ -49,7 +49,7 @@ def run_references(
     site: Site,
     initial: Adapter,
     federated: Mapping[str, Outcomes],
-) -> tuple[References, dict[str, Worth]]:
+) -> tuple[References, dict[str, LocalGain]]:
     """Run the references that the configuration asks for.
 
     Args:
@@ -62,11 +62,11 @@ def run_references(
     wanted = run.config.evaluation.references
     config, intervals = run.config, run.config.evaluation.bootstrap_samples > 0
     local: dict[str, Measured] = {}
-    gains: dict[str, Worth] = {}
+    gains: dict[str, LocalGain] = {}
     failed: dict[str, Exclusion] = {}
     centralised = None
     if "local_only" in wanted:
-        best = train_alone(run, single(config), site, list(rows), initial, "local only", failed)
+        best = train_reference(run, single(config), site, list(rows), initial, "local only", failed)
         for name, candidate in best.items():
             outcomes = _measure(run, site, rows, name, candidate, failed)
             if outcomes is None:
@@ -74,11 +74,11 @@ def run_references(
             test = summarise(config.task, "test", outcomes, intervals=intervals)
             local[name] = Measured(round=candidate.round, test=test)
             if federated.get(name, Outcomes()).rows:
-                gains[name] = worth(
+                gains[name] = local_gain(
                     config.task, run.metric, federated[name], outcomes[name], intervals=intervals
                 )
     if "centralised" in wanted:
-        best = train_alone(run, _all_steps(config, rows), site, [POOL], initial, "centralised", failed)
+        best = train_reference(run, _all_steps(config, rows), site, [POOL], initial, "centralised", failed)
         for candidate in best.values():
             outcomes = _measure(run, site, rows, POOL, candidate, failed)
             if outcomes is not None:
@@ -105,7 +105,7 @@ def pool(rows: Mapping[str, SiteRows], config: RunConfig) -> dict[Split, Sequenc
     }
 
 
-def train_alone(
+def train_reference(
     run: Run,
     config: RunConfig,
     site: Site,

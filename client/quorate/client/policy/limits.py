@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from quorate.client.policy.site_config import PolicyConfig
 from quorate.client.process.handler import Handler, failed
-from quorate.client.runs.run_history import RunsBook
+from quorate.client.runs.run_history import RunHistory
 from quorate.shared.errors import QuorateError, RequestRefused
 from quorate.shared.progress import StepEvent
 from quorate.shared.protocol.messages import RoundRequest, Update
@@ -33,7 +33,7 @@ class Limited:
     def __init__(
         self,
         policy: Callable[[], PolicyConfig],
-        book: RunsBook,
+        book: RunHistory,
         begins: Callable[[], None],
         inner: Handler,
     ) -> None:

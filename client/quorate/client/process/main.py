@@ -38,7 +38,7 @@ from quorate.client.process.handler import Handler
 from quorate.client.process.reload import Current
 from quorate.client.runs.message_log import Recorded
 from quorate.client.runs.run_history import DATABASE as RUNS
-from quorate.client.runs.run_history import RunsBook
+from quorate.client.runs.run_history import RunHistory
 from quorate.client.site.data_source import SiteRows
 from quorate.client.site.device_errors import LOST_EXIT
 from quorate.client.site.request_checks import BaseLimits
@@ -204,7 +204,7 @@ def account_for(folder: SiteFolder, at_site: AtSite, answered: Answered) -> Acco
 
 
 def front_of(
-    folder: SiteFolder, at_site: AtSite, book: RunsBook, accounted: Handler
+    folder: SiteFolder, at_site: AtSite, book: RunHistory, accounted: Handler
 ) -> tuple[Handler, Limited]:
     """Put the site's word before its ledger: books, rules as they are now, limits.
 
@@ -241,7 +241,7 @@ def serve(folder: SiteFolder, stop: threading.Event) -> int:
     site = Site(at_site, device=device, on_step=on_step, on_model=on_model, received=received)
     answered = Answered(folder.state / ANSWERS_FILE, site)
     accounted = account_for(folder, at_site, answered)
-    book = RunsBook(folder.state / RUNS)
+    book = RunHistory(folder.state / RUNS)
     front, limited = front_of(folder, at_site, book, accounted)
     limits.append(limited)
     lost = threading.Event()

@@ -10,7 +10,7 @@ from quorate.client.policy.approvals import RUN_ID
 from quorate.client.policy.gate import read_run
 from quorate.client.policy.site_config import ConnectionConfig
 from quorate.client.process.handler import Failed, Handler, failed
-from quorate.client.runs.run_history import Asked, Left, RunsBook
+from quorate.client.runs.run_history import Asked, Left, RunHistory
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import OutputError, ProtocolError
@@ -30,7 +30,7 @@ class Recorded:
         inner: answers.
     """
 
-    def __init__(self, book: RunsBook, connection: ConnectionConfig, inner: Handler) -> None:
+    def __init__(self, book: RunHistory, connection: ConnectionConfig, inner: Handler) -> None:
         self._book = book
         self._connection = connection
         self._inner = inner

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,10 @@ def kill(federation: Loopback, victim: str) -> None:
 def test_no_kill_of_the_server_leaves_a_run_hanging(federation: Loopback) -> None:
     seed = random.Random(KILLS)
     running = federation.run_in_background("run", "tiny.yaml", "--federation", NAME, "-o", "killed")
+    assert running.stdout is not None
+    said: list[str] = []  # read all the time: a full pipe would stop the command after some thirty kills
+    reader = threading.Thread(target=said.extend, args=(running.stdout,), daemon=True)
+    reader.start()
     try:
         wait_for(lambda: finished(federation) >= 1, f"no first round\n{federation.logs()}", 400)
         for number in range(KILLS):
@@ -81,7 +86,7 @@ def test_no_kill_of_the_server_leaves_a_run_hanging(federation: Loopback) -> Non
             known = len(begun(federation))
             wait_for(lambda known=known: len(begun(federation)) > known, "no phase begins", LIMIT)
             time.sleep(seed.uniform(0.0, 5.0))  # messages are on their way, taken, or worked on
-            assert running.poll() is None, running.stdout and running.stdout.read()
+            assert running.poll() is None, "".join(said)
             before, started = finished(federation), time.monotonic()
             kill(federation, victim)
             wait_for(
@@ -95,10 +100,11 @@ def test_no_kill_of_the_server_leaves_a_run_hanging(federation: Loopback) -> Non
         wait_for(lambda: finished(federation) >= last + 2, "no further rounds", LIMIT)
         (run_dir,) = (federation.home / "state" / "runs").iterdir()
         federation.quorate("runs", "stop", run_dir.name, "--federation", NAME)
-        running.communicate(timeout=300)
+        running.wait(timeout=300)
     finally:
         running.kill()
         running.wait()
+        reader.join(10)
     assert running.returncode == 130
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quorate.client.site.loaded import Resident
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
-from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import moving
 from quorate.shared.aggregation import FedAvg
@@ -19,7 +19,6 @@ from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.progress import OnStep
 from quorate.shared.tasks.task import Example
 
@@ -60,9 +59,7 @@ def value(config: RunConfig, outcomes: Outcomes | None) -> float:
 
 
 def train_alone(
-    model: LoadedModel,
-    stack: AdapterStack,
-    config: RunConfig,
+    resident: Resident,
     task: SiteTask,
     validation: Sequence[Example],
     test: Sequence[Example],
@@ -71,15 +68,14 @@ def train_alone(
     """Train as many rounds of as many steps as in the federation, and measure the best of them.
 
     Args:
-        model: the base, without a residual.
-        stack: the adapters on it.
-        config: the run.
+        resident: the run, the base without a residual, and the adapters on it.
         task: the site's training rows and the seeded start.
         validation: its validation rows, which pick the round.
         test: its test rows.
         on_step: told of every optimiser step.
     Raises: NonFiniteUpdate: training diverged.
     """
+    config, model, stack = resident.run, resident.model, resident.stack
     run, last = single(config), config.federation.rounds
     current = task.start
     best: tuple[int, Adapter, float] | None = None

@@ -473,10 +473,10 @@ def test_sites_that_start_elsewhere_do_not_resume(
     class Elsewhere(Site):
         """A site process whose libraries draw another start from the same seed."""
 
-        def handle(self, requests: list[Any]) -> list[Any]:
+        def handle_many(self, requests: Any) -> list[Any]:
             return [
                 type(update)(update.header, update.arrays.map(lambda _, array: array + np.float32(1)))
-                for update in super().handle(requests)
+                for update in super().handle_many(requests)
             ]
 
     site = Elsewhere(make_sites(north=9, south=6))

@@ -11,6 +11,7 @@ from flwr.app import Error, Message
 from quorate.client.process.flower_app import app as client_app
 from quorate.client.process.handler import connect
 from quorate.client.site.delivered import report
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import exchange
 from quorate.server.results.deliver import deliver, delivery
@@ -137,10 +138,10 @@ def test_a_run_id_from_elsewhere_names_no_other_folder(
 ) -> None:
     site = Site(make_sites(north=9), received=tmp_path / "received")
     run = Run(site.prepare(make_run()), tmp_path / "out", run_id)
-    (joined,) = site.handle([request(run, 0, "join", "north", Adapter({}))])
+    (joined,) = answer_all(site, [request(run, 0, "join", "north", Adapter({}))])
     asked = request(run, 1, "finish", "north", joined.arrays)
     header = asked.header.model_copy(update={"delivery": Delivery(rounds=1, best_round=1, metric="loss")})
-    (answer,) = site.handle([RoundRequest(header, joined.arrays)])
+    (answer,) = answer_all(site, [RoundRequest(header, joined.arrays)])
     assert answer.header.error == "protocol"
     assert list(tmp_path.iterdir()) == []
 

@@ -53,15 +53,15 @@ RUN = {
 # The site's supervisor, and the server's process of one run, each with the setting under test.
 SITE = """
 import sys
-from quorate.client.node import start, supernode
-supernode._POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": sys.argv[2]}
-sys.exit(start.main([sys.argv[1]]))
+from quorate.client.node import programs, site_start
+programs._POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": sys.argv[2]}
+sys.exit(site_start.main([sys.argv[1]]))
 """
 SERVERAPP = """
 import sys
 from quorate.deploy.server.flower_main import load
-from quorate.server import collect, joining
-collect.POLL_SECONDS = joining.POLL_SECONDS = float(sys.argv[1])
+from quorate.server.exchange import exchange, join
+exchange.POLL_SECONDS = join.POLL_SECONDS = float(sys.argv[1])
 sys.argv[:2] = ["flwr-serverapp"]
 sys.exit(load("flwr-serverapp", sys.argv[1:])())
 """

@@ -124,7 +124,7 @@ def test_both_wheels_take_their_version_from_one_file() -> None:
         source = content["tool"]["hatch"]["version"]
         assert source["pattern"] == 'QUORATE = "(?P<version>[^"]+)"'
         path = (folder / source["path"]).resolve()
-        assert path == ROOT / "shared" / "quorate" / "shared" / "versions.py"
+        assert path == ROOT / "shared" / "quorate" / "shared" / "protocol" / "versions.py"
 
 
 def test_its_commands_are_commands_of_the_whole() -> None:

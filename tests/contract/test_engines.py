@@ -18,7 +18,8 @@ from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import Run
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import DataError
-from quorate.shared.protocol.messages import Phase, RoundRequest
+from quorate.shared.protocol.messages import RoundRequest
+from quorate.shared.protocol.phases import Phase
 from quorate.simulations.in_process_grid import InProcessGrid
 
 SIZES = {"east": 9, "north": 12, "south": 7, "west": 4}
@@ -37,8 +38,8 @@ def run(engine: Engine, make_run: Any, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def start(engine: Engine, run: Run) -> Adapter:
-    (joined,) = answer_all(engine, [request(run, 0, "join", "east")])
-    return joined.arrays
+    (answer,) = answer_all(engine, [request(run, 0, "start", "east")])
+    return answer.arrays
 
 
 def asked(run: Run, phase: Phase, site: str, *more: Any) -> Request:

@@ -70,7 +70,7 @@ def test_every_site_answers_for_itself(grid_over: Any, opened: Any) -> None:
     site, run = opened
     grid = grid_over(site)
     nodes = list(grid.get_node_ids())
-    start = ask(grid, run, {nodes[0]: request(run, 0, "join", "", NOTHING)})[nodes[0]].arrays
+    start = ask(grid, run, {nodes[0]: request(run, 0, "start", "", NOTHING)})[nodes[0]].arrays
     asked = {node: request(run, 1, "fit", name, start) for node, name in zip(nodes, site.names, strict=True)}
     updates = ask(grid, run, asked)
     assert [updates[node].header.site for node in nodes] == list(site.names)
@@ -84,7 +84,7 @@ def test_a_failing_site_is_named_by_code_and_the_others_go_on(grid_over: Any, op
     site, run = opened
     grid = grid_over(site)
     nodes = list(grid.get_node_ids())
-    start = ask(grid, run, {nodes[0]: request(run, 0, "join", "", NOTHING)})[nodes[0]].arrays
+    start = ask(grid, run, {nodes[0]: request(run, 0, "start", "", NOTHING)})[nodes[0]].arrays
     broken = start.map(lambda _, array: np.full_like(array, np.nan))
     asked = {node: request(run, 1, "fit", name, start) for node, name in zip(nodes, site.names, strict=True)}
     asked[nodes[1]] = request(run, 1, "fit", site.names[1], broken)
@@ -163,7 +163,7 @@ def test_what_is_not_ours_is_set_aside_by_name(opened: Any) -> None:
     by_node = dict(zip(grid.get_node_ids(), site.names, strict=True))
     answers = Answers(by_node, quorum=3, timeout=5, grace=0)
     asked = {node: request(run, 0, "join", name, NOTHING) for node, name in by_node.items()}
-    good = dict(answers.ask(grid, asked, lambda _request, _update: None))
+    good = dict(answers.ask(grid, asked, lambda _request, update: update))
     assert list(good) == ["west"]
     assert {site: why.code for site, why in answers.excluded.items()} == {
         "north": "protocol",

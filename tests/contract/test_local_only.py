@@ -13,11 +13,11 @@ from quorate.client.process.handler import connect
 from quorate.client.site.engine import answer_all
 from quorate.client.site.request import Request, failed
 from quorate.client.site.site import Site
+from quorate.server.exchange.join import request
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Node, Nodes
 from quorate.server.report import write_report
-from quorate.server.rounds.loop import request
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.records import Summary
 from quorate.shared.config.read import dump_yaml

@@ -258,6 +258,7 @@ def _description(shape: Shape, site: str, versions: dict[str, str]) -> SiteDescr
         label_counts=counts,
         model_files={"model.safetensors": "3f" * 32},
         model_sha256="3f" * 32,
+        start_hash="ab" * 32,
         versions=versions,
         notes=(f"has no training row of: {', '.join(lacking)}",) if lacking else (),
     )

@@ -48,13 +48,13 @@ def adapter(pair: tuple[float, Matrix, Matrix], layer: str = LAYER, head: float 
 def run_round(rule: Aggregator, state: GlobalState, updates: list[tuple[float, Adapter]]) -> GlobalState:
     accumulator = rule.init(state, 1)
     for weight, update in updates:
-        rule.add(accumulator, update, weight)
-    return rule.finish(accumulator, state, 1)
+        accumulator.add("site", update, weight)
+    return accumulator.finish()[0]
 
 
 def product(state: GlobalState, layer: str = LAYER) -> Matrix:
     """The layer's B A + residual_B residual_A in float64."""
-    arrays = {name: array.astype(np.float64) for name, array in state.pack().items()}
+    arrays = {name: array.astype(np.float64) for name, array in state.stored().items()}
     total = arrays[layer + LORA_B] @ arrays[layer + LORA_A]
     if layer + RESIDUAL_B in arrays:
         total = total + arrays[layer + RESIDUAL_B] @ arrays[layer + RESIDUAL_A]

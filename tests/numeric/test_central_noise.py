@@ -87,10 +87,10 @@ def test_without_noise_and_clipping_the_rule_does_what_it_always_does(rule: Aggr
     plain, private = rule.init(state, 1), rule.init(state, 1)
     clipped = ClippedSum(state.adapter, rule.upload_schema(SHAPES, 1), 1e9)
     for update in updates:
-        rule.add(plain, update, 1.0)
+        plain.add("site", update, 1.0)
         clipped.add(update)
-    rule.add(private, clipped.noised_mean(0.0, len(updates), secret_source(False)), 1.0)
-    expected, found = rule.finish(plain, state, 1), rule.finish(private, state, 1)
+    private.add("site", clipped.noised_mean(0.0, len(updates), secret_source(False)), 1.0)
+    expected, found = plain.finish()[0], private.finish()[0]
     assert found.adapter.schema == expected.adapter.schema
     for name, array in expected.adapter.items():
         np.testing.assert_allclose(found.adapter[name], array, rtol=1e-6, atol=1e-6)

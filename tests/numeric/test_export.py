@@ -66,8 +66,8 @@ def federated(base: BertForSequenceClassification) -> GlobalState:
         for weight in (10.0, 30.0, 5.0):
             moved = state.adapter.map(lambda _, a: a + 0.5 * rng.normal(size=a.shape).astype(np.float32))
             same = {equal + ending: start[equal + ending] for ending in (LORA_A, LORA_B)}
-            rule.add(accumulator, moved.updated(same), weight)
-        state = rule.finish(accumulator, state, round)
+            accumulator.add("site", moved.updated(same), weight)
+        state = accumulator.finish()[0]
     assert len(state.residual) == 2 * (len(lora_layers(start)) - 1)
     return state
 
@@ -78,7 +78,7 @@ def written_out(
     """The base in float64 with every adapted weight written out and the head put in."""
     model = copy.deepcopy(base).double()
     parameters = dict(model.named_parameters())
-    arrays = {name: torch.from_numpy(array).double() for name, array in state.pack().items()}
+    arrays = {name: torch.from_numpy(array).double() for name, array in state.stored().items()}
     with torch.no_grad():
         for layer in lora_layers(state.adapter):
             update = arrays[layer + LORA_B] @ arrays[layer + LORA_A]

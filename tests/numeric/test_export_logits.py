@@ -257,13 +257,15 @@ def test_bytes_down_count_the_residual(cases: dict[str, Case], name: str) -> Non
         before = case.state(record.round - 1) if record.round > 1 else initial
         measured = record.round % every == 0 or record.round == rounds
         sent = [before, case.state(record.round)] if measured else [before]
-        arrays = sum(len(safetensors.numpy.save(dict(state.pack()))) for state in sent)
+        arrays = sum(len(safetensors.numpy.save(dict(state.stored()))) for state in sent)
         assert record.bytes_down.keys() == MIXES.keys()
         for count in record.bytes_down.values():
             assert 0 < count - arrays < 2 * header * len(sent)
     if name.startswith("fedex"):
         residual = case.state(rounds - 1).residual.num_bytes
-        assert residual == sum(a.nbytes for n, a in case.state(rounds - 1).pack().items() if "residual" in n)
+        assert residual == sum(
+            a.nbytes for n, a in case.state(rounds - 1).stored().items() if "residual" in n
+        )
         assert residual > 4 * header, "a residual left out must not pass for a header"
     assert case.summary.bytes["down"] == sum(sum(record.bytes_down.values()) for record in records)
 

@@ -21,8 +21,8 @@ def after(
 ) -> Adapter:
     accumulator = rule.init(state, round)
     for weight, update in updates:
-        rule.add(accumulator, update, weight)
-    return rule.finish(accumulator, state, round).adapter
+        accumulator.add("site", update, weight)
+    return accumulator.finish()[0].adapter
 
 
 STATE = GlobalState(draw(0))

@@ -42,12 +42,12 @@ def cohort(
 def finish(rule: Aggregator, state: GlobalState, updates: list[tuple[float, Adapter]]) -> GlobalState:
     accumulator = rule.init(state, 1)
     for weight, update in updates:
-        rule.add(accumulator, update, weight)
-    return rule.finish(accumulator, state, 1)
+        accumulator.add("site", update, weight)
+    return accumulator.finish()[0]
 
 
 def product(state: GlobalState) -> Matrix:
-    arrays = {name: array.astype(np.float64) for name, array in state.pack().items()}
+    arrays = {name: array.astype(np.float64) for name, array in state.stored().items()}
     total: Matrix = arrays[LAYER + LORA_B] @ arrays[LAYER + LORA_A]
     if LAYER + RESIDUAL_B in arrays:
         total = total + arrays[LAYER + RESIDUAL_B] @ arrays[LAYER + RESIDUAL_A]

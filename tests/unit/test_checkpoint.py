@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tampered import described, edited
 
 from quorate.client.site.site import Site
 from quorate.server.results.outputs import best_state
@@ -24,8 +25,10 @@ from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.peft_export import as_lora
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, OutputError
+from quorate.shared.model.lora_model import load_model
 from quorate.shared.process import files
 from quorate.shared.process.files import write_folder
+from quorate.shared.protocol.messages import Update
 from quorate.simulations.in_process_grid import InProcessGrid
 
 ROUNDS = 3
@@ -40,7 +43,7 @@ def state_of(round: int) -> GlobalState:
         f"layer.{name}": draw.standard_normal((2, 2)).astype(np.float32)
         for name in ("lora_A.weight", "lora_B.weight", "residual_A", "residual_B")
     }
-    return GlobalState.unpack(Adapter(arrays))
+    return GlobalState.from_stored(Adapter(arrays))
 
 
 def progress_of(round: int, best: int | None = None) -> Progress:
@@ -286,7 +289,7 @@ def records(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_end(one: tuple[Run, Result], other: tuple[Run, Result]) -> None:
-    assert one[1].state.pack().content_hash == other[1].state.pack().content_hash
+    assert one[1].state.stored().content_hash == other[1].state.stored().content_hash
     assert adapter_file(*one) == adapter_file(*other)
     assert records(one[0]) == records(other[0])
     lines = [(run.output_dir / METRICS_FILE).read_bytes() for run, _ in (one, other)]
@@ -405,7 +408,7 @@ def test_a_run_that_is_done_stays_as_it_is(play: Any) -> None:
     before = records(whole[0])
     again = play("whole", resume=True)
     assert again[0].run_id == whole[0].run_id and records(again[0]) == before
-    assert again[1].state.pack().content_hash == whole[1].state.pack().content_hash
+    assert again[1].state.stored().content_hash == whole[1].state.stored().content_hash
 
 
 def test_a_folder_with_a_run_is_not_written_over(play: Any) -> None:
@@ -474,10 +477,13 @@ def test_sites_that_start_elsewhere_do_not_resume(
         """A site process whose libraries draw another start from the same seed."""
 
         def handle_many(self, requests: Any) -> list[Any]:
-            return [
-                type(update)(update.header, update.arrays.map(lambda _, array: array + np.float32(1)))
-                for update in super().handle_many(requests)
-            ]
+            return [self.moved(update) for update in super().handle_many(requests)]
+
+        def moved(self, update: Update) -> Update:
+            start = load_model(run.config).initial.map(lambda _, array: array + np.float32(1))
+            if update.header.phase == "join":
+                return described(update, start_hash=start.content_hash)
+            return edited(update, start) if update.header.phase == "start" else update
 
     site = Elsewhere(make_sites(north=9, south=6))
     again = Run.open(run.config, run.output_dir, resume=True)

@@ -129,7 +129,7 @@ def test_noise_is_what_the_record_says_and_never_the_same(privately: Any) -> Non
             [a.ravel() for a in result.state.adapter.minus(result.members.initial).values()]
         )
         assert noise.std() == pytest.approx(record.noise.deviation / len(SIZES), rel=0.05)
-        states.append(result.state.pack().content_hash)
+        states.append(result.state.stored().content_hash)
     assert states[0] != states[1], "one seed, two noises"
 
 

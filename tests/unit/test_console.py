@@ -42,6 +42,7 @@ def site(*notes: str) -> SiteDescription:
         label_counts={"yes": 5, "no": 5},
         model_files={},
         model_sha256="0" * 64,
+        start_hash="ab" * 32,
         versions={},
         notes=notes,
     )

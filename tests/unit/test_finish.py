@@ -14,9 +14,10 @@ from quorate.client.site.delivered import report
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import exchange
+from quorate.server.exchange.join import request
 from quorate.server.results.deliver import deliver, delivery
 from quorate.server.results.outputs import measure, write_outputs
-from quorate.server.rounds.loop import Result, request, run_rounds
+from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.records import Evaluation, Measured, Summary, Worth
 from quorate.shared.adapters.adapter import Adapter

@@ -20,7 +20,7 @@ from quorate.server.rounds import screening
 from quorate.server.rounds.checkpoint import list_checkpoints
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
-from quorate.server.rounds.screening import FEWEST, WIDEST, Screen, largest_weight, room
+from quorate.server.rounds.screening import FEWEST, WIDEST, Passed, Screen, largest_weight, room
 from quorate.server.tracking.records import RoundMetrics, RoundRecord, Summary
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import FederationConfig
@@ -305,15 +305,14 @@ def test_what_counts_does_not_depend_on_when_it_came(
     weights = dict(zip(order, map(float, rows), strict=False))
 
     def played(known_before: list[str]) -> tuple[list[tuple[str, float]], set[str]]:
-        known: dict[str, float] = {site: norms[site] for site in known_before}
-        screen = Screen(federation, len(order), 1.0, [], known)
-
-        def arriving() -> Any:
-            for site in order:
-                known[site] = norms[site]
-                yield site, update_of(site), weights[site]
-
-        return [(site, weight) for site, _, weight in screen.passed(arriving())], set(screen.excluded)
+        screen = Screen(federation, len(order), 1.0, [])
+        updates = {
+            site: Passed(site, update_of(site), Adapter({}), weights[site], norms[site]) for site in order
+        }
+        for site in known_before:
+            screen.see(updates[site])
+        passed = [(each.site, each.weight) for each in screen.passed(updates.values())]
+        return passed, set(screen.excluded)
 
     early = [site for site in order if draw.random() < 0.5]
     assert played([]) == played(order) == played(early)
@@ -340,16 +339,14 @@ def test_no_share_is_above_the_largest(weights: list[float], share: float) -> No
 def test_updates_are_passed_on_before_the_last_has_come() -> None:
     """Most of a cohort need not be held: a rule that streams keeps its memory."""
     order = [f"{number:02d}" for number in range(20)]
-    known: dict[str, float] = {}
     come: list[str] = []
 
     def arriving() -> Any:
         for site in order:
-            known[site] = 1.0
             come.append(site)
-            yield site, update_of(site), 1.0
+            yield Passed(site, update_of(site), Adapter({}), 1.0, 1.0)
 
-    passed = Screen(FederationConfig(rounds=1), 20, 1.0, [], known).passed(arriving())
+    passed = Screen(FederationConfig(rounds=1), 20, 1.0, []).passed(arriving())
     next(passed)
     assert len(come) == 10
 

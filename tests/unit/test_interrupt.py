@@ -36,7 +36,7 @@ def test_an_interrupt_between_checkpoint_and_record_counts_the_round(
     monkeypatch.setattr(Run, "append", append)
     assert result.status == "interrupted"
     assert result.progress is not None and result.progress.round == 1
-    assert result.progress.record.state_hash == result.state.pack().content_hash
+    assert result.progress.record.state_hash == result.state.stored().content_hash
     records = read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
     assert [each.round for each in records] == [1]
 
@@ -44,7 +44,7 @@ def test_an_interrupt_between_checkpoint_and_record_counts_the_round(
 REPLACES = """
 import os, signal, sys
 from pathlib import Path
-from quorate.shared import files
+from quorate.shared.process import files
 
 folder, nth, exchanges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
 rename, calls = Path.rename, iter(range(1, 99))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import clock as clocks
 import numpy as np
 import pytest
 from flwr.app import Error
@@ -40,13 +41,12 @@ def test_a_site_that_claims_a_name_twice_is_refused_under_it(play: Any) -> None:
         (lambda u: edited(u, site="../south"), "protocol", "joined under a name"),
         (lambda u: edited(u, description=None), "protocol", "without a description"),
         (lambda u: edited(u, Adapter({}), error="data"), "data", "could not use its own data"),
-        (spoiled, "non-finite", "holds NaN"),
         (lambda u: b"oops", "protocol", "not an answer"),
         (lambda u: described(u, label_counts={"mine": 10**400}), "protocol", "not an answer"),
         (lambda u: described(u, label_counts={"mine": 1}), "protocol", "other labels than the run lists"),
         (lambda u: described(u, rows={"train": -1}), "protocol", "not an answer"),
     ],
-    ids=["name", "no-description", "data", "nan", "rubbish", "huge-count", "labels", "negative-rows"],
+    ids=["name", "no-description", "data", "rubbish", "huge-count", "labels", "negative-rows"],
 )
 def test_a_site_that_cannot_join_is_named_by_its_node(
     play: Any, change: Change, code: str, reason: str
@@ -59,7 +59,7 @@ def test_a_site_that_cannot_join_is_named_by_its_node(
 
 
 def moved(update: Update) -> Update:
-    return edited(update, update.arrays.map(lambda _, array: array + np.float32(1)))
+    return described(update, start_hash="0" * 64)
 
 
 def other_files(update: Update) -> Update:
@@ -79,6 +79,40 @@ def test_of_two_bases_that_are_as_common_the_first_name_decides(play: Any) -> No
     for late_site in ("north", "south"):
         result, *_ = play(only("south", moved, "join"), sites={"north": 5, "south": 5}, out=late_site)
         assert set(result.members.nodes) == {"north"}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (spoiled, "non-finite"),
+        (lambda u: edited(u, u.arrays.map(lambda _, array: array + np.float32(1))), "protocol"),
+        (lambda u: edited(u, Adapter({})), "protocol"),
+    ],
+    ids=["nan", "another", "none"],
+)
+def test_one_copy_of_the_start_is_fetched_and_held_against_what_all_said(
+    play: Any, change: Change, code: str
+) -> None:
+    result, (record,), grid, run = play(only("north", change, "start"))
+    fetched = [each.header.site for each in grid.requests if each.header.phase == "start"]
+    assert fetched == ["north", "south"], "one site after the other, in the order of their names"
+    assert not any(len(each.arrays) for each in grid.updates if each.header.phase == "join")
+    assert result.members.refused["north"].code == code and set(record.cohort) == {"south", "west"}
+    assert result.members.initial.content_hash == load_model(run.config).initial.content_hash
+
+
+def test_a_site_that_is_silent_about_its_start_stays_and_the_next_is_asked(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = clocks.installed(monkeypatch)
+    federation = {"grace_seconds": 5, "reask_seconds": 10, "timeout_seconds": 3600}
+    result, *_ = play(only("north", lambda _: None, "start"), federation=federation)
+    assert set(result.members.nodes) == {"north", "south", "west"} and waited.waited < 60
+
+
+def test_without_any_start_there_is_no_run(play: Any) -> None:
+    with pytest.raises(QuorumNotMet, match="can take part"):
+        play(lambda u: spoiled(u) if u.header.phase == "start" else u)
 
 
 def answering(name: str) -> Callable[[Update], Update]:
@@ -152,7 +186,7 @@ def test_in_order_keeps_the_order_and_loses_nobody(arrival: list[str], failing: 
                 yield site, f"update of {site}"
 
     got = list(exchange.in_order("abcde", answers, iter(arriving())))
-    assert got == [(site, f"update of {site}") for site in "abcde" if site not in failing]
+    assert got == [f"update of {site}" for site in "abcde" if site not in failing]
 
 
 @pytest.mark.parametrize(

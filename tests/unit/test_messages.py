@@ -67,6 +67,7 @@ def test_an_update_comes_back_as_it_went() -> None:
             label_counts={"krank, ja": 1},
             model_files={"model.safetensors": "ab"},
             model_sha256="ab",
+            start_hash="ab" * 32,
             versions={"torch": "2"},
         ),
     )

@@ -61,7 +61,7 @@ class Held:
     def joined(self, run: RunConfig) -> Adapter:
         update = self.ask(request(run, "join", 0))
         assert update.header.error is None
-        return update.arrays
+        return self.ask(request(run, "start", 0)).arrays
 
     @property
     def model(self) -> LoadedModel:
@@ -186,7 +186,7 @@ def test_a_residual_has_no_higher_rank_than_the_rounds_give(held: Held) -> None:
         )
 
 
-@pytest.mark.parametrize("phase", ["join", "alone"])
+@pytest.mark.parametrize("phase", ["join", "start", "alone"])
 def test_nothing_comes_with_a_request_that_begins_from_the_start(phase: str, held: Held) -> None:
     run = held.run()
     start = held.joined(run)

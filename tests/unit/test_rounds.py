@@ -32,7 +32,7 @@ def test_without_a_quorum_the_run_stops_and_keeps_its_last_good_round(play: Any)
     assert "round 2 needs 3 of 3 sites, 2 gave a good update (south: array" in said and "--resume" in said
     assert list_checkpoints(run.output_dir) == [1] and [record.round for record in records] == [1]
     state, progress = load_checkpoint(run.output_dir, 1)
-    assert state.pack().content_hash == result.state.pack().content_hash == records[0].state_hash
+    assert state.stored().content_hash == result.state.stored().content_hash == records[0].state_hash
     assert result.progress == progress
 
 
@@ -155,7 +155,7 @@ def test_every_round_has_a_line_in_both_files(play: Any) -> None:
             if update.header.round == record.round:
                 up[update.header.site] += len(update.encoded)
         assert record.bytes_up == up
-    assert records[-1].state_hash == result.state.pack().content_hash
+    assert records[-1].state_hash == result.state.stored().content_hash
     assert len({record.state_hash for record in records}) == 3
 
 
@@ -220,7 +220,7 @@ def test_with_ffa_no_a_moves_and_none_travels(play: Any) -> None:
     for name, array in result.state.adapter.items():
         same = np.array_equal(array, initial[name])
         assert same == is_lora_a(name), name
-    sent = [r for r in grid.requests if r.header.phase != "join"]
+    sent = [r for r in grid.requests if r.header.phase not in ("join", "start")]
     came = [u for u in grid.updates if u.header.phase == "fit"]
     assert len(sent) == 18 and len(came) == 9
     for message in (*sent, *came):
@@ -234,7 +234,7 @@ def test_with_fedex_the_models_mean_is_exact_in_every_round(play: Any) -> None:
     result, _, grid, run = play(federation={"rounds": 3}, aggregation={"name": "fedex"}, save_total_limit=3)
     assert result.state.residual
     states = [load_checkpoint(run.output_dir, round)[0] for round in (1, 2, 3)]
-    assert states[2].pack().content_hash == result.state.pack().content_hash
+    assert states[2].stored().content_hash == result.state.stored().content_hash
     for round in (2, 3):
         before, after = states[round - 2], states[round - 1]
         came = [u for u in grid.updates if u.header.phase == "fit" and u.header.round == round]

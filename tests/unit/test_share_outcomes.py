@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
-from quorate.server.rounds.loop import request
+from quorate.server.exchange.join import request
 from quorate.server.rounds.run import Run
 from quorate.shared.protocol.messages import Update
 from quorate.simulations.runner import simulate
@@ -28,7 +28,7 @@ def test_no_outcome_is_asked_for_or_sent(play: Any) -> None:
         return update
 
     result, records, _, _ = play(note, federation={"rounds": 3}, evaluation=WITHHELD)
-    assert {update.header.phase for update in seen} == {"join", "fit"}
+    assert {update.header.phase for update in seen} == {"join", "start", "fit"}
     assert all(update.header.outcomes is None for update in seen)
     assert [record.round for record in records] == [1, 2, 3] and result.progress.best_round is None
 

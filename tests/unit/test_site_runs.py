@@ -71,8 +71,8 @@ def test_a_run_is_known_from_its_first_message_to_its_end(
 ) -> None:
     run, seen = pinned(), list[RunAtSite]()
     assert runs_of(site.folder) == []
-    joined = site.ask(request(run, "join", 0))
-    assert only(site).state == "open" and set(only(site).left) == {"arrays", "description", "header"}
+    site.ask(request(run, "join", 0))
+    assert only(site).state == "open" and set(only(site).left) == {"description", "header"}
     site.on_step = lambda: seen.append(only(site))
     fits = [site.ask(request(run, round=round)) for round in (1, 2)]
     site.ask(request(run, "evaluate", 2, split="test"))
@@ -86,7 +86,7 @@ def test_a_run_is_known_from_its_first_message_to_its_end(
     assert (found.data, found.rows, found.model) == ("notes", 58, sha256_of(site_model(run, site)))
     assert (found.rounds, found.round, found.trained) == (5, 2, 2)
     assert (found.answered, found.refused, found.refusal, found.privacy) == (4, 0, None, None)
-    assert found.left["arrays"] == sum(each.arrays.num_bytes for each in (joined, *fits))
+    assert found.left["arrays"] == sum(each.arrays.num_bytes for each in fits)
     assert set(found.left) == {"arrays", "description", "header", "counts", "metrics", "outcomes", "seconds"}
     assert found.seconds > 0 and found.started <= found.heard and found.finished is None
 

@@ -27,7 +27,8 @@ from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.protocol.messages import Phase, Split, Update
+from quorate.shared.protocol.messages import Split, Update
+from quorate.shared.protocol.phases import Phase
 from quorate.shared.tasks.task import Row
 
 POOL = "(all sites)"

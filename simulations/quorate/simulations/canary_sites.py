@@ -53,7 +53,7 @@ class CanarySites:
         self._engine = engine
         self._canaries = {name: index for index, name in enumerate(canaries)}
         self._run = run
-        self._like: Update | None = None
+        self._told: SiteDescription | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,17 +83,17 @@ class CanarySites:
     def _answer(self, request: Request) -> Update:
         if request.header.phase == "join":
             return self._joined(request)
+        if request.header.phase == "start":
+            return Update.reply(request, self._as_another(request).arrays)
         if request.header.phase == "fit":
             return Update.reply(request, self._sent(request), num_examples=1, num_steps=1)
         return Update.reply(request, outcomes=Outcomes())
 
     def _joined(self, request: Request) -> Update:
         """Join as a site of one row does, with the base model and the start that the others have."""
-        if self._like is None:  # all canaries are alike
-            header = request.header.model_copy(update={"site": self._engine.names[0]})
-            (self._like,) = self._engine.handle_many([Request(request.run, header, request.arrays)])
-        like = self._like
-        told = like.header.description
+        if self._told is None:  # all canaries are alike
+            self._told = self._as_another(request).header.description
+        told = self._told
         if told is None:
             raise ConfigError(f"site {self._engine.names[0]} cannot join; see the log for why.")
         description = SiteDescription(
@@ -101,9 +101,16 @@ class CanarySites:
             label_counts=self._run.task.label_counts(()),
             model_files=told.model_files,
             model_sha256=told.model_sha256,
+            start_hash=told.start_hash,
             versions=told.versions,
         )
-        return Update.reply(request, like.arrays, description=description)
+        return Update.reply(request, description=description)
+
+    def _as_another(self, request: Request) -> Update:
+        """Return what a site that holds rows answers."""
+        header = request.header.model_copy(update={"site": self._engine.names[0]})
+        (answer,) = self._engine.handle_many([Request(request.run, header, request.arrays)])
+        return answer
 
     def _sent(self, request: Request) -> Adapter:
         start = request.state.adapter

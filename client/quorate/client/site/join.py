@@ -36,6 +36,7 @@ def describe(
         label_counts=run.task.label_counts(examples["train"]) if claim is None else {},
         model_files=model.files,
         model_sha256=model.sha256,
+        start_hash=model.initial.content_hash,
         versions=versions(),
         notes=_notes(run, examples["train"], used, there) if claim is None else (),
         privacy=claim,

@@ -74,7 +74,7 @@ class Request(RoundRequest):
     @cached_property
     def state(self) -> GlobalState:
         """The arrays as adapter and residual; what is missing, a site has from its seeded start."""
-        return GlobalState.unpack(self.arrays)
+        return GlobalState.from_sent(self.arrays)
 
 
 class Handler(Protocol):

@@ -17,7 +17,7 @@ from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.errors import AdapterError, ProtocolError, RequestRefused
 from quorate.shared.model.lora_model import LoadedModel
 
-_WITHOUT_ROUND = ("join", "alone")
+_WITHOUT_ROUND = ("join", "start", "alone")
 """Phases outside of the rounds: they begin from the seeded start, so no arrays come with them."""
 
 

@@ -141,6 +141,7 @@ class Site:
             return self._fit(resident, requests)
         one = {
             "join": self._join,
+            "start": self._start,
             "evaluate": self._evaluate,
             "alone": self._alone,
             "finish": self._finish,
@@ -163,7 +164,10 @@ class Site:
             len(prepared.holdings.rows(run, site).get("train", ())),
             claim,
         )
-        return Update.reply(request, resident.model.initial, description=description)
+        return Update.reply(request, description=description)
+
+    def _start(self, resident: Resident, request: Request) -> Update:
+        return Update.reply(request, resident.model.initial)
 
     def _evaluate(self, resident: Resident, request: Request) -> Update:
         started = time.monotonic()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flwr.serverapp import Grid
 
@@ -18,7 +19,9 @@ from quorate.shared.protocol.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
-Check = Callable[[RoundRequest, Update], None]
+T = TypeVar("T")
+Check = Callable[[RoundRequest, Update], T]
+"""Raises where an answer does not count, and returns what is handed on of it."""
 
 REASONS = {
     "timeout": "did not reply in time",
@@ -123,9 +126,9 @@ class Answers:
     bytes_up: dict[str, int] = field(default_factory=dict)
 
     def ask(
-        self, grid: Grid, requests: Mapping[int, RoundRequest], check: Check
-    ) -> Iterator[tuple[str, Update]]:
-        """Send `requests` (node -> request) and yield (site, update) for each answer that passes `check`.
+        self, grid: Grid, requests: Mapping[int, RoundRequest], check: Check[T]
+    ) -> Iterator[tuple[str, T]]:
+        """Send `requests` (node -> request) and yield (site, what `check` returns) for each good answer.
 
         Answers are handed on as they arrive. An answer that fails, or does not come, is noted in `excluded`
         with its reason; the others go on.
@@ -159,10 +162,10 @@ class Answers:
                 if node not in lost:
                     self.presence.heard(node)
                 self.bytes_up[self.sites[node]] = len(content) if isinstance(content, bytes) else 0
-                update = self._checked(self.sites[node], requests[node], decode(content), check)
-                if update is not None:
+                checked = self._checked(self.sites[node], requests[node], decode(content), check)
+                if checked is not None:
                     self.longest = time.monotonic() - started
-                    yield self.sites[node], update
+                    yield self.sites[node], checked
             # Only between two looks at the grid: what has arrived counts, however long it takes to add up,
             # and a grid in this process answers nobody before the next look.
             if arrived or not missing:
@@ -184,18 +187,18 @@ class Answers:
             missing -= self.presence.at_work(missing & set(left.values()), grid)
         self.presence.missed(dict.fromkeys(missing | lost, started), left)
 
-    def _checked(self, site: str, request: RoundRequest, answer: Update | str, check: Check) -> Update | None:
+    def _checked(self, site: str, request: RoundRequest, answer: Update | str, check: Check[T]) -> T | None:
         if isinstance(answer, str):
             self.excluded[site] = exclusion(answer)
             return None
         try:
             check_belongs(request, answer)
-            check(request, answer)
+            checked = check(request, answer)
         except QuorateError as error:
             self.excluded[site] = exclusion(error.code, str(error))
             return None
         self.good += 1
-        return answer
+        return checked
 
 
 class _Patience:
@@ -288,21 +291,19 @@ class _Reasks:
         return (ready | (silent - self.due.keys())) & missing
 
 
-def in_order(
-    order: Sequence[str], answers: Answers, arriving: Iterator[tuple[str, Update]]
-) -> Iterator[tuple[str, Update]]:
+def in_order(order: Sequence[str], answers: Answers, arriving: Iterator[tuple[str, T]]) -> Iterator[T]:
     """Yield `arriving` in the order of sites: floating-point sums depend on it, and who is first is chance.
 
     Holds an answer only while a site before it may still answer; a rule that streams thus holds all but one
     at worst.
     """
-    early: dict[str, Update] = {}
+    early: dict[str, T] = {}
     waiting = list(order)
-    for site, update in arriving:
-        early[site] = update
+    for site, answer in arriving:
+        early[site] = answer
         while waiting and (waiting[0] in early or waiting[0] in answers.excluded):
             if (first := waiting.pop(0)) in early:
-                yield first, early.pop(first)
+                yield early.pop(first)
     for site in waiting:
         if site in early:
-            yield site, early[site]
+            yield early[site]

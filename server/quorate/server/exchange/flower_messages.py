@@ -12,10 +12,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from quorate.shared.errors import OutputError, ProtocolError
-from quorate.shared.protocol.messages import ARRAY, ERROR_CODE, RECORD, Phase, RoundRequest, Update
+from quorate.shared.protocol.messages import ARRAY, ERROR_CODE, RECORD, RoundRequest, Update
+from quorate.shared.protocol.phases import Phase
 
 _TYPES: Mapping[Phase, str] = {
     "join": MessageType.QUERY,
+    "start": MessageType.QUERY,
     "fit": MessageType.TRAIN,
     "evaluate": MessageType.EVALUATE,
     "alone": MessageType.TRAIN,

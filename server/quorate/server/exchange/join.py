@@ -22,19 +22,13 @@ from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.texts import NAME
 from quorate.shared.errors import ProtocolError, QuorumNotMet
-from quorate.shared.protocol.messages import (
-    Phase,
-    RequestHeader,
-    RoundRequest,
-    SiteDescription,
-    Split,
-    Update,
-)
+from quorate.shared.protocol.messages import RequestHeader, RoundRequest, SiteDescription, Split, Update
+from quorate.shared.protocol.phases import Phase
 from quorate.shared.protocol.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
-_MAY_COME = ("timeout", "unreachable", "absent")
+_MAY_COME = ("timeout", "unreachable", "absent", "away")
 """Codes of sites that did not join for want of an answer, and may still."""
 APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
 """Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
@@ -50,6 +44,7 @@ class Members:
         initial: the adapter's seeded start, the same at every site.
         refused: sites that cannot take part, and why.
         identity: what they have in common.
+        start_hash: content hash of that start.
         presence: which of them are known to be away.
         late: those that may still join.
         pace: seconds that the longest training or evaluation took so far, of those that were answered.
@@ -60,6 +55,7 @@ class Members:
     initial: Adapter
     refused: dict[str, Exclusion] = field(default_factory=dict)
     identity: str = ""
+    start_hash: str = ""
     presence: Presence = field(default_factory=Presence)
     late: dict[int, str] = field(default_factory=dict)
     pace: float = 0.0
@@ -145,6 +141,7 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     members = _agreeing(replied)
     members.presence = presence
     members.refused.update(answers.excluded)
+    _fetch_start(grid, run, members)
     members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
     members.late = {
         back[name]: name for name, why in members.refused.items() if name in back and why.code in _MAY_COME
@@ -162,7 +159,7 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
 
 
 def _once_approved(
-    grid: Grid, run: Run, answers: Answers, asked: Mapping[int, RoundRequest], check: Check
+    grid: Grid, run: Run, answers: Answers, asked: Mapping[int, RoundRequest], check: Check[Update]
 ) -> Iterator[tuple[str, Update]]:
     """Ask sites that wait for their people's word until they have it; yields (site, update) as they join.
 
@@ -212,13 +209,14 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
         time.sleep(POLL_SECONDS)
 
 
-def join_check(run: Run) -> Check:
+def join_check(run: Run) -> Check[Update]:
     """Return what an answer to `join` must pass."""
     private = isinstance(run.config.privacy, SitePrivacy)
     labels = {} if private else run.config.task.label_counts(())
 
-    def check(_request: RoundRequest, update: Update) -> None:
+    def check(_request: RoundRequest, update: Update) -> Update:
         _check(update, labels.keys(), private)
+        return update
 
     return check
 
@@ -238,7 +236,6 @@ def _check(update: Update, labels: Set[str], private: bool) -> None:
     if any(count > MOST_ROWS for count in description.rows.values()):
         raise ProtocolError(f"claims more rows than a site can have ({MOST_ROWS:,}).")
     check_versions(description.versions)
-    update.arrays.check_finite()
 
 
 def _agreeing(replied: list[tuple[int, Update]]) -> Members:
@@ -259,15 +256,43 @@ def _agreeing(replied: list[tuple[int, Update]]) -> Members:
             members.refused[site] = exclusion("model", "holds another base model than most sites")
         else:
             members.nodes[site], members.sites[site] = node, description
-            members.initial, members.identity = update.arrays, keys[node]
+            members.identity, members.start_hash = keys[node], description.start_hash
     return members
+
+
+def _fetch_start(grid: Grid, run: Run, members: Members) -> None:
+    """Ask one site after the other for the seeded start that all say they have, until one sends it.
+
+    One copy comes over the wire and is held, whatever the number of sites. Who sends something else is set
+    aside; who does not answer may do so later.
+    """
+
+    def check(_request: RoundRequest, update: Update) -> Adapter:
+        update.arrays.check_finite()
+        if update.arrays.content_hash != members.start_hash:
+            raise ProtocolError("sent another start than it said it has.")
+        return update.arrays
+
+    for site, node in sorted(members.nodes.items()):
+        answers = answers_of(run, {node: site}, members.presence)
+        answers.timeout = min(answers.timeout, answers.grace + answers.reask)
+        for _, members.initial in answers.ask(grid, {node: request(run, 0, "start", site)}, check):
+            return
+        if answers.excluded[site].code not in _MAY_COME:
+            members.refused.update(answers.excluded)
+            del members.nodes[site], members.sites[site]
+    if members.nodes:
+        raise QuorumNotMet(
+            f"none of {', '.join(sorted(members.nodes))} sent the adapter's start, which they say they have; "
+            "see their logs, then start the run again."
+        )
 
 
 def identity(update: Update) -> str:
     """Return what sites of one run must have in common: the base model's files, and the adapter's start."""
     description = update.header.description
-    files = description.model_files if description else {}
-    return json.dumps([files, update.arrays.content_hash], sort_keys=True)
+    assert description is not None  # join_check
+    return json.dumps([description.model_files, description.start_hash], sort_keys=True)
 
 
 def warn_of_changes(before: Mapping[str, SiteDescription], now: Mapping[str, SiteDescription]) -> None:

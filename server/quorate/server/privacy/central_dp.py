@@ -9,6 +9,7 @@ from quorate.server.exchange.join import Members
 from quorate.server.privacy.central_plan import client_plan, most_releases, private_cohort, useless
 from quorate.server.privacy.clipped_sum import ClippedSum, next_norm
 from quorate.server.privacy.released import (
+    ClientPlan,
     Ledger,
     Pending,
     Released,
@@ -18,18 +19,60 @@ from quorate.server.privacy.released import (
     write_released,
 )
 from quorate.server.rounds.checkpoint import Progress
-from quorate.server.rounds.round_log import Books
+from quorate.server.rounds.round_log import RoundLog
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.records import ClientClaim, RoundNoise
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import upload_schema
 from quorate.shared.aggregation import GlobalState
+from quorate.shared.aggregation.rule import Accumulator, RoundNotes
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.rounding import at_most, delta_shown
 from quorate.shared.privacy.secure_random import secret_source
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class NoisedAccumulator(Accumulator):
+    """Step 6 of a round: the rule sees the noised mean of clipped updates as the only update there is.
+
+    Args:
+        inner: the rule's own.
+        clipped: sum of the clipped updates.
+        plan: how much noise.
+        privacy: what the run asks for.
+        noise: what was added; None before `finish`.
+    """
+
+    inner: Accumulator
+    clipped: ClippedSum
+    plan: ClientPlan
+    privacy: ClientPrivacy
+    noise: RoundNoise | None = None
+
+    def add(self, site: str, update: Adapter, weight: float) -> None:
+        """Clip the update and add it up; all weigh the same."""
+        self.clipped.add(update)
+
+    def finish(self) -> tuple[GlobalState, RoundNotes]:
+        """Add the noise, and have the rule go on from there."""
+        plan, norm = self.plan, self.clipped.clipping_norm
+        source = secret_source(self.privacy.secure_rng)
+        mean = self.clipped.noised_mean(plan.sum_multiplier, plan.expected_cohort, source)
+        fraction, following = None, norm
+        if self.privacy.adaptive_quantile is not None and plan.count_deviation is not None:
+            fraction = self.clipped.noised_fraction(plan.count_deviation, plan.expected_cohort, source)
+            following = next_norm(norm, fraction, self.privacy.adaptive_quantile)
+        self.noise = RoundNoise(
+            clipping_norm=norm,
+            deviation=plan.sum_multiplier * norm,
+            fraction_within=fraction,
+            next_norm=following,
+        )
+        self.inner.add("", mean, 1.0)
+        return self.inner.finish()
 
 
 @dataclass
@@ -69,7 +112,7 @@ class CentralPrivacy:
         if ledger is None:
             ledger = Ledger(plan=client_plan(run.config, members.nodes, members.initial.schema))
             ledger.write(run.output_dir)
-        pending = read_released(run.output_dir, done + 1, state.pack().content_hash)
+        pending = read_released(run.output_dir, done + 1, state.stored().content_hash)
         drop_released(run.output_dir, done + 1 if pending else None)
         if pending:
             ledger = ledger.after(pending.released)
@@ -84,39 +127,25 @@ class CentralPrivacy:
         """Draw the sites that are asked in `round`: each by its own coin, secret where that is to count."""
         return private_cohort(self.run.config, self.ledger.plan, members.nodes, round)
 
-    def clipped_sum(self, state: GlobalState, before: Progress | None, round: int) -> ClippedSum:
-        """Start the sum of a round's updates, with the clipping norm that the round before left."""
+    def noised(
+        self, inner: Accumulator, state: GlobalState, before: Progress | None, round: int
+    ) -> NoisedAccumulator:
+        """Put clipping and noise before a rule's accumulator, with the norm that the round before left."""
         names = upload_schema(self.run.config, state.adapter.schema, round)
         noise = before.record.noise if before else None
-        return ClippedSum(state.adapter, names, noise.next_norm if noise else self.privacy.clipping_norm)
-
-    def noised_mean(self, total: ClippedSum, books: Books) -> Adapter:
-        """Return the mean update with noise on it, and note down how: step 6 of a round."""
-        plan, norm = self.ledger.plan, total.clipping_norm
-        source = secret_source(self.privacy.secure_rng)
-        mean = total.noised_mean(plan.sum_multiplier, plan.expected_cohort, source)
-        fraction, following = None, norm
-        if self.privacy.adaptive_quantile is not None and plan.count_deviation is not None:
-            fraction = total.noised_fraction(plan.count_deviation, plan.expected_cohort, source)
-            following = next_norm(norm, fraction, self.privacy.adaptive_quantile)
-        books.noise = RoundNoise(
-            clipping_norm=norm,
-            deviation=plan.sum_multiplier * norm,
-            fraction_within=fraction,
-            next_norm=following,
+        norm = noise.next_norm if noise else self.privacy.clipping_norm
+        return NoisedAccumulator(
+            inner, ClippedSum(state.adapter, names, norm), self.ledger.plan, self.privacy
         )
-        return mean
 
-    def release(
-        self, before: GlobalState, after: GlobalState, round: int, cohort: tuple[str, ...], books: Books
-    ) -> None:
-        """Put the round's model on disk and its cost on the books, before any site sees it."""
+    def release(self, before: GlobalState, after: GlobalState, log: RoundLog) -> None:
+        """Put the round's model on disk and its cost into the ledger, before any site sees it."""
         released = Released(
-            round=round,
-            started_from=before.pack().content_hash,
-            state_hash=after.pack().content_hash,
-            cohort=cohort,
-            books=books,
+            round=log.round,
+            started_from=before.stored().content_hash,
+            state_hash=after.stored().content_hash,
+            cohort=log.cohort,
+            log=log,
         )
         write_released(self.run.output_dir, released, after)
         self._count(released)

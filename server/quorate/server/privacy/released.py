@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quorate.server.rounds.round_log import Books
+from quorate.server.rounds.round_log import RoundLog
 from quorate.server.tracking.records import Record
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
@@ -139,7 +139,7 @@ class Released(Record):
     """Content hash of the state after it."""
     cohort: tuple[str, ...]
     """Sites that were drawn."""
-    books: Books
+    log: RoundLog
     """What was noted down until then."""
 
 
@@ -153,7 +153,7 @@ class Pending:
 
 def write_released(output_dir: Path, released: Released, state: GlobalState) -> None:
     """Write `released-N/`, for the server alone: it says who was drawn."""
-    files = {_STATE: state.pack().to_bytes(), _ROUND: released.model_dump_json(indent=1).encode()}
+    files = {_STATE: state.stored().to_bytes(), _ROUND: released.model_dump_json(indent=1).encode()}
     write_folder(_folder(output_dir, released.round), files, private=True)
 
 
@@ -172,7 +172,9 @@ def read_released(output_dir: Path, round: int, started_from: str) -> Pending | 
         raise _damaged(folder) from error
     if arrays.content_hash != released.state_hash:
         raise _damaged(folder)
-    return Pending(released, GlobalState.unpack(arrays)) if released.started_from == started_from else None
+    return (
+        Pending(released, GlobalState.from_stored(arrays)) if released.started_from == started_from else None
+    )
 
 
 def drop_released(output_dir: Path, keep: int | None = None) -> None:

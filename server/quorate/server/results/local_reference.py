@@ -84,14 +84,13 @@ def _ask(grid: Grid, run: Run, members: Members) -> tuple[Answers, dict[str, tup
     answers = answers_of(run, members.by_node, members.presence, expected=taken)
     asked = {node: request(run, 0, "alone", site) for site, node in members.nodes.items()}
 
-    def check(_request: RoundRequest, update: Update) -> None:
+    def check(_request: RoundRequest, update: Update) -> tuple[int, Outcomes]:
         check_measured(run.config.task, update, members.sites[update.header.site].rows.get("test", 0))
         if not 1 <= update.header.metrics.get(BEST_ROUND, 0) <= rounds:
             raise ProtocolError("trained alone and does not say which round was the best.")
+        return int(update.header.metrics[BEST_ROUND]), update.header.outcomes or Outcomes()
 
-    found = {}
-    for site, update in answers.ask(grid, asked, check):
-        found[site] = int(update.header.metrics[BEST_ROUND]), update.header.outcomes or Outcomes()
+    found = dict(answers.ask(grid, asked, check))
     for site, why in sorted(answers.excluded.items()):
         log.warning("%s has no local-only reference: %s", site, why.reason)
     return answers, found

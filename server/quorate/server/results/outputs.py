@@ -16,6 +16,7 @@ from quorate.server.results.model_card import model_card
 from quorate.server.rounds.checkpoint import Progress, list_checkpoints, load_checkpoint
 from quorate.server.rounds.loop import Result
 from quorate.server.rounds.measuring import measure as measure_at_sites
+from quorate.server.rounds.round import Round
 from quorate.server.rounds.run import ADAPTER_DIR, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
 from quorate.server.tracking.records import (
     Answer,
@@ -74,10 +75,10 @@ def _measured(
     grid: Grid, run: Run, result: Result, state: GlobalState, progress: Progress
 ) -> tuple[Measured, dict[str, Outcomes]]:
     intervals = run.config.evaluation.bootstrap_samples > 0
-    test, outcomes = measure_at_sites(
-        grid, run, result.members, state, "test", progress.round, intervals=intervals
-    )
-    return Measured(round=progress.round, validation=progress.metrics.validation, test=test), outcomes
+    round = Round(grid, run, result.members, progress.round)
+    measured = measure_at_sites(round, state, "test", intervals=intervals)
+    model = Measured(round=progress.round, validation=progress.metrics.validation, test=measured.evaluation)
+    return model, measured.outcomes
 
 
 def good_round(run: Run, result: Result) -> int | None:

@@ -69,7 +69,7 @@ def save_checkpoint(
     """
     folder = output_dir / f"checkpoint-{progress.round}"
     files = {
-        _STATE: state.pack().to_bytes(),
+        _STATE: state.stored().to_bytes(),
         _PROGRESS: progress.model_dump_json(indent=1).encode(),
     }
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
@@ -115,7 +115,7 @@ def load_checkpoint(output_dir: Path, round: int) -> tuple[GlobalState, Progress
             raise CheckpointError(f"{folder / name} is not what was written (truncated or edited); {remedy}.")
     try:
         progress = Progress.model_validate_json(files[_PROGRESS])
-        state = GlobalState.unpack(Adapter.from_bytes(files[_STATE]))
+        state = GlobalState.from_stored(Adapter.from_bytes(files[_STATE]))
     except (ValidationError, QuorateError) as error:
         raise CheckpointError(f"{folder} was written by another version of Quorate; {remedy}.") from error
     if progress.round != round:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from flwr.serverapp import Grid
 
-from quorate.server.exchange.exchange import in_order
-from quorate.server.exchange.join import Members, answers_of, join, request, warn_of_changes
+from quorate.server.exchange.join import Members, join, warn_of_changes
 from quorate.server.exchange.latecomers import Latecomers
-from quorate.server.privacy.central_dp import CentralPrivacy
+from quorate.server.privacy.central_dp import CentralPrivacy, NoisedAccumulator
 from quorate.server.rounds.best_round import Standing
 from quorate.server.rounds.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.rounds.cohort import choose_cohort
 from quorate.server.rounds.measuring import measure
-from quorate.server.rounds.round_log import Books, round_seconds
+from quorate.server.rounds.round import Round
+from quorate.server.rounds.round_log import RoundLog
 from quorate.server.rounds.run import Run
-from quorate.server.rounds.screening import Screen, room
-from quorate.server.rounds.update_checks import check_trained
+from quorate.server.rounds.training import Collection
 from quorate.server.tracking.records import ClientClaim, Evaluation, RoundMetrics
-from quorate.shared.adapters.selection import downloaded, upload_schema
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, ConfigError, ModelDiverged, QuorumNotMet
-from quorate.shared.protocol.messages import RoundRequest, Update
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,7 +90,7 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
                 break
             latecomers.take(round)
             result.state, result.progress = run_round(
-                grid, run, members, result.state, result.progress, round, central
+                Round(grid, run, members, round), result.state, result.progress, central
             )
     except (KeyboardInterrupt, QuorumNotMet, ModelDiverged) as stop:
         result.stopped = stop
@@ -105,117 +99,70 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
 
 
 def run_round(
-    grid: Grid,
-    run: Run,
-    members: Members,
-    state: GlobalState,
-    before: Progress | None,
-    round: int,
-    central: CentralPrivacy | None = None,
+    round: Round, state: GlobalState, before: Progress | None, central: CentralPrivacy | None = None
 ) -> tuple[GlobalState, Progress]:
-    """Run one round from `state`; returns the state after it and the progress that was checkpointed.
+    """Run one round from `state`.
 
+    Args:
+        round: its number, and whom it can ask.
+        state: that it starts from.
+        before: the round before.
+        central: client-level privacy, where the run asks for it.
+    Returns: the state after it, and the progress that was checkpointed.
     Raises: QuorumNotMet: fewer good updates than federation.quorum. ModelDiverged: no site can measure what
         came of them; the round then leaves no checkpoint.
     """
-    if central and (pending := central.take_pending(round)):  # steps 1 to 7, done before a kill
-        state, cohort, books = pending.state, pending.released.cohort, pending.released.books
+    run, rule, number = round.run, round.run.config.aggregation, round.number
+    pending = central.take_pending(number) if central else None
+    if pending:  # steps 1 to 7 were done before a kill
+        log, after = pending.released.log, pending.state
     else:
-        books = Books()
-        state, cohort = _step(grid, run, members, state, before, round, central, books)
+        log, after = RoundLog(number), state
+        with log.timed(run, "cohort"):  # 1 choose the cohort
+            members = round.members
+            log.cohort = central.cohort(members, number) if central else choose_cohort(run, members, number)
+        for phase in rule.exchanges(number):
+            with log.timed(run, "train"):
+                accumulator = rule.init(after, number, phase)
+                if central:
+                    accumulator = central.noised(accumulator, after, before, number)
+                collection = Collection(round, phase, after, log.cohort, before)
+                for update in collection:  # 2 send, 3 collect, 4 check
+                    accumulator.add(update.site, update.arrays, update.weight)  # 5 aggregate as they arrive
+                    log.note(update)
+                log.take(collection.answers)
+            _check_quorum(run, log)
+            with log.timed(run, "aggregate"):
+                after, notes = accumulator.finish()  # 6 central noise, 7 step the global adapter
+                log.leave_out(notes.excluded)
+                if isinstance(accumulator, NoisedAccumulator):
+                    log.noise = accumulator.noise
+            _check_quorum(run, log)  # the rule may have left some out
+        if central:
+            central.release(state, after, log)
     validation = None
-    with books.timed(run, round, "evaluate"):  # 8 evaluate
-        if run.config.measures_after(round):
-            validation, _ = measure(grid, run, members, state, "validation", round, books)
-    # 9 checkpoint, then record
-    progress = _finish(run, members, state, before, round, cohort, books, validation)
+    with log.timed(run, "evaluate"):  # 8 evaluate
+        if run.config.measures_after(number):
+            measured = measure(round, after, "validation", moved=log.norms)
+            log.take(measured.answers)
+            validation = measured.evaluation
+    progress = _checkpoint(round, after, before, log, validation)  # 9 checkpoint, then record
     if central:
         central.finished()
-    return state, progress
+    return after, progress
 
 
-def _step(
-    grid: Grid,
-    run: Run,
-    members: Members,
-    state: GlobalState,
-    before: Progress | None,
-    round: int,
-    central: CentralPrivacy | None,
-    books: Books,
-) -> tuple[GlobalState, tuple[str, ...]]:
-    """Steps 1 to 7: return the next state and the sites that were asked, and note the rest in `books`."""
-    rule = run.config.aggregation
-    with books.timed(run, round, "cohort"):  # 1 choose the cohort
-        cohort = central.cohort(members, round) if central else choose_cohort(run, members, round)
-    with books.timed(run, round, "train"):  # 2 send, 3 collect, 4 check, 5 aggregate as updates arrive
-        accumulator = rule.init(state, round)
-        clipped = central.clipped_sum(state, before, round) if central else None
-        for site, update, weight in _trained(grid, run, members, state, before, cohort, round, books):
-            if clipped is None:
-                rule.add(accumulator, update.arrays, weight)
-            else:
-                clipped.add(update.arrays)
-            books.note(site, update, weight)
+def _check_quorum(run: Run, log: RoundLog) -> None:
+    """Raise QuorumNotMet, naming who does not count and why, where too few updates do."""
     # With coins a cohort may be smaller than the quorum, and even empty, without anybody's fault.
-    quorum = min(run.config.federation.quorum, len(cohort))
-    if len(books.num_examples) < quorum:
-        raise _quorum_not_met(quorum, round, cohort, books)
-    with books.timed(run, round, "aggregate"):
-        if central and clipped:  # 6 central noise: the rule sees the noised mean as the only update there is
-            rule.add(accumulator, central.noised_mean(clipped, books), 1.0)
-        after = rule.finish(accumulator, state, round)  # 7 step the global adapter
-    if central:
-        central.release(state, after, round, cohort, books)
-    return after, cohort
-
-
-def _trained(
-    grid: Grid,
-    run: Run,
-    members: Members,
-    state: GlobalState,
-    before: Progress | None,
-    cohort: tuple[str, ...],
-    round: int,
-    books: Books,
-) -> Iterator[tuple[str, Update, float]]:
-    """Steps 2 to 4: yield (site, update, weight) for every good update of the cohort, as they arrive."""
-    federation, rule = run.config.federation, run.config.aggregation
-    quorum = min(federation.quorum, len(cohort))
-    answers = answers_of(run, members.by_node, members.presence, quorum=quorum)
-    schema = upload_schema(run.config, members.initial.schema, round)
-
-    def check(_request: RoundRequest, update: Update) -> None:
-        site = update.header.site
-        books.norms[site] = check_trained(
-            update,
-            schema,
-            state.adapter,
-            members.sites[site].rows.get("train", 0),
-            federation.max_update_norm,
-            rule.weighting,
-        )
-
-    arrays = downloaded(run.config, state, round)
-    asked = {members.nodes[site]: request(run, round, "fit", site, arrays) for site in cohort}
-    arriving = answers.ask(grid, asked, check)
-    if run.config.private_clients:
-        # Whom another site's update would set aside, no noise hides; updates are clipped instead. Order
-        # decides the last bits of a sum, which noise drowns; without it no update is held for another.
-        yield from ((site, update, 1.0) for site, update in arriving)
-    else:
-        norm = state.adapter.subset(schema).l2_norm
-        last = list(before.record.update_norms.values()) if before else []
-        rows = {site: members.sites[site].rows.get("train", 0) for site in cohort}
-        further = room(run.config.training, rows)
-        screen = Screen(federation, len(cohort), norm, last, books.norms, books.excluded, further)
-        yield from screen.passed(
-            (site, update, rule.weight(update.header.num_examples, update.header.num_tokens))
-            for site, update in in_order(cohort, answers, arriving)
-        )
-    members.pace = max(members.pace, answers.longest)
-    books.take(answers)
+    quorum = min(run.config.federation.quorum, len(log.cohort))
+    if len(log.weights) >= quorum:
+        return
+    why = "; ".join(f"{site}: {e.reason}" for site, e in sorted(log.excluded.items()))
+    raise QuorumNotMet(
+        f"round {log.round} needs {quorum} of {len(log.cohort)} sites, {len(log.weights)} gave a good update "
+        f"({why}); mend those sites or lower federation.quorum, then continue with --resume."
+    )
 
 
 def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
@@ -234,28 +181,21 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
     return state, progress
 
 
-def _finish(
-    run: Run,
-    members: Members,
-    state: GlobalState,
-    before: Progress | None,
-    round: int,
-    cohort: tuple[str, ...],
-    books: Books,
-    validation: Evaluation | None,
+def _checkpoint(
+    round: Round, state: GlobalState, before: Progress | None, log: RoundLog, validation: Evaluation | None
 ) -> Progress:
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
+    run, members, number = round.run, round.members, round.number
     standing = before.standing if before else Standing()
     if run.config.picks_best:
-        standing = standing.after(run.config, round, validation)
-    early_stop = standing.stops(run.config, round)
-    record = books.record(round, cohort, state.pack().content_hash, early_stop)
-    metrics = RoundMetrics(round=round, train=books.train, validation=validation)
+        standing = standing.after(run.config, number, validation)
+    record = log.record(state.stored().content_hash, standing.stops(run.config, number))
+    metrics = RoundMetrics(round=number, train=log.train, validation=validation)
     progress = Progress(
         run_id=run.run_id,
         config_hash=run.config.content_hash,
-        round=round,
+        round=number,
         best_round=standing.round,
         best_value=standing.value,
         best_sites=dict(standing.sites),
@@ -266,11 +206,11 @@ def _finish(
         record=record,
         metrics=metrics,
     )
-    run.tell("phase", round, "checkpoint")
+    run.tell("phase", number, "checkpoint")
     private = run.config.hides_participation
     save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit, private=private)
-    seconds = {**books.seconds, "checkpoint": round_seconds(time.monotonic() - started)}
-    record = record.model_copy(update={"seconds": seconds})
+    log.add_seconds("checkpoint", time.monotonic() - started)
+    record = record.model_copy(update={"seconds": log.seconds})
     run.append(record, metrics)
     run.tell("round", record, metrics)
     return progress
@@ -287,12 +227,3 @@ def _check_stopping(run: Run, members: Members) -> None:
             "evaluation.early_stopping_patience: no site has validation rows to stop by; give the sites "
             "some, or leave it out."
         )
-
-
-def _quorum_not_met(quorum: int, round: int, cohort: tuple[str, ...], books: Books) -> QuorumNotMet:
-    why = "; ".join(f"{site}: {e.reason}" for site, e in sorted(books.excluded.items()))
-    return QuorumNotMet(
-        f"round {round} needs {quorum} of {len(cohort)} sites, "
-        f"{len(books.num_examples)} gave a good update ({why}); mend those sites or lower federation.quorum, "
-        "then continue with --resume."
-    )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from flwr.serverapp import Grid
-
-from quorate.server.exchange.join import Members, answers_of, request
+from quorate.server.exchange.exchange import Answers
 from quorate.server.rounds.evaluation import summarise
-from quorate.server.rounds.round_log import Books
-from quorate.server.rounds.run import Run
+from quorate.server.rounds.round import Round
 from quorate.server.rounds.update_checks import check_measured
 from quorate.server.tracking.records import Evaluation, Exclusion
 from quorate.shared.adapters.selection import downloaded
@@ -22,62 +20,57 @@ _BROKEN = (NonFiniteUpdate.code, ProtocolError.code)
 """Codes that say something of the model, not of the site: its figures are not finite, or cannot be."""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A model, measured at the sites.
+
+    Args:
+        evaluation: the figures of those that answered, with those that did not named.
+        outcomes: site -> outcomes.
+        answers: of the exchange: its traffic, and who does not count.
+    """
+
+    evaluation: Evaluation
+    outcomes: dict[str, Outcomes]
+    answers: Answers
+
+
 def measure(
-    grid: Grid,
-    run: Run,
-    members: Members,
+    round: Round,
     state: GlobalState,
     split: Split,
-    round: int,
-    books: Books | None = None,
     *,
     intervals: bool = False,
-) -> tuple[Evaluation, dict[str, Outcomes]]:
+    moved: Mapping[str, float] | None = None,
+) -> Measurement:
     """Have every site that has rows of this split measure `state` on them.
 
     Args:
-        books: takes the traffic and the exclusions.
+        round: whose model it is.
+        state: the model.
+        split: the rows.
         intervals: whether to give 95 % intervals.
-    Returns: the figures of those that answered, with those that did not named; and site -> outcomes.
+        moved: site -> how far its update moved, to be named where nobody can measure what came of it.
     Raises: ModelDiverged: all sites that have such rows answered, and none of them could measure it.
     """
-    outcomes, excluded = _ask(grid, run, members, state, split, round, books)
-    asked = [site for site, each in sorted(members.sites.items()) if each.rows.get(split)]
-    missing = {site: excluded[site] for site in asked if site in excluded}
-    if asked and len(missing) == len(asked) and all(why.code in _BROKEN for why in missing.values()):
-        raise _diverged(round, split, missing, books.norms if books else {})
-    figures = summarise(run.config.task, split, outcomes, intervals=intervals)
-    return figures.model_copy(update={"missing": missing}), outcomes
+    task, members = round.run.config.task, round.members
+    answers = round.answers(expected=members.pace)
+    arrays = downloaded(round.run.config, state, round.number)
+    rows = {site: each.rows.get(split, 0) for site, each in members.sites.items()}
+    asked = dict(round.request("evaluate", site, arrays, split) for site in members.nodes if rows[site])
 
+    def check(_request: RoundRequest, update: Update) -> Outcomes:
+        check_measured(task, update, rows[update.header.site])
+        return update.header.outcomes or Outcomes()
 
-def _ask(
-    grid: Grid,
-    run: Run,
-    members: Members,
-    state: GlobalState,
-    split: Split,
-    round: int,
-    books: Books | None,
-) -> tuple[dict[str, Outcomes], dict[str, Exclusion]]:
-    answers = answers_of(run, members.by_node, members.presence, expected=members.pace)
-    arrays = downloaded(run.config, state, round)
-    asked = {
-        node: request(run, round, "evaluate", site, arrays, split)
-        for site, node in members.nodes.items()
-        if members.sites[site].rows.get(split)
-    }
-
-    def check(_request: RoundRequest, update: Update) -> None:
-        rows = members.sites[update.header.site].rows
-        check_measured(run.config.task, update, rows.get(split, 0))
-
-    outcomes = {
-        site: update.header.outcomes or Outcomes() for site, update in answers.ask(grid, asked, check)
-    }
+    outcomes = dict(answers.ask(round.grid, asked, check))
     members.pace = max(members.pace, answers.longest)
-    if books is not None:
-        books.take(answers)
-    return outcomes, answers.excluded
+    having = sorted(site for site, count in rows.items() if count)
+    missing = {site: answers.excluded[site] for site in having if site in answers.excluded}
+    if having and len(missing) == len(having) and all(why.code in _BROKEN for why in missing.values()):
+        raise _diverged(round.number, split, missing, moved or {})
+    figures = summarise(task, split, outcomes, intervals=intervals)
+    return Measurement(figures.model_copy(update={"missing": missing}), outcomes, answers)
 
 
 def _diverged(

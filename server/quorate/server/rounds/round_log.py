@@ -1,22 +1,29 @@
-"""The books of one round: who was asked for what, who counted, and what it took."""
+"""The log of one round: who was asked, who counted, and what it took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from quorate.server.exchange.exchange import Answers
+from quorate.server.exchange.exchange import Answers, exclusion
 from quorate.server.rounds.run import Run
+from quorate.server.rounds.screening import Passed
 from quorate.server.tracking.records import Exclusion, RoundNoise, RoundRecord
-from quorate.shared.protocol.messages import Update
 
 
 @dataclass
-class Books:
-    """What a round notes down while it runs."""
+class RoundLog:
+    """What a round notes down while it runs.
 
+    Args:
+        round: its number, from 1.
+        cohort: the sites that were asked to train.
+    """
+
+    round: int
+    cohort: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
@@ -29,12 +36,16 @@ class Books:
     noise: RoundNoise | None = None
 
     @contextmanager
-    def timed(self, run: Run, round: int, phase: str) -> Iterator[None]:
+    def timed(self, run: Run, phase: str) -> Iterator[None]:
         """Time one step of the round and tell the trackers that it began."""
-        run.tell("phase", round, phase)
+        run.tell("phase", self.round, phase)
         started = time.monotonic()
         yield
-        self.seconds[phase] = round_seconds(time.monotonic() - started)
+        self.add_seconds(phase, time.monotonic() - started)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add to what a step took, to the millisecond: more digits are noise."""
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
 
     def take(self, answers: Answers) -> None:
         """Add an exchange's traffic and exclusions."""
@@ -44,25 +55,32 @@ class Books:
         # Why a site's training did not count says more than why it was not measured after that.
         self.excluded = {**answers.excluded, **self.excluded}
 
-    def note(self, site: str, update: Update, weight: float) -> None:
+    def note(self, passed: Passed) -> None:
         """Note an update that counts."""
-        self.num_examples[site] = update.header.num_examples
-        self.num_steps[site] = update.header.num_steps
-        self.train[site] = update.header.metrics
-        self.weights[site] = weight
+        header = passed.update.header
+        self.num_examples[passed.site] = header.num_examples
+        self.num_steps[passed.site] = header.num_steps
+        self.train[passed.site] = header.metrics
+        self.norms[passed.site] = passed.norm
+        self.weights[passed.site] = passed.weight
 
-    def record(
-        self, round: int, cohort: tuple[str, ...], state_hash: str, early_stop: str | None
-    ) -> RoundRecord:
+    def leave_out(self, excluded: Mapping[str, str]) -> None:
+        """Note sites whose updates came and do not count, by the word of the rule."""
+        for site, why in excluded.items():
+            self.excluded[site] = exclusion("rule", why)
+            for figures in (self.num_examples, self.num_steps, self.train, self.norms, self.weights):
+                figures.pop(site, None)
+
+    def record(self, state_hash: str, early_stop: str | None) -> RoundRecord:
         """Return the round's record."""
         total = sum(self.weights.values())
         return RoundRecord(
-            round=round,
-            cohort=cohort,
+            round=self.round,
+            cohort=self.cohort,
             weights={site: weight / total for site, weight in self.weights.items()},
             num_examples=self.num_examples,
             num_steps=self.num_steps,
-            update_norms={site: self.norms[site] for site in self.weights},
+            update_norms=self.norms,
             excluded=self.excluded,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
@@ -71,8 +89,3 @@ class Books:
             early_stop=early_stop,
             noise=self.noise,
         )
-
-
-def round_seconds(seconds: float) -> float:
-    """Round to milliseconds: more digits are noise."""
-    return round(seconds, 3)

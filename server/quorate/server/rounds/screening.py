@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from quorate.server.exchange.exchange import exclusion
 from quorate.server.tracking.records import Exclusion
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import FederationConfig, TrainingConfig
 from quorate.shared.protocol.messages import Update
 
@@ -36,6 +37,29 @@ PAIR_SHARE = 0.9
 """Largest share of one of two sites; half would weigh all pairs equally."""
 
 
+@dataclass(frozen=True)
+class Passed:
+    """An update that is good by itself.
+
+    Args:
+        site: whose.
+        update: what it sent.
+        arrays: what it trained, padded to what the rule adds up.
+        weight: that it counts with.
+        norm: how far it moved, L2 [parameter units].
+    """
+
+    site: str
+    update: Update
+    arrays: Adapter
+    weight: float
+    norm: float
+
+    def weighing(self, weight: float) -> Passed:
+        """Return it with another weight."""
+        return replace(self, weight=weight)
+
+
 @dataclass
 class Screen:
     """Decides what becomes of a round's updates.
@@ -45,7 +69,7 @@ class Screen:
         asked: how many sites were asked.
         start_norm: L2 norm of the arrays that move, before the round [parameter units].
         before: norms of the updates that counted in the round before.
-        norms: site -> norm, of every update that has come; grows while it is used.
+        excluded: takes whom it sets aside, and why: the exchange's own account.
         room: site -> how many times the others' bound its own is (see `room`); 1 where it is left out.
     """
 
@@ -53,34 +77,40 @@ class Screen:
     asked: int
     start_norm: float
     before: Sequence[float]
-    norms: Mapping[str, float]
     excluded: dict[str, Exclusion] = field(default_factory=dict)
     room: Mapping[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(init=False, default_factory=dict)
+    """Site -> norm, of every update that has come."""
 
-    def passed(self, arriving: Iterator[tuple[str, Update, float]]) -> Iterator[tuple[str, Update, float]]:
-        """Yield (site, update, weight) in the order of `arriving`, without those that are set aside.
+    def see(self, update: Passed) -> None:
+        """Take notice of an update that has come, before its turn."""
+        self.norms[update.site] = update.norm
+
+    def passed(self, arriving: Iterable[Passed]) -> Iterator[Passed]:
+        """Yield those that count, with their weight, in the order of `arriving`.
 
         Holds the first half of the updates until more than that have come; then one only where it stands out.
         """
-        held: list[tuple[str, Update, float]] = []
+        held: list[Passed] = []
         weights: dict[str, float] = {}
         for each in arriving:
             held.append(each)
-            weights[each[0]] = each[2]
+            self.see(each)
+            weights[each.site] = each.weight
             while held and self._is_settled(held[0], weights):
                 yield held.pop(0)
         bound = self._bound(list(self.norms.values()), 0)
         good = {site: weight for site, weight in weights.items() if not self._is_far(site, bound)}
         cap = largest_weight(good.values(), self.federation.max_weight_share)
-        for site, update, weight in held:
-            if bound is not None and self._is_far(site, bound):
-                self.excluded[site] = exclusion("norm", self._reason(site, bound))
+        for each in held:
+            if bound is not None and self._is_far(each.site, bound):
+                self.excluded[each.site] = exclusion("norm", self._reason(each.site, bound))
             else:
-                yield site, update, weight if cap is None else min(weight, cap)
+                yield each if cap is None else each.weighing(min(each.weight, cap))
 
-    def _is_settled(self, update: tuple[str, Update, float], weights: Mapping[str, float]) -> bool:
+    def _is_settled(self, update: Passed, weights: Mapping[str, float]) -> bool:
         """Whether this update counts, with its own weight, whatever else comes."""
-        site, _, weight = update
+        site, weight = update.site, update.weight
         known = list(self.norms.values())
         if len(known) < FEWEST:
             return False

@@ -98,6 +98,27 @@ class Adapter(Mapping[str, Array]):
         """Return this adapter with the arrays of `other` put over it."""
         return Adapter({**self._arrays, **other})
 
+    def cropped(self, schema: Mapping[str, tuple[int, ...]]) -> Adapter:
+        """Return the arrays of `schema` alone, each with the first entries along every axis.
+
+        Raises: AdapterError: an array is not there, or smaller than that.
+        """
+        cut = {}
+        for name, array in self.subset(schema).items():
+            cut[name] = array[tuple(slice(size) for size in schema[name])]
+        small = Adapter(cut)
+        small.check_schema(schema)
+        return small
+
+    def padded(self, schema: Mapping[str, tuple[int, ...]]) -> Adapter:
+        """Return the arrays with zeros after their last entries, up to the shapes of `schema`."""
+
+        def pad(name: str, array: Array) -> Array:
+            wanted = zip(schema[name], array.shape, strict=True)
+            return np.pad(array, [(0, size - there) for size, there in wanted])
+
+        return self.map(pad)
+
     def minus(self, other: Adapter) -> Adapter:
         """Return the difference to `other` over this adapter's arrays."""
         return self.map(lambda name, array: np.asarray(array - other[name], dtype=np.float32))

@@ -7,29 +7,60 @@ The residual of all rounds so far is kept as unscaled factors (see GlobalState),
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, is_lora_b, lora_layers
 from quorate.shared.aggregation.factors import Matrix, compress
-from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B, Aggregator, GlobalState, WeightedSum
+from quorate.shared.aggregation.rule import (
+    RESIDUAL_A,
+    RESIDUAL_B,
+    Accumulator,
+    Aggregator,
+    GlobalState,
+    RoundNotes,
+    WeightedSum,
+)
 from quorate.shared.errors import AdapterError
+from quorate.shared.protocol.phases import Phase
 
 
 @dataclass
-class FactorStack(WeightedSum):
-    """A running sum of all arrays, and every site's LoRA factors as they came."""
+class FactorStack(Accumulator):
+    """A running sum of all arrays, and every site's LoRA factors as they came.
 
+    Args:
+        state: before the round.
+    """
+
+    state: GlobalState
+    total: WeightedSum = field(default_factory=WeightedSum)
     factors: list[tuple[float, Adapter]] = field(default_factory=list)
 
-    def add(self, update: Adapter, weight: float) -> None:
+    def add(self, site: str, update: Adapter, weight: float) -> None:
         """Add `weight` times `update`, and keep its factors."""
-        super().add(update, weight)
+        self.total.add(update, weight)
         self.factors.append((weight, update.subset(n for n in update if is_lora_a(n) or is_lora_b(n))))
+
+    def finish(self) -> tuple[GlobalState, RoundNotes]:
+        """Return the averaged arrays, with this round's residual added to the old one.
+
+        Raises: AdapterError: a factor is not a matrix, or no weight is above 0.
+        """
+        mean, residual = self.total.mean(), dict(self.state.residual)
+        for layer in lora_layers(mean):
+            sites = [(weight / self.total.weight, *_pair(u, layer)) for weight, u in self.factors]
+            known = layer + RESIDUAL_B in residual
+            old = _pair(self.state.residual, layer, RESIDUAL_B, RESIDUAL_A) if known else None
+            left, right = residual_factors(sites, old)
+            residual[layer + RESIDUAL_B] = left.astype(np.float32)
+            residual[layer + RESIDUAL_A] = right.astype(np.float32)
+        kept = Adapter({name: array for name, array in residual.items() if array.size})
+        adapter = self.state.adapter.updated(mean)
+        return replace(self.state, adapter=adapter, residual=kept), RoundNotes()
 
 
 class FedEx(Aggregator):
@@ -55,36 +86,13 @@ class FedEx(Aggregator):
             return 0
         return None if cohort is None else rounds * (cohort - 1) * r
 
-    def init(self, state: GlobalState, round: int) -> FactorStack:
-        """Start an empty stack."""
-        return FactorStack()
-
-    def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
-        """Return the averaged arrays, with this round's residual added to the old one.
-
-        Raises: AdapterError: a factor is not a matrix, or no weight is above 0.
-        """
-        if not isinstance(accumulator, FactorStack):
-            raise TypeError(f"fedex finishes what its own init started, not a {type(accumulator).__name__}")
-        mean, residual = accumulator.mean(), dict(state.residual)
-        for layer in lora_layers(mean):
-            sites = [(weight / accumulator.weight, *_pair(u, layer)) for weight, u in accumulator.factors]
-            known = layer + RESIDUAL_B in residual
-            old = _pair(state.residual, layer, RESIDUAL_B, RESIDUAL_A) if known else None
-            left, right = residual_factors(sites, old)
-            residual[layer + RESIDUAL_B] = left.astype(np.float32)
-            residual[layer + RESIDUAL_A] = right.astype(np.float32)
-        kept = Adapter({name: array for name, array in residual.items() if array.size})
-        return GlobalState(state.adapter.updated(mean), kept)
-
-    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
-        """Return the bytes held: float64 sums, and a float32 copy of every site's factors.
+    def init(self, state: GlobalState, round: int, phase: Phase = "fit") -> Accumulator:
+        """Start an empty stack. It holds float64 sums, and a float32 copy of every site's factors.
 
         `finish` needs a few times 8 (m + n) (cohort r + q) bytes besides, for one layer after the other, q
         being the rank of the residual so far.
         """
-        factors = sum(prod(shape) for name, shape in schema.items() if is_lora_a(name) or is_lora_b(name))
-        return super().memory_bytes(schema, cohort) + 4 * cohort * factors
+        return FactorStack(state)
 
 
 def residual_factors(

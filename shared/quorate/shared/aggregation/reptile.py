@@ -8,13 +8,14 @@ equally (`weighting: uniform`). A step size of 1 is fedavg.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from quorate.shared.adapters.adapter import Array
-from quorate.shared.aggregation.rule import Aggregator, GlobalState, WeightedSum
+from quorate.shared.adapters.adapter import Adapter, Array
+from quorate.shared.aggregation.rule import Aggregator, GlobalState
 
 
 class Reptile(Aggregator):
@@ -35,11 +36,8 @@ class Reptile(Aggregator):
         left = 1.0 if self.decay_rounds is None else max(0.0, 1 - (round - 1) / self.decay_rounds)
         return self.outer_learning_rate * left
 
-    def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
-        """Return the state with every trained array moved; computed in float64.
-
-        Raises: AdapterError: no weight is above 0.
-        """
+    def step(self, state: GlobalState, mean: Adapter, round: int) -> GlobalState:
+        """Return the state with every trained array moved; computed in float64."""
         rate, start = self.rate(round), state.adapter
 
         def moved(name: str, mean: Array) -> Array:
@@ -47,4 +45,4 @@ class Reptile(Aggregator):
             step = (1 - rate) * start[name].astype(np.float64) + rate * mean.astype(np.float64)
             return step.astype(np.float32)
 
-        return GlobalState(start.updated(accumulator.mean().map(moved)), state.residual)
+        return replace(state, adapter=start.updated(mean.map(moved)))

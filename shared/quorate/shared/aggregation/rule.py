@@ -7,29 +7,35 @@ run file may say about it), so whatever a run file names is fully described by t
             upload(trained, received, round)   what leaves the site
             sent(names, round)                 which arrays a site accepts, and
             residual_rank(r, rounds, cohort)   how much of a base change
-    server  download(state, round)             what goes to the sites
-            init -> add(update) ... -> finish  one pass over the round's updates
-            memory_bytes(schema, cohort)       what that pass holds
+    server  exchanges(round)                   what the cohort is asked, one after the other
+            download(state, round)             what goes to the sites
+            site_schema(schema, site)          what comes back from one of them
+            init(state, round, phase)          the accumulator of an exchange:
+             add(site, update, weight) ... finish() -> (state, notes)
 
-`add` may be called as updates arrive. A linear rule needs only a weighted sum of what sites upload: it
+A linear rule needs only a weighted mean of what sites upload, and says with `step` what it does with it: it
 holds one adapter whatever the cohort, and composes with secure aggregation and central noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from quorate.shared.adapters.adapter import Adapter, num_values
+from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import AdapterError
+from quorate.shared.protocol.phases import Phase
 
 RESIDUAL_A = ".residual_A"
 RESIDUAL_B = ".residual_B"
+OPTIMIZER = "optimizer."
+"""Beginning of the names of a rule's own state."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,32 @@ class GlobalState:
     Args:
         adapter: the arrays that sites train.
         residual: `<layer>.residual_A` [q, d_in] and `<layer>.residual_B` [d_out, q]; empty for most rules.
+        optimizer: what the rule itself goes on with, as a server optimiser's moments: `optimizer.<name>`. It
+            is stored with the state and never sent.
     """
 
     adapter: Adapter
     residual: Adapter = field(default_factory=lambda: Adapter({}))
+    optimizer: Adapter = field(default_factory=lambda: Adapter({}))
 
-    def pack(self) -> Adapter:
-        """Return all arrays in one adapter value, as they travel and are stored."""
-        return self.adapter.updated(self.residual)
+    def __post_init__(self) -> None:
+        if odd := [name for name in self.optimizer if not name.startswith(OPTIMIZER)]:
+            raise AdapterError(f"optimiser state {odd[0]} has no name that begins with {OPTIMIZER!r}.")
+
+    def stored(self) -> Adapter:
+        """Return all arrays in one adapter value, as a checkpoint has them."""
+        return self.adapter.updated(self.residual).updated(self.optimizer)
 
     @classmethod
-    def unpack(cls, arrays: Adapter) -> GlobalState:
-        """Split what `pack` joined."""
+    def from_stored(cls, arrays: Adapter) -> GlobalState:
+        """Split what `stored` joined."""
+        own = {name for name in arrays if name.startswith(OPTIMIZER)}
+        sent = cls.from_sent(arrays.subset(name for name in arrays if name not in own))
+        return replace(sent, optimizer=arrays.subset(own))
+
+    @classmethod
+    def from_sent(cls, arrays: Adapter) -> GlobalState:
+        """Split what came to a site: nothing of it is a rule's own."""
         residual = {name for name in arrays if name.endswith((RESIDUAL_A, RESIDUAL_B))}
         return cls(arrays.subset(n for n in arrays if n not in residual), arrays.subset(residual))
 
@@ -87,6 +107,56 @@ class WeightedSum:
         return Adapter(
             {name: (total / self.weight).astype(np.float32) for name, total in self.arrays.items()}
         )
+
+
+@dataclass(frozen=True)
+class RoundNotes:
+    """What a rule has to say of a round besides its state.
+
+    Args:
+        excluded: site -> why its update does not count after all, in words for the record.
+    """
+
+    excluded: Mapping[str, str] = field(default_factory=dict)
+
+
+class Accumulator(ABC):
+    """One pass over the updates of an exchange; a rule makes one with `init`.
+
+    `add` is called as updates arrive, in the order of the cohort's names, `finish` once, after at least one
+    `add`.
+    """
+
+    @abstractmethod
+    def add(self, site: str, update: Adapter, weight: float) -> None:
+        """Take one site's upload. Raises: AdapterError: it cannot be taken."""
+
+    @abstractmethod
+    def finish(self) -> tuple[GlobalState, RoundNotes]:
+        """Return the next global state, and what is to be said of it. Changes nothing that it was given."""
+
+
+@dataclass
+class MeanAccumulator(Accumulator):
+    """The accumulator of a linear rule: a weighted mean, and a step from it.
+
+    Args:
+        step: weighted mean of the uploads -> next state.
+    """
+
+    step: Callable[[Adapter], GlobalState]
+    total: WeightedSum = field(default_factory=WeightedSum)
+
+    def add(self, site: str, update: Adapter, weight: float) -> None:
+        """Add the update to the sum, whoever sent it."""
+        self.total.add(update, weight)
+
+    def finish(self) -> tuple[GlobalState, RoundNotes]:
+        """Return the state after the step.
+
+        Raises: AdapterError: no weight is above 0.
+        """
+        return self.step(self.total.mean()), RoundNotes()
 
 
 class Aggregator(ConfigModel):
@@ -138,21 +208,30 @@ class Aggregator(ConfigModel):
         """Return the arrays sent to every site: those of `sent`, and the residual."""
         return state.adapter.subset(self.sent(state.adapter, round)).updated(state.residual)
 
-    def init(self, state: GlobalState, round: int) -> WeightedSum:
-        """Start a round's aggregation; returns the accumulator that `add` and `finish` take.
+    def exchanges(self, round: int) -> tuple[Phase, ...]:
+        """Return what the cohort is asked in `round`, one after the other; no phase twice.
 
-        A rule that needs more than the sum extends WeightedSum.
+        Each exchange starts from the state that the one before it left, and has an accumulator of its own.
         """
-        return WeightedSum()
+        return ("fit",)
 
-    def add(self, accumulator: WeightedSum, update: Adapter, weight: float) -> None:
-        """Take one upload into the accumulator."""
-        accumulator.add(update, weight)
+    def site_schema(self, schema: Mapping[str, tuple[int, ...]], site: str) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes that `site` sends, of what is asked of all.
 
-    def finish(self, accumulator: WeightedSum, state: GlobalState, round: int) -> GlobalState:
-        """Return the next global state; changes nothing it is given. Only called after at least one `add`."""
-        return GlobalState(state.adapter.updated(accumulator.mean()), state.residual)
+        An array that is smaller than the others' along some axes is padded with zeros to them.
+        """
+        return dict(schema)
 
-    def memory_bytes(self, schema: Mapping[str, tuple[int, ...]], cohort: int) -> int:
-        """Return the bytes the accumulator holds for a cohort of this size; float64 sums by default."""
-        return 8 * num_values(self.upload_schema(schema, 1))
+    def init(self, state: GlobalState, round: int, phase: Phase = "fit") -> Accumulator:
+        """Start the aggregation of an exchange; by default of a mean, with `step` on it."""
+        return MeanAccumulator(lambda mean: self.step(state, mean, round))
+
+    def step(self, state: GlobalState, mean: Adapter, round: int) -> GlobalState:
+        """Return the next global state of a linear rule; changes nothing it is given.
+
+        Args:
+            state: before the round.
+            mean: weighted mean of the uploads.
+            round: from 1.
+        """
+        return replace(state, adapter=state.adapter.updated(mean))

@@ -74,6 +74,7 @@ FIELDS: dict[str, Item] = {
     "description.label_counts": Item("withheld under privacy", "training rows of each label"),
     "description.model_files": Item("public", "SHA-256 of each file of the base model"),
     "description.model_sha256": Item("public", "SHA-256 of the base model's weights"),
+    "description.start_hash": Item("public", "hash of the adapter's start, drawn from the run's seed"),
     "description.versions": Item("public", "releases of quorate, torch, transformers and peft"),
     "description.notes": Item("withheld under privacy", "sentences of ours with counts of rows in them"),
     "description.privacy.unit": Item("public", "of the run"),
@@ -102,7 +103,7 @@ METRICS: dict[str, Item] = {
 """Name in `metrics` of an answer -> what it is."""
 
 BESIDE: dict[str, Item] = {
-    "arrays of a join": Item("public", "the adapter's start, drawn from the run's seed"),
+    "arrays of a start": Item("public", "the adapter's start, drawn from the run's seed; asked of one site"),
     "arrays of a round": Item("noised", "the trained adapter"),
     "size of an answer": Item("public", "follows from the run, and the lengths of numbers in the header"),
     "time of an answer": Item(

@@ -17,9 +17,9 @@ from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import AdapterError, ProtocolError
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.privacy.claim import PrivacyClaim
+from quorate.shared.protocol.phases import Phase
 
 PROTOCOL: Literal[1] = 1
-Phase = Literal["join", "fit", "evaluate", "alone", "finish"]
 Split = Literal["train", "validation", "test"]
 RECORD, ARRAY = "quorate", "message"
 """Where a Flower RecordDict carries a message: the name of its array record, and of the array in it."""
@@ -80,7 +80,7 @@ class RequestHeader(ConfigModel):
     round: int = Field(ge=0, le=10**9)
     """Round, from 1; 0 while sites join."""
     phase: Phase
-    """What is asked: describe yourself, train, evaluate, train an adapter of your own, keep the result."""
+    """What is asked."""
     site: str
     """The site that is asked; empty while joining, when the coordinator knows nodes but not yet names."""
     split: Split | None = None
@@ -106,6 +106,8 @@ class SiteDescription(ConfigModel):
     """SHA-256 of each file of the base model that the site uses."""
     model_sha256: str
     """SHA-256 of the base model's weights, as in the run file."""
+    start_hash: str
+    """Content hash of the adapter's seeded start; the arrays themselves are asked of one site (start)."""
     versions: dict[str, Release]
     """Versions of quorate, torch, transformers, peft."""
     notes: tuple[str, ...] = ()

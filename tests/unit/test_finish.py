@@ -118,16 +118,17 @@ def test_a_site_that_is_away_at_the_end_is_asked_again(
     class Away(InProcessGrid):
         """Its first messages reach nobody, as while a SuperNode starts again."""
 
-        refused = 2
+        away = True
 
         def push_messages(self, messages: Any) -> Any:
-            pushed = list(messages)
-            ids = super().push_messages(pushed)
-            for message, each in zip(pushed, ids, strict=True):
-                if self.refused > 0:
-                    self.refused -= 1
-                    self._replies[each] = Message(Error(3, "node is not available"), reply_to=message)
-            return ids
+            self.asked = list(messages)
+            return super().push_messages(self.asked)
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            if not self.away:
+                return super().pull_messages(message_ids)
+            self.away = False
+            return [Message(Error(3, "node is not available"), reply_to=each) for each in self.asked]
 
     assert deliver(Away(site, site.names), run, result, summary) == {}
     assert (tmp_path / "received" / run.run_id / "report.md").is_file()

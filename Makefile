@@ -64,7 +64,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

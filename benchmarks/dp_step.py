@@ -87,8 +87,8 @@ def plain_step(run: RunConfig) -> Step:
     def step(examples: list[Example]) -> None:
         for array in stack.arrays.values():
             array.grad = None
-        with training_mode(model, stack, run, seed=0):
-            each, _ = row_losses(model, stack, run, [Share(0, examples, torch.Generator())])
+        with training_mode(stack, run, seed=0):
+            each, _ = row_losses(stack, run, [Share(0, examples, torch.Generator())])
             each.mean().backward()  # type: ignore[no-untyped-call]
         for name, parameter in parameters.items():
             gradient = stack.arrays[name].grad
@@ -111,8 +111,8 @@ def private_step(run: RunConfig, *, secure: bool) -> Step:
 
     def step(examples: list[Example]) -> None:
         total = ClippedSum(shapes, NORM, model.peft.device)
-        with training_mode(model, stack, run, seed=0):
-            kept = backward_by_row(model, stack, run, [Share(0, examples, torch.Generator())])
+        with training_mode(stack, run, seed=0):
+            kept = backward_by_row(stack, run, [Share(0, examples, torch.Generator())])
         total.add(kept.of_site(stack.arrays, 0, len(examples)), range(len(examples)))
         for name, noisy in total.noised(source, NOISE).items():
             parameters[name].grad = noisy / len(examples)

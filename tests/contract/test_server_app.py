@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Node, Nodes
 from quorate.server.rounds.run import alone_in
-from quorate.server.tracking.events import EVENTS_FILE
+from quorate.server.tracking.events import EVENTS_FILE, Event, EventsReader, PhaseBegan
 from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import ConfigError, QuorateError, QuorumNotMet
 from quorate.simulations.in_process_grid import FIRST_SITE_NODE, InProcessGrid
+from quorate.simulations.runner import simulate
 
 RUN_ID = "0123456789abcdef"
 FLOWER_RUN = 77
+SITES = {"north": 12, "south": 7, "west": 4}
 
 
 class Submitted:
@@ -50,7 +53,7 @@ class Submitted:
 @pytest.fixture
 def submit(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(name: str = "one", **changes: Any) -> Submitted:
-        site = Site(make_sites(north=12, south=7, west=4), received=tmp_path / name / "received")
+        site = Site(make_sites(**SITES), received=tmp_path / name / "received")
         submitted = Submitted(FederationFolder(tmp_path / name), site)
         submitted.run_dir.mkdir(parents=True)
         config = site.prepare(make_run(**changes))
@@ -71,11 +74,41 @@ def test_a_run_is_carried_out_in_its_folder_under_its_own_id(submit: Any) -> Non
     summary = json.loads((submitted.run_dir / "summary.json").read_text())
     assert (summary["status"], summary["run_id"]) == ("done", RUN_ID)
     assert summary["best"]["test"] is not None
-    events = [
-        json.loads(line)["event"] for line in (submitted.run_dir / EVENTS_FILE).read_text().splitlines()
-    ]
+    events = [event.event for event in EventsReader(submitted.run_dir / EVENTS_FILE).read()]
     assert events.count("round") == summary["rounds"]
     assert events[-2:] == ["finish", "phase"]  # and every site takes its result without a word
+
+
+def test_a_simulation_tells_the_events_that_the_serverapp_tells(
+    submit: Any, make_run: Any, make_sites: Any, tmp_path: Path
+) -> None:
+    chances = {"federation": {"rounds": 3, "sites_per_round": 2, "quorum": 2}}
+    submitted = submit(**chances)
+    submitted.run()
+    out, rows = tmp_path / "simulated", make_sites(**SITES)
+    heard: list[Event] = []
+
+    def toy(event: Event) -> None:
+        """A tracker is any function that takes an event."""
+        heard.append(event)
+
+    simulate(make_run(**chances), rows, out, trackers=[toy])
+    simulated = EventsReader(out / EVENTS_FILE).read()
+    assert [each.model_dump_json() for each in simulated] == [each.model_dump_json() for each in heard]
+    *served, delivery = EventsReader(submitted.run_dir / EVENTS_FILE).read()
+    assert isinstance(delivery, PhaseBegan) and delivery.name == "deliver", "a simulation delivers to nobody"
+    assert [lasting(each) for each in simulated] == [lasting(each) for each in served]
+    assert {each.event for each in served} == {"phase", "start", "round", "finish"}
+    assert stat.S_IMODE((out / EVENTS_FILE).stat().st_mode) == 0o600
+
+
+def lasting(event: Event) -> dict[str, Any]:
+    """Return an event without times, ids and places (updates travel with their seconds)."""
+    told = json.loads(event.model_dump_json(exclude={"at", "run_id", "output_dir"}))
+    for name in ("record", "summary"):
+        for varying in ("run_id", "seconds", "bytes_up", "bytes"):
+            told.get(name, {}).pop(varying, None)
+    return told
 
 
 @pytest.mark.parametrize("run_id", ["", "../../etc", "0123456789ABCDEF", "0123456789abcdef0"])

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
-from report_data import Shape, config, make_summary, record, round_metrics
+from report_data import TIMEOUT, Shape, config, make_summary, record, round_metrics
+from rich.console import Console
 
-from quorate.server.tracking.trackers import TENSORBOARD_DIR, TensorboardTracker, Tracker, configured_trackers
+from quorate.deploy.console import ConsoleTracker
+from quorate.deploy.control.follower import Follower
+from quorate.server.tracking.events import (
+    EVENTS_FILE,
+    Event,
+    EventsTracker,
+    Finished,
+    LogMessage,
+    PhaseBegan,
+    Refused,
+    RoundDone,
+    Started,
+    Tracker,
+    Waiting,
+)
+from quorate.server.tracking.trackers import TENSORBOARD_DIR, TensorboardTracker, configured_trackers
 from quorate.shared.errors import ConfigError
 
 SHAPE = Shape(rounds=4, planned=4)
@@ -19,36 +36,42 @@ ROUNDS = [(record(SHAPE, r), round_metrics(RUN, SHAPE, r)) for r in range(1, 5)]
 SUMMARY = make_summary(RUN, SHAPE, *map(list, zip(*ROUNDS, strict=True)))
 
 
-def console() -> Tracker:
-    from rich.console import Console
-
-    from quorate.deploy.console import ConsoleTracker
-
-    return ConsoleTracker(Console(file=StringIO()))
+def function(event: Event) -> None:
+    assert event.version == 1
 
 
-TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorboardTracker, "console": console}
+TRACKERS: dict[str, Callable[[Path], Tracker]] = {
+    "tensorboard": lambda _: TensorboardTracker(),
+    "console": lambda _: ConsoleTracker(Console(file=StringIO())),
+    "follower": lambda _: Follower(Console(file=StringIO())),
+    "file": lambda folder: EventsTracker(folder / EVENTS_FILE),
+    "function": lambda _: function,
+}
 
 
 @pytest.fixture(params=sorted(TRACKERS))
-def make(request: pytest.FixtureRequest) -> Callable[[], Tracker]:
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Tracker]:
     if request.param == "tensorboard":
         pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
-    return TRACKERS[request.param]
+    return lambda: TRACKERS[request.param](tmp_path)
+
+
+def start(folder: Path, last: int) -> Started:
+    sites = SUMMARY.sites
+    return Started(run=RUN, run_id=SUMMARY.run_id, output_dir=str(folder), sites=sites, resumed_from=last)
 
 
 def drive(tracker: Tracker, folder: Path, first: int = 1, last: int = 4) -> None:
-    """Call a tracker as the round loop does, for rounds `first` to `last`."""
-    tracker.phase(0, "join")
-    tracker.start(RUN, SUMMARY.run_id, folder, SUMMARY.sites, first - 1)
+    """Tell a tracker what the round loop does, for rounds `first` to `last`."""
+    tracker(PhaseBegan(round=0, name="join"))
+    tracker(Refused(sites={"away": TIMEOUT}))
+    tracker(start(folder, first - 1))
     for done, metrics in ROUNDS[first - 1 : last]:
         for phase in ("cohort", "train", "aggregate", "evaluate", "checkpoint"):
-            tracker.phase(done.round, phase)
-        tracker.round(done, metrics)
-
-
-def test_it_is_a_tracker(make: Callable[[], Tracker]) -> None:
-    assert isinstance(make(), Tracker)
+            tracker(PhaseBegan(round=done.round, name=phase))
+            tracker(Waiting(sites={"heart": 10.0}))
+        tracker(LogMessage(level=logging.WARNING, logger="quorate", text="a warning"))
+        tracker(RoundDone(record=done, metrics=metrics))
 
 
 def test_it_takes_a_whole_run_and_can_be_used_for_the_next(
@@ -57,22 +80,23 @@ def test_it_takes_a_whole_run_and_can_be_used_for_the_next(
     tracker = make()
     for folder in (tmp_path / "one", tmp_path / "two"):
         drive(tracker, folder)
-        tracker.phase(4, "test")
-        tracker.phase(4, "outputs")
-        tracker.finish(SUMMARY)
+        tracker(PhaseBegan(round=4, name="test"))
+        tracker(PhaseBegan(round=4, name="outputs"))
+        tracker(Finished(summary=SUMMARY))
 
 
 def test_it_takes_a_resumed_run(make: Callable[[], Tracker], tmp_path: Path) -> None:
     drive(make(), tmp_path, last=2)
     tracker = make()
     drive(tracker, tmp_path, first=3)
-    tracker.finish(SUMMARY)
+    tracker(Finished(summary=SUMMARY))
 
 
 def test_it_takes_an_end_before_any_round(make: Callable[[], Tracker], tmp_path: Path) -> None:
     tracker = make()
-    tracker.phase(0, "join")
-    tracker.finish(SUMMARY.model_copy(update={"status": "quorum-not-met", "best": None, "final": None}))
+    tracker(PhaseBegan(round=0, name="join"))
+    nothing = {"status": "quorum-not-met", "best": None, "final": None}
+    tracker(Finished(summary=SUMMARY.model_copy(update=nothing)))
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -87,7 +111,7 @@ def test_tensorboard_reads_back_what_was_recorded(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     tracker = TensorboardTracker()
     drive(tracker, tmp_path)
-    tracker.finish(SUMMARY)
+    tracker(Finished(summary=SUMMARY))
     found = scalars(tmp_path)
     for done, metrics in ROUNDS:
         validation = metrics.validation
@@ -111,10 +135,10 @@ def test_tensorboard_purges_rounds_that_are_run_again(tmp_path: Path) -> None:
     drive(TensorboardTracker(), tmp_path, last=3)  # killed after round 3 was told, before it was checkpointed
     assert list(scalars(tmp_path)["seconds/train"]) == [1, 2, 3]
     tracker = TensorboardTracker()
-    tracker.start(RUN, SUMMARY.run_id, tmp_path, SUMMARY.sites, 2)
+    tracker(start(tmp_path, 2))
     assert list(scalars(tmp_path)["seconds/train"]) == [1, 2]
     for done, metrics in ROUNDS[2:]:
-        tracker.round(done, metrics)
+        tracker(RoundDone(record=done, metrics=metrics))
     assert list(scalars(tmp_path)["seconds/train"]) == [1, 2, 3, 4]
 
 

@@ -38,8 +38,8 @@ Case = tuple[str, Spoil | None, str, str]
 """What is spoilt, how, arguments, and the words of the error, separated by ` | `, in their order."""
 
 RUN_FILE: list[Case] = [
-    ("misspelt field", change("tiny.yaml", "max_steps", "max_step"), "", "tiny.yaml: training.max_step: | no such field | did you mean training.max_steps?"),
-    ("wrong type", change("tiny.yaml", "r: 4", "r: four"), "", "tiny.yaml: adapter.r: | must be a whole number | (value \"four\")"),
+    ("misspelt field", change("tiny.yaml", "max_steps", "max_step"), "", "tiny.yaml:6: training.max_step: | no such field | did you mean training.max_steps?"),
+    ("wrong type", change("tiny.yaml", "r: 4", "r: four"), "", "tiny.yaml:5: adapter.r: | must be a whole number | (value \"four\")"),
     ("YAML syntax", change("tiny.yaml", "{r: 4}", "{r: 4"), "", "tiny.yaml: line 6, column 9: | expected ',' or '}' | not valid YAML"),
     ("tab in YAML", change("tiny.yaml", "adapter: {r: 4}", "adapter:\n\tr: 4"), "", "tiny.yaml: line 6, column 1: | '\\t' | indent with spaces"),
     ("key given twice", change("tiny.yaml", "data: notes", "data: notes\ndata: other"), "", "tiny.yaml: line 4, column 1: | 'data' is given twice (first in line 3) | keep one"),
@@ -65,7 +65,7 @@ RUN_FILE: list[Case] = [
 DATA: list[Case] = [
     ("sites file absent", drop("tiny.sites.yaml"), "", "tiny.sites.yaml: there is no such file | --sites"),
     ("unknown alias", None, "data=nots", "tiny.sites.yaml: | no data 'nots'; it has notes | correct `data` in the run file"),
-    ("two sites of one name", put("tiny.sites.yaml", LISTED.replace("south,", "north,")), "", "tiny.sites.yaml: data.notes: site name 'north' is given twice | a name of its own"),
+    ("two sites of one name", put("tiny.sites.yaml", LISTED.replace("south,", "north,")), "", "tiny.sites.yaml:1: data.notes: site name 'north' is given twice | a name of its own"),
     ("two sites of one name in a partition", change("tiny.sites.yaml", "south", "north"), "", "data.notes.partition.sites: site name 'north' is given twice"),
     ("name of a site", change("tiny.sites.yaml", "south", "'../south'"), "", "data.notes.partition.sites[1] | letters, digits | \"../south\""),
     ("more sites than rows", change("tiny.sites.yaml", "[north, south]", "900"), "", "has no training rows: 40 rows over 900 sites | use fewer sites or more rows"),
@@ -75,7 +75,7 @@ DATA: list[Case] = [
     ("variable that is not set", change("tiny.sites.yaml", "notes.csv", "'${QUORATE_NOSUCH}/n.csv'"), "", "data.notes: source: environment variable QUORATE_NOSUCH is not set | export QUORATE_NOSUCH"),
     ("source absent", drop("notes.csv"), "", "data.notes: source: notes.csv does not exist | correct the path"),
     ("template with an absent column", change("tiny.sites.yaml", "notes.csv,", "notes.csv, template: 'age {age}',"), "", "notes.csv:2: column 'age' is missing | the data have: text, label | correct the template"),
-    ("template that is not closed", change("tiny.sites.yaml", "notes.csv,", "notes.csv, template: 'age {age',"), "", "tiny.sites.yaml: data.notes: template: expected '}' | write {column}"),
+    ("template that is not closed", change("tiny.sites.yaml", "notes.csv,", "notes.csv, template: 'age {age',"), "", "tiny.sites.yaml:1: data.notes: template: expected '}' | write {column}"),
     ("label mapped to none of the run's", change("tiny.sites.yaml", "notes.csv,", "notes.csv, labels: {x: lungs},"), "", "labels: 'x' is mapped to 'lungs' | its labels are cardiac, hepatic, pulmonary | Correct the mapping"),
     ("label that the run does not list", put("notes.csv", csv([*ROWS, ("scan", "lungs")])), "", "tiny.sites.yaml: data.notes: notes.csv:62: column 'label': label 'lungs' | its labels are cardiac, hepatic, pulmonary | Map it with `labels`"),
     ("several labels in a run with one", line(text="scan", label=["cardiac"]), "", "notes.jsonl:61: label holds a list of labels | set task.problem_type: multi_label_classification"),
@@ -175,7 +175,7 @@ def test_several_problems_are_a_line_each(folder: Path) -> None:
     change("tiny.yaml", "max_steps", "max_step")(folder)
     said = command("simulate", "tiny.yaml", "seed=-1", "adapter.r=0")
     assert said.code == 2
-    starts = ["ConfigError: tiny.yaml: seed ", "tiny.yaml: adapter.r ", "tiny.yaml: training.max_step:"]
+    starts = ["ConfigError: tiny.yaml: seed ", "tiny.yaml: adapter.r ", "tiny.yaml:6: training.max_step:"]
     assert all(line.startswith(start) for line, start in zip(said.err.splitlines(), starts, strict=True))
 
 

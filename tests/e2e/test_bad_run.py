@@ -27,6 +27,7 @@ from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.server.rounds import loop
 from quorate.server.rounds.run import alone_in
+from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.records import Summary
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.protocol.messages import Update
@@ -174,6 +175,27 @@ def test_a_tracker_that_cannot_write_is_named_and_the_run_goes_on(folder: Path) 
     assert "TensorboardTracker failed in start" in line and "the run goes on without it" in line
 
 
+def test_a_run_that_cannot_write_its_events_ends_and_goes_on_where_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.save_checkpoint
+
+    def in_the_way(output_dir: Path, state: Any, progress: Any, keep: int, **options: Any) -> Path:
+        if progress.round == 2:
+            (output_dir / EVENTS_FILE).rename(output_dir / "aside")
+            (output_dir / EVENTS_FILE).mkdir()
+        return real(output_dir, state, progress, keep, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save_checkpoint", in_the_way)
+        said = command("simulate", "tiny.yaml", "-o", "out")
+    assert said.code == 2
+    assert_one_error(said.err, "OutputError: cannot write out/events.jsonl: | --resume")
+    (folder / "out" / EVENTS_FILE).rmdir()
+    (folder / "out" / "aside").rename(folder / "out" / EVENTS_FILE)
+    assert_goes_on(folder)
+
+
 def test_a_full_disk_is_one_error_and_the_run_goes_on_where_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +219,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_where_it_was(
     assert_goes_on(folder)
 
 
-SPACE = {32: "record.jsonl", 52: "checkpoint-2", 68: "adapter", 88: "summary.json", 108: "report.html"}
+SPACE = {36: "record.jsonl", 56: "checkpoint-2", 80: "adapter", 100: "summary.json", 128: "report.html"}
 """Size of the disk [KiB] -> what no longer fits on it; a few KiB more or less make it a neighbour of it."""
 ON_SMALL_DISKS = """
 import json, shutil, subprocess, sys

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from cli_forks import Ended, Point
-from moments import APPEND, MEASURE, PHASES, REPLACE, RULE, STEP, WRITES
+from moments import APPEND, MEASURE, PHASES, REPLACE, RULE, SHOW, STEP, WRITES
 from tiny_runs import CASES, ROUNDS, TinyRuns
 
 from quorate.server.rounds.checkpoint import list_checkpoints
@@ -73,7 +73,7 @@ def test_a_resumed_run_that_is_killed_again(runs: TinyRuns) -> None:
         (Point(STEP, 2, "train", nth=3), 1),
         (Point(APPEND, 2, "checkpoint", file="metrics.jsonl", when="torn"), 2),
         (Point(MEASURE, 3, "evaluate", nth=3), 2),
-        (Point("quorate.deploy.console:ConsoleTracker.finish", 3, "outputs"), 3),
+        (Point(SHOW, 3, "outputs", nth=2), 3),
     ]
     for point, finished in stops:
         killed = runs.simulate("fedavg", "again", "--resume", at=point)

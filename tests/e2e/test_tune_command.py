@@ -15,6 +15,7 @@ import pytest
 
 from quorate.client.privacy.units import plan_of
 from quorate.deploy.cli import run
+from quorate.server.tracking.events import EVENTS_FILE, EventsReader
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.privacy_event import PrivacyEvent
@@ -174,6 +175,8 @@ def test_a_trial_that_falls_behind_is_stopped(folder: Path) -> None:
     assert [each.state for each in result.trials] == ["done", "stopped early"]
     assert result.best == result.trials[0]
     assert [rounds_of(folder, "out", each) for each in result.trials] == [ROUNDS, 1]
+    told = [EventsReader(folder / f"out/trials/{name}" / EVENTS_FILE).read() for name in ("000", "001")]
+    assert [sum(each.event == "round" for each in events) for events in told] == [ROUNDS, 1]
 
 
 @pytest.mark.slow

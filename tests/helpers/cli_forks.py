@@ -143,14 +143,15 @@ def _child(arguments: Sequence[str], point: Point | None) -> None:
 def _arm(point: Point) -> None:
     """Have this process send itself the signal when the run comes to the point."""
     from quorate.server.rounds.run import Run
+    from quorate.server.tracking.events import Event, PhaseBegan
 
     where: list[Any] = [None, None]
     real_tell = Run.tell
 
-    def tell(self: Run, event: str, *arguments: Any) -> None:
-        if event == "phase":
-            where[:] = arguments
-        real_tell(self, event, *arguments)
+    def tell(self: Run, event: Event) -> None:
+        if isinstance(event, PhaseBegan):
+            where[:] = event.round, event.name
+        real_tell(self, event)
 
     Run.tell = tell  # type: ignore[method-assign]
     module, _, names = point.target.partition(":")
@@ -194,6 +195,9 @@ class _Torn:
 
     def __exit__(self, *error: object) -> None:
         self._stream.close()
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
 
     def write(self, content: Any) -> None:
         self._stream.write(content[: len(content) // 2])

@@ -7,6 +7,7 @@ from cli_forks import Point
 STEP = "quorate.client.trainer.fit:_step"
 MEASURE = "quorate.client.site.site:evaluate"
 OPEN, APPEND = "quorate.shared.process.files:opened", "quorate.server.rounds.run:opened"
+APPEND_EVENT, SHOW = "quorate.server.tracking.events:opened", "quorate.deploy.console:ConsoleTracker.__call__"
 RENAME, REPLACE = "pathlib:Path.rename", "pathlib:Path.replace"
 
 PHASES: dict[str, tuple[Point, int]] = {
@@ -34,7 +35,8 @@ WRITES: dict[str, tuple[Point, int]] = {
     "half-a-progress": (Point(OPEN, 2, "checkpoint", file="progress.json", when="torn"), 1),
     "between-the-lines": (Point(APPEND, 2, "checkpoint", file="metrics.jsonl"), 2),
     "half-the-metrics": (Point(APPEND, 2, "checkpoint", file="metrics.jsonl", when="torn"), 2),
-    "after-the-lines": (Point("quorate.deploy.console:ConsoleTracker.round", 2, "checkpoint"), 2),
+    "half-an-event": (Point(APPEND_EVENT, 2, "checkpoint", nth=2, when="torn"), 2),
+    "after-the-lines": (Point(SHOW, 2, "checkpoint", nth=2), 2),
     "last-rename": (Point(RENAME, 3, "checkpoint", file=".checkpoint-3.tmp", when="after"), 3),
     "last-record": (Point(APPEND, 3, "checkpoint", file="record.jsonl", when="torn"), 3),
     "before-the-adapter": (Point(RENAME, 3, "outputs", file=".adapter.tmp"), 3),

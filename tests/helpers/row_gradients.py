@@ -75,8 +75,8 @@ def kept(
     shares = [
         Share(position, encoded(run, model, rows), torch.Generator()) for position, rows in enumerate(sites)
     ]
-    with training_mode(model, stack, run, seed=0):
-        per_sample = backward_by_row(model, stack, run, shares)
+    with training_mode(stack, run, seed=0):
+        per_sample = backward_by_row(stack, run, shares)
     return [per_sample.of_site(stack.arrays, at, len(rows)) for at, rows in enumerate(sites)]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from cli_forks import Ended, Forks
 
+from quorate.server.tracking.events import EVENTS_FILE, EventsReader, Finished, RoundDone, Started
+
 ROUNDS = 3
 RUN = """
 name: tiny
@@ -30,6 +32,12 @@ CASES = {
     "two checkpoints": ("save_total_limit=2",),
     "references": ("evaluation.references=[local_only,centralised]",),
 }
+
+TIMED = ("events.jsonl", "progress.json", "SHA256SUMS", "report.html")
+"""What a run writes with the time in it: what these files say is not compared. `events.jsonl` also keeps the
+beginning of a run that was killed, and tells its start again."""
+PARTLY_TIMED = ("record.jsonl", "metrics.jsonl", "summary.json")
+"""Those that are compared without what the clock decides."""
 
 End = dict[str, Any]
 
@@ -80,6 +88,22 @@ class TinyRuns:
         assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= end.keys()
         assert end["files"] == whole["files"]
         assert [name for name in whole if end[name] != whole[name]] == []
+        self.check_told(out)
+
+    def check_told(self, out: str) -> None:
+        """Read the events of a run that came to its end: whole lines, however often it was stopped."""
+        events = EventsReader(self.folder / out / EVENTS_FILE).read()
+        last = 0
+        for each in events:
+            if isinstance(each, Started):
+                last = each.resumed_from
+            elif isinstance(each, RoundDone):
+                assert each.record.round == last + 1, "rounds follow on from their start"
+                last += 1
+        assert last == ROUNDS
+        assert isinstance(events[-1], Finished)
+        told, written = events[-1].summary, (self.folder / out / "summary.json").read_text()
+        assert told.model_dump_json(indent=2) + "\n" == written
 
     def close(self) -> None:
         """End the forking process."""
@@ -87,11 +111,14 @@ class TinyRuns:
 
 
 def end_of(out: Path) -> End:
-    """All that a run leaves but run ids and what the clock decides (updates travel with their seconds)."""
+    """All that a run leaves but run ids and what the clock decides (updates travel with their seconds).
+
+    Every file but TIMED is compared, whole unless it is one of PARTLY_TIMED.
+    """
     files = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
     end: End = {"files": list(map(str, files))}
     for path in files:
-        if path.parts[0] == "adapter" or path.name in ("run.yaml", "state.safetensors"):
+        if path.name not in (*TIMED, *PARTLY_TIMED):
             end[str(path)] = (out / path).read_bytes()
     for name in ("record.jsonl", "metrics.jsonl"):
         end[name] = [json.loads(line) for line in (out / name).read_text().splitlines()]

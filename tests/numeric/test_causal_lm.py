@@ -62,7 +62,7 @@ def train(run: Any, sites: dict[str, list[Row]], starts: list[Adapter] | None = 
             sites, encoded, starts or [noisy(model.initial, 0)] * len(sites), strict=True
         )
     ]
-    return fit(model, stack, run, 1, tasks, frozenset(model.initial), ignore_step)
+    return fit(stack, run, 1, tasks, frozenset(model.initial), ignore_step)
 
 
 def batch_of(run: Any, model: Any, rows: list[Row]) -> Batch:
@@ -268,7 +268,7 @@ def test_an_evaluation_counts_tokens(folder: Any) -> None:
                     losses -= float(logits[at - 1].log_softmax(0)[label])
                     right += int(logits[at - 1].argmax() == label)
                     tokens += 1
-    outcomes = evaluate(model, AdapterStack.install(model), run, model.initial, examples)
+    outcomes = evaluate(AdapterStack.install(model), run, model.initial, examples)
     run.task.check_outcomes(outcomes)
     found = run.task.metrics(outcomes)
     assert (outcomes.rows, outcomes.units) == (len(rows), tokens)
@@ -323,9 +323,9 @@ def test_a_trained_model_starts_from_its_known_loss_and_learns() -> None:
     held_out = run.task.encode(rows[:30], model.processor)
     examples = run.task.weigh(run.task.encode(rows[30:], model.processor))
     stack = AdapterStack.install(model)
-    before = run.task.metrics(evaluate(model, stack, run, model.initial, held_out))["loss"]
+    before = run.task.metrics(evaluate(stack, run, model.initial, held_out))["loss"]
     task = SiteTask("a", examples, model.initial)
-    (fitted,) = fit(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
-    after = run.task.metrics(evaluate(model, stack, run, fitted.adapter, held_out))["loss"]
+    (fitted,) = fit(stack, run, 1, [task], frozenset(model.initial), ignore_step)
+    after = run.task.metrics(evaluate(stack, run, fitted.adapter, held_out))["loss"]
     assert before == pytest.approx(4.06, abs=0.2)
     assert after < before - 0.5

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from scipy import stats
 from torch import Tensor, nn
 
+from quorate.client.trainer.dp.per_sample import PerSample
 from quorate.client.trainer.dropout import draw_keys, keep_probability, kept
-from quorate.client.trainer.stack import AdapterStack, Layout, StackedDropout, StackedLinear
+from quorate.client.trainer.stack import AdapterStack, InFlight, Layout, StackedDropout, StackedLinear
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import AdapterError
 from quorate.shared.model.lora_model import LoadedModel
@@ -103,10 +104,14 @@ def gradients(lengths: list[int], sites: list[int], counts: list[int]) -> dict[i
         images[place, :count] = torch.randn(count, IMAGE_TOKENS, WIDTH, generator=draw)
         real[place, :count, :length] = 1
         present[place, :count] = 1
-    stack.layout.sites, stack.layout.rows = tuple(range(len(sites))), tuple(counts[i] for i in sites)
-    stack.layout.generators = tuple(generator(site) for site in sites)
-    losses = model.peft(texts.flatten(0, 1), images.flatten(0, 1), real.flatten(0, 1))
-    (losses.view(len(sites), most) * present).sum().backward()
+    layout = Layout(
+        sites=tuple(range(len(sites))),
+        rows=tuple(counts[i] for i in sites),
+        generators=tuple(generator(site) for site in sites),
+    )
+    with stack.batch(layout):
+        losses = model.peft(texts.flatten(0, 1), images.flatten(0, 1), real.flatten(0, 1))
+        (losses.view(len(sites), most) * present).sum().backward()
     return {
         site: {name: p.grad[place] for name, p in stack.arrays.items() if p.grad is not None}
         for place, site in enumerate(sites)
@@ -133,7 +138,7 @@ def test_a_model_of_two_lengths_is_the_same_stacked_or_alone(lengths: list[int])
 def test_every_entry_of_a_row_may_be_dropped_whatever_its_first_axis_holds() -> None:
     """Windows of an image, or tokens, may stand beside rows in the first axis."""
     rows, windows = 3, 40
-    layout = Layout(rows=(rows,), generators=(generator(0),))
+    layout = InFlight(Layout(rows=(rows,), generators=(generator(0),)))
     found = StackedDropout(P, layout)(torch.ones(rows * windows, WIDTH)).view(rows, -1)
     dropped = (found == 0).double().mean(dim=1)
     assert ((dropped > 0.3) & (dropped < 0.7)).all()
@@ -142,13 +147,45 @@ def test_every_entry_of_a_row_may_be_dropped_whatever_its_first_axis_holds() -> 
 def test_a_layer_whose_input_is_not_made_of_rows_is_one_sites_alone() -> None:
     """A table of positions stands for all rows at once."""
     positions = torch.ones(1, 12, WIDTH)
-    layout = Layout(rows=(4,), generators=(generator(0),))
-    assert (StackedDropout(P, layout)(positions) == 0).any()
-    linear = StackedLinear(nn.Linear(WIDTH, 2), layout)
+    in_flight = InFlight(Layout(rows=(4,), generators=(generator(0),)))
+    assert (StackedDropout(P, in_flight)(positions) == 0).any()
+    linear = StackedLinear(nn.Linear(WIDTH, 2), in_flight)
     assert linear(positions).shape == (1, 12, 2)
-    linear.weight.data, layout.sites = torch.ones(2, 2, WIDTH), (0, 1)
+    linear.weight.data = torch.ones(2, 2, WIDTH)
     linear.bias = None
-    layout.rows, layout.generators = (4, 3), (generator(0), generator(1))
-    for layer in (linear, StackedDropout(P, layout)):
+    in_flight.layout = Layout((0, 1), (4, 3), generators=(generator(0), generator(1)))
+    for layer in (linear, StackedDropout(P, in_flight)):
         with pytest.raises(AdapterError, match="max_stack: 1"):
             layer(positions)
+
+
+def test_a_row_of_two_sequences_drops_together_what_it_drops_alone() -> None:
+    """A pair to compare is one row: site-major, and the two sequences of a row one after the other."""
+    counts, sequences = (3, 2), 2
+    most = max(counts)
+    x = torch.ones(len(counts) * most * sequences, 7, WIDTH)
+    both = Layout((0, 1), counts, sequences, generators=(generator(0), generator(1)))
+    together = StackedDropout(P, InFlight(both))(x).view(len(counts), most * sequences, 7, WIDTH)
+    for site, count in enumerate(counts):
+        one = Layout((0,), (count,), sequences, generators=(generator(site),))
+        alone = StackedDropout(P, InFlight(one))(x[: count * sequences])
+        assert torch.equal(together[site, : count * sequences], alone)
+        masks = {tuple((each == 0).flatten().tolist()) for each in alone}
+        assert len(masks) == count * sequences, "each sequence has a mask of its own"
+
+
+def test_pairs_are_rows_of_the_privacy_of_a_stack() -> None:
+    """The two sequences of a row have one gradient, which is what is clipped."""
+    rows, sequences = 3, 2
+    torch.manual_seed(0)
+    kept = PerSample(rows)
+    in_flight = InFlight(Layout((0,), (rows,), sequences, per_sample=kept))
+    layer = StackedLinear(nn.Linear(WIDTH, 2, bias=False), in_flight)
+    x = torch.randn(rows * sequences, 5, WIDTH)
+    layer(x).square().sum().backward()
+    found = kept.of_site({"weight": layer.weight}, 0, rows)["weight"]
+    in_flight.layout = Layout((0,))
+    for row in range(rows):
+        pair = x[row * sequences : (row + 1) * sequences]
+        (expected,) = torch.autograd.grad(layer(pair).square().sum(), [layer.weight])
+        torch.testing.assert_close(found[row], expected[0])

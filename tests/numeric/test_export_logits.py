@@ -128,10 +128,10 @@ def simulated(run: RunConfig, folder: Path, names: list[str]) -> Case:
     calls: list[tuple[list[Any], np.ndarray]] = []
     original = evaluate.forward
 
-    def recording(model: Any, stack: Any, run: Any, adapter: Any, examples: Any) -> Iterator[Any]:
+    def recording(stack: Any, run: Any, adapter: Any, examples: Any) -> Iterator[Any]:
         found = np.full((len(examples), len(LABELS)), np.nan, dtype=np.float32)
         calls.append((examples, found))
-        for indices, batch, logits in original(model, stack, run, adapter, examples):
+        for indices, batch, logits in original(stack, run, adapter, examples):
             found[indices] = logits.numpy()
             yield indices, batch, logits
 
@@ -213,7 +213,7 @@ def test_the_residual_is_part_of_the_model(cases: dict[str, Case], name: str) ->
 
     def logits(residual: Adapter) -> np.ndarray:
         model.set_residual(residual)
-        batches = list(evaluate.forward(model, stack, case.run, case.best.adapter, examples))
+        batches = list(evaluate.forward(stack, case.run, case.best.adapter, examples))
         found = np.empty_like(case.logits)
         for indices, _, part in batches:
             found[indices] = part.numpy()

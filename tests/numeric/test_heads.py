@@ -31,7 +31,7 @@ def train(run: Any, sites: dict[str, list[Any]]) -> list[Any]:
     tasks = [
         SiteTask(name, run.task.encode(rows, model.processor), model.initial) for name, rows in sites.items()
     ]
-    return [f.adapter for f in fit(model, stack, run, 1, tasks, frozenset(model.initial), ignore_step)]
+    return [f.adapter for f in fit(stack, run, 1, tasks, frozenset(model.initial), ignore_step)]
 
 
 def difference(one: Any, other: Any) -> float:

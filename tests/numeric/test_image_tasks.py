@@ -60,7 +60,7 @@ def train(run: Any, sites: dict[str, list[Row]], starts: list[Adapter]) -> list[
         SiteTask(name, run.task.weigh(run.task.encode(of, model.processor)), start)
         for (name, of), start in zip(sites.items(), starts, strict=True)
     ]
-    return fit(model, stack, run, 1, tasks, frozenset(model.initial), ignore_step)
+    return fit(stack, run, 1, tasks, frozenset(model.initial), ignore_step)
 
 
 @pytest.mark.parametrize("architecture", small.ARCHITECTURES)
@@ -145,10 +145,10 @@ def test_statistics_of_batchnorm_stay_and_rows_do_not_mix(resnet: Path, rows: An
     task = SiteTask("north", run.task.encode(rows["north"], model.processor), noisy(model.initial, 0))
     before = {name: buffer.clone() for name, buffer in model.peft.named_buffers()}
     assert any("running_mean" in name and buffer.abs().sum() > 0 for name, buffer in before.items())
-    fit(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
+    fit(stack, run, 1, [task], frozenset(model.initial), ignore_step)
     after = dict(model.peft.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items())
-    with training_mode(model, stack, run, seed=0):
+    with training_mode(stack, run, seed=0):
         together = logits(model, run, task.examples[:5])
         alone = torch.cat([logits(model, run, [example]) for example in task.examples[:5]])
     torch.testing.assert_close(together, alone, rtol=0, atol=TOLERANCE)
@@ -174,7 +174,7 @@ def test_a_small_resnet_with_random_weights_learns_through_its_convolutions(
     losses: list[float] = []
     lora_only = frozenset(name for name in model.initial if ".lora_" in name)
     task = SiteTask("north", examples, model.initial)
-    fit(model, stack, run, 1, [task], lora_only, lambda event: losses.append(event.loss))
+    fit(stack, run, 1, [task], lora_only, lambda event: losses.append(event.loss))
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
 
@@ -283,7 +283,7 @@ def test_a_number_can_be_read_off_an_image(resnet: Path, rows: Any, tmp_path: Pa
     model = load_model(config)
     task = SiteTask("north", config.task.encode(numbers, model.processor), model.initial)
     stack = AdapterStack.install(model)
-    fit(model, stack, config, 1, [task], frozenset(model.initial), lambda event: losses.append(event.loss))
+    fit(stack, config, 1, [task], frozenset(model.initial), lambda event: losses.append(event.loss))
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 

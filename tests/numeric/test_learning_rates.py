@@ -38,7 +38,7 @@ def train(run: Any, sites: dict[str, list[Any]], start: Adapter, round: int = 1)
         SiteTask(name, run.task.weigh(run.task.encode(rows, model.processor)), start)
         for name, rows in sites.items()
     ]
-    return [f.adapter for f in fit(model, stack, run, round, tasks, frozenset(start), ignore_step)]
+    return [f.adapter for f in fit(stack, run, round, tasks, frozenset(start), ignore_step)]
 
 
 def by_hand(factor: Any) -> Any:

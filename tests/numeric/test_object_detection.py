@@ -160,9 +160,9 @@ def test_stacked_sites_end_where_sites_alone_end(make_run_of: Any, tmp_path: Pat
         for name, rows, seed in (("a", 7, 0), ("b", 4, 1), ("c", 5, 2))
     ]
     trainable = frozenset(model.initial)
-    together = fit(model, stack, run, 1, sites, trainable, ignore_step)
+    together = fit(stack, run, 1, sites, trainable, ignore_step)
     for site, stacked in zip(sites, together, strict=True):
-        alone = fit(model, stack, run, 1, [site], trainable, ignore_step)[0]
+        alone = fit(stack, run, 1, [site], trainable, ignore_step)[0]
         for name, array in alone.adapter.items():
             np.testing.assert_allclose(stacked.adapter[name], array, atol=1e-5)
         moved = alone.adapter.minus(model.initial).l2_norm
@@ -187,12 +187,12 @@ def test_map_of_sites_is_pycocotools_own(make_run_of: Any, tmp_path: Path) -> No
     site = SiteTask("a", [e for each in encoded.values() for e in each], model.initial)
     quick = run.training.model_copy(update={"max_steps": 150})
     longer = run.model_copy(update={"training": quick})
-    adapter = fit(model, stack, longer, 1, [site], frozenset(model.initial), ignore_step)[0].adapter
-    measured = {name: evaluate(model, stack, run, adapter, each) for name, each in encoded.items()}
+    adapter = fit(stack, longer, 1, [site], frozenset(model.initial), ignore_step)[0].adapter
+    measured = {name: evaluate(stack, run, adapter, each) for name, each in encoded.items()}
     for each in measured.values():
         run.task.check_outcomes(each)
     found = summarise(run.task, "test", measured, intervals=True).pooled
-    theirs = _coco(run, model, stack, adapter, sites, encoded)
+    theirs = _coco(run, stack, adapter, sites, encoded)
     ours = [found[name] for name in ("map", "map_50", "map_75")]
     assert ours == pytest.approx(theirs[:3].tolist(), abs=1e-3), "scores are rounded to 1/10000"
     assert ours[1] > 0.01, "something must be found for this to prove anything"
@@ -202,7 +202,7 @@ def test_map_of_sites_is_pycocotools_own(make_run_of: Any, tmp_path: Path) -> No
     assert found["map"] == pytest.approx(np.nanmean([each["ap"] for each in found["per_class"].values()]))
 
 
-def _coco(run: Any, model: Any, stack: Any, adapter: Any, sites: Any, encoded: Any) -> Any:
+def _coco(run: Any, stack: Any, adapter: Any, sites: Any, encoded: Any) -> Any:
     everything = run.task.model_copy(update={"shown_threshold": 0.0})
     truth, results, boxes = COCO(), [], []
     images = [(name, index) for name, rows in sites.items() for index in range(len(rows))]
@@ -219,8 +219,8 @@ def _coco(run: Any, model: Any, stack: Any, adapter: Any, sites: Any, encoded: A
                         "iscrowd": 0,
                     }
                 )
-        for indices, batch, logits in forward(model, stack, run, adapter, encoded[name]):
-            said = everything.predictions(logits, batch, model.processor)
+        for indices, batch, logits in forward(stack, run, adapter, encoded[name]):
+            said = everything.predictions(logits, batch, stack.model.processor)
             for index, each in zip(indices, said, strict=True):
                 results += [
                     {
@@ -412,9 +412,9 @@ def test_detr_is_of_the_same_family(tmp_path: Path) -> None:
     stack = AdapterStack.install(model)
     examples = run.task.encode(make_rows(tmp_path / "images", 4, 0), model.processor)
     site = SiteTask("a", examples, model.initial)
-    fitted = fit(model, stack, run, 1, [site], frozenset(model.initial), ignore_step)[0]
+    fitted = fit(stack, run, 1, [site], frozenset(model.initial), ignore_step)[0]
     assert fitted.adapter.minus(model.initial).l2_norm > 0
-    assert evaluate(model, stack, run, fitted.adapter, examples).rows == 4
+    assert evaluate(stack, run, fitted.adapter, examples).rows == 4
 
 
 @pytest.mark.slow

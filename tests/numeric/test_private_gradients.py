@@ -20,7 +20,7 @@ from quorate.client.data.mapping import RowMapper
 from quorate.client.trainer.dp.per_sample import PerSample
 from quorate.client.trainer.dp.row_isolation import check_batch_statistics, check_rows_apart
 from quorate.client.trainer.passes import training_mode
-from quorate.client.trainer.stack import AdapterStack, Layout, StackedConv2d, StackedLinear
+from quorate.client.trainer.stack import AdapterStack, InFlight, Layout, StackedConv2d, StackedLinear
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import ModelError
@@ -326,7 +326,7 @@ def test_a_row_counted_twice_is_caught(case: MakeCase, monkeypatch: pytest.Monke
 def prove(run: RunConfig, rows: list[Row]) -> AdapterStack:
     model = load_model(run)
     stack = AdapterStack.install(model)
-    check_rows_apart(model, stack, run, "a", run.task.encode(rows, model.processor))
+    check_rows_apart(stack, run, "a", run.task.encode(rows, model.processor))
     return stack
 
 
@@ -346,11 +346,11 @@ def test_batch_statistics_are_refused(case: MakeCase) -> None:
     norms[0].train()
     with pytest.raises(ModelError, match=r"\(BatchNorm2d\) is in training mode.*choose a base model"):
         check_batch_statistics(model)
-    with training_mode(model, stack, run, seed=0):
+    with training_mode(stack, run, seed=0):
         check_batch_statistics(model)  # the trainer's own mode puts it right
     norms[0].running_mean = norms[0].running_var = None  # then even eval mode looks at the batch
     with pytest.raises(ModelError, match=r"keeps no running statistics"):
-        check_rows_apart(model, stack, run, "a", examples)
+        check_rows_apart(stack, run, "a", examples)
 
 
 # The layers by themselves.
@@ -361,8 +361,9 @@ def test_batch_statistics_are_refused(case: MakeCase) -> None:
 def test_a_layer_used_several_times_and_checkpointed(shape: tuple[int, ...], reentrant: bool) -> None:
     sites, rows = 3, 4
     torch.manual_seed(0)
-    layout = Layout((0, 1, 2))
-    layer = StackedLinear(nn.Linear(5, 5), layout).double()
+    per_sample = PerSample(rows)
+    in_flight = InFlight(Layout((0, 1, 2), per_sample=per_sample))
+    layer = StackedLinear(nn.Linear(5, 5), in_flight).double()
     layer.weight = nn.Parameter(torch.randn(sites, 5, 5, dtype=torch.float64))
     layer.bias = nn.Parameter(torch.randn(sites, 5, dtype=torch.float64))
     x = torch.randn(sites * rows, *shape, dtype=torch.float64, requires_grad=True)
@@ -370,13 +371,12 @@ def test_a_layer_used_several_times_and_checkpointed(shape: tuple[int, ...], ree
     def twice(x: torch.Tensor) -> torch.Tensor:
         return layer(torch.tanh(layer(x)))
 
-    per_sample = layout.per_sample = PerSample(rows)
     checkpoint(twice, x, use_reentrant=reentrant).square().sum().backward()
     assert layer.weight.grad is None and layer.bias.grad is None
-    given, layout.per_sample = x.grad, None
+    given = x.grad
     arrays = {"weight": layer.weight, "bias": layer.bias}
     for site in range(sites):
-        layout.sites = (site,)
+        in_flight.layout = Layout((site,))
         found = per_sample.of_site(arrays, site, rows)
         for row in range(rows):
             part = x.detach()[site * rows + row][None].requires_grad_()
@@ -403,8 +403,9 @@ def test_convolutions_of_any_geometry(geometry: str, sites: tuple[int, ...], mem
     rows = 3
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, **GEOMETRIES[geometry]).double()
-    layout = Layout(sites)
-    layer = StackedConv2d(conv, layout)
+    per_sample = PerSample(rows)
+    in_flight = InFlight(Layout(sites, per_sample=per_sample))
+    layer = StackedConv2d(conv, in_flight)
     for name, array in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(torch.randn(3, *array.shape[1:], dtype=torch.float64)))
     x = (
@@ -412,12 +413,10 @@ def test_convolutions_of_any_geometry(geometry: str, sites: tuple[int, ...], mem
         .to(memory_format=memory)
         .requires_grad_()
     )
-    per_sample = layout.per_sample = PerSample(rows)
     layer(x).square().sum().backward()
-    layout.per_sample = None
     arrays = dict(layer.named_parameters())
     for at, site in enumerate(sites):
-        layout.sites = (site,)
+        in_flight.layout = Layout((site,))
         found = per_sample.of_site(arrays, at, rows)
         for row in range(rows):
             part = x.detach()[at * rows + row][None].requires_grad_()
@@ -428,7 +427,7 @@ def test_convolutions_of_any_geometry(geometry: str, sites: tuple[int, ...], mem
 
 
 def test_a_layer_that_sees_another_number_of_rows_is_refused() -> None:
-    layout = Layout((0,), per_sample=PerSample(4))
+    layout = InFlight(Layout((0,), per_sample=PerSample(4)))
     layer = StackedLinear(nn.Linear(3, 2), layout)
     layer(torch.zeros(8, 3)), layer(torch.zeros(4, 5, 3))  # windows or tokens of a row
     with pytest.raises(ModelError, match="mixes the rows of a batch"):

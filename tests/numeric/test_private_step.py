@@ -48,7 +48,7 @@ def train(
         SiteTask(name, run.task.encode(rows, model.processor), start, (groups or {}).get(name))
         for (name, rows), start in zip(sites.items(), starts, strict=True)
     ]
-    return fit(model, stack, run, 1, tasks, frozenset(model.initial), on_step)
+    return fit(stack, run, 1, tasks, frozenset(model.initial), on_step)
 
 
 def largest_difference(one: Adapter, other: Adapter) -> float:
@@ -91,15 +91,13 @@ def test_without_noise_and_clipping_a_private_step_is_a_plain_one(
         examples = plain.task.weigh(plain.task.encode(rows, weighed.processor))
         task = SiteTask(name, examples, start)
         model = load_model(plain)
-        expected += fit(
-            model, AdapterStack.install(model), plain, 1, [task], frozenset(model.initial), ignore_step
-        )
+        expected += fit(AdapterStack.install(model), plain, 1, [task], frozenset(model.initial), ignore_step)
     model = load_model(secret)
     tasks = [
         SiteTask(name, secret.task.weigh(secret.task.encode(rows, model.processor)), start)
         for (name, rows), start in zip(sites.items(), starts, strict=True)
     ]
-    found = fit(model, AdapterStack.install(model), secret, 1, tasks, frozenset(model.initial), ignore_step)
+    found = fit(AdapterStack.install(model), secret, 1, tasks, frozenset(model.initial), ignore_step)
     for start, one, other in zip(starts, found, expected, strict=True):
         assert one.steps == other.steps == 3
         assert largest_difference(one.adapter, start) > 1e-3
@@ -436,7 +434,7 @@ def test_private_training_leaves_no_global_generator_seeded(make_run: Any, monke
     drawn = []
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeded with at most 64 bits"))
     for _ in range(2):
-        with training_mode(model, stack, run, seed=None):
+        with training_mode(stack, run, seed=None):
             drawn.append(torch.rand(8))
     assert not torch.equal(*drawn) and torch.equal(torch.random.get_rng_state(), before)
 

@@ -83,14 +83,14 @@ def test_a_longer_row_changes_the_others_and_padding_keeps_them_apart(
     longest = run.task.longest(examples[0])
     assert run.task.length(longest) == run.task.max_length
     with caplog.at_level(logging.WARNING):
-        length = check_rows_apart(model, stack, run, "north", examples)
+        length = check_rows_apart(stack, run, "north", examples)
     assert length == run.task.max_length == stack.rows_apart["north"].length
     assert "north" in caplog.text
     stack.load([noisy(model.initial, 1)], model.initial)
-    with training_mode(model, stack, run, seed=0):
+    with training_mode(stack, run, seed=0):
         for padded, mixed in ((None, True), (length, False)):
-            alone = summed_gradient(model, stack, run, examples[:1], padded)
-            both = row_gradients(model, stack, run, [longest, examples[0]], padded)
+            alone = summed_gradient(stack, run, examples[:1], padded)
+            both = row_gradients(stack, run, [longest, examples[0]], padded)
             norm = torch.stack([each.norm() for each in alone.values()]).norm()
             moved = torch.stack([(both[name][1] - alone[name]).norm() for name in alone]).norm() / norm
             assert moved > least if mixed else moved < 1e-5
@@ -100,7 +100,7 @@ def test_a_longer_row_changes_the_others_and_padding_keeps_them_apart(
 def test_private_training_pads_every_batch(case: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, rows = case(name)
     model, stack, examples = installed(run, rows)
-    check_rows_apart(model, stack, run, "north", examples)
+    check_rows_apart(stack, run, "north", examples)
     seen: list[int] = []
     right = passes._logits
 
@@ -110,7 +110,7 @@ def test_private_training_pads_every_batch(case: Any, name: str, monkeypatch: py
 
     monkeypatch.setattr(passes, "_logits", spy)
     task = SiteTask("north", examples, model.initial)
-    fit_privately(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
+    fit_privately(stack, run, 1, [task], frozenset(model.initial), ignore_step)
     assert set(seen) == {run.task.max_length}
 
 
@@ -122,16 +122,16 @@ def test_every_site_and_every_set_of_rows_is_tried(make_run: Any, monkeypatch: p
 
     right = row_isolation._distance
 
-    def spy(model: Any, stack: Any, run: Any, rows: Any, *more: Any) -> float:
+    def spy(stack: Any, run: Any, rows: Any, *more: Any) -> float:
         tried.append([run.task.length(row) for row in rows])
-        return right(model, stack, run, rows, *more)
+        return right(stack, run, rows, *more)
 
     monkeypatch.setattr(row_isolation, "_distance", spy)
     for site, rows in (("a", examples), ("a", examples), ("b", examples[:2]), ("a", examples[1:])):
-        assert check_rows_apart(model, stack, run, site, rows) is None
+        assert check_rows_apart(stack, run, site, rows) is None
     assert tried == [[5, 11, 24], [5, 6, 24], [6, 11, 24]], "shortest, longest and full; each rows once"
     tasks = [SiteTask(name, examples, model.initial) for name in ("a", "c")]
-    fit_privately(model, stack, run, 1, tasks, frozenset(model.initial), ignore_step)
+    fit_privately(stack, run, 1, tasks, frozenset(model.initial), ignore_step)
     assert stack.rows_apart.keys() == {"a", "b", "c"}, "not the first site of a stack alone"
 
 
@@ -152,9 +152,9 @@ def test_what_padding_does_not_mend_is_refused_in_either_order(
 
     monkeypatch.setattr(SequenceClassification, "loss", leaks)
     run = make_run(privacy=PRIVACY)
-    model, stack, examples = installed(run, texts(3, 4, 9, 5))
+    _, stack, examples = installed(run, texts(3, 4, 9, 5))
     with pytest.raises(ModelError) as caught:
-        check_rows_apart(model, stack, run, "a", examples)
+        check_rows_apart(stack, run, "a", examples)
     assert caught.value.code == "model" and not stack.rows_apart
 
 

@@ -82,8 +82,8 @@ def macro_f1(run: Any, rows: list[Row], test: list[Row]) -> float:
     stack = AdapterStack.install(model)
     examples = run.task.encode(rows, model.processor)
     task = SiteTask("a", examples, model.initial)
-    (done,) = fit(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
-    outcomes = evaluate(model, stack, run, done.adapter, run.task.encode(test, model.processor))
+    (done,) = fit(stack, run, 1, [task], frozenset(model.initial), ignore_step)
+    outcomes = evaluate(stack, run, done.adapter, run.task.encode(test, model.processor))
     value: float = run.task.metrics(outcomes)["macro_f1"]
     return value
 

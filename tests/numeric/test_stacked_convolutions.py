@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quorate.client.trainer.stack import Layout, StackedConv2d, StackedDropout
+from quorate.client.trainer.stack import InFlight, Layout, StackedConv2d, StackedDropout
 from quorate.shared.errors import AdapterError
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -26,8 +26,8 @@ SITES, ROWS = 3, 2
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 
-def stack_of(layers: list[nn.Conv2d], layout: Layout) -> StackedConv2d:
-    stacked = StackedConv2d(layers[0], layout)
+def stack_of(layers: list[nn.Conv2d], in_flight: InFlight) -> StackedConv2d:
+    stacked = StackedConv2d(layers[0], in_flight)
     stacked.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
     if layers[0].bias is not None:
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
@@ -40,7 +40,7 @@ def stack_of(layers: list[nn.Conv2d], layout: Layout) -> StackedConv2d:
 def test_each_site_sees_its_own_convolution(geometry: str, sites: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(4, 8, **GEOMETRIES[geometry]).double() for _ in range(SITES)]
-    stacked = stack_of(layers, Layout(sites))
+    stacked = stack_of(layers, InFlight(Layout(sites)))
     x = torch.randn(len(sites) * ROWS, 4, 9, 11, dtype=torch.float64, requires_grad=True)
     y = stacked(x)
     weight = torch.randn_like(y)
@@ -70,9 +70,9 @@ def test_what_a_stack_cannot_do_as_the_layer_does_is_refused() -> None:
         pass
 
     with pytest.raises(AdapterError, match="a Scaled cannot be trained"):
-        StackedConv2d(Scaled(2, 2, 1), Layout())
+        StackedConv2d(Scaled(2, 2, 1), InFlight())
     with pytest.raises(AdapterError, match="padding_mode 'circular' cannot be trained"):
-        StackedConv2d(nn.Conv2d(2, 2, 3, padding_mode="circular"), Layout())
+        StackedConv2d(nn.Conv2d(2, 2, 3, padding_mode="circular"), InFlight())
 
 
 def test_dropout_of_images_is_the_same_stacked_or_alone() -> None:
@@ -82,10 +82,11 @@ def test_dropout_of_images_is_the_same_stacked_or_alone() -> None:
         return torch.Generator().manual_seed(seed)
 
     rows = (2, 1, 2)
-    layout = Layout((0, 1, 2), rows, tuple(map(generator, range(3))))
-    together = StackedDropout(0.5, layout)(x).split(ROWS)
+    layout = Layout((0, 1, 2), rows, generators=tuple(map(generator, range(3))))
+    together = StackedDropout(0.5, InFlight(layout))(x).split(ROWS)
     for seed, (count, found) in enumerate(zip(rows, together, strict=True)):
-        alone = StackedDropout(0.5, Layout((0,), (count,), (generator(seed),)))(x[:count])
+        one = Layout((0,), (count,), generators=(generator(seed),))
+        alone = StackedDropout(0.5, InFlight(one))(x[:count])
         assert torch.equal(found[:count], alone)
         assert set(alone.unique().tolist()) == {0.0, 2.0}
     assert not torch.equal(together[0], together[2])

@@ -260,7 +260,7 @@ def test_stacked_sites_are_sites_alone(make_run: Any) -> None:
             SiteTask(name, run.task.weigh(run.task.encode(sites[name], model.processor)), model.initial)
             for name in names
         ]
-        return fit(model, stack, run, 1, parts, frozenset(model.initial), ignore_step)
+        return fit(stack, run, 1, parts, frozenset(model.initial), ignore_step)
 
     start = load_model(run).initial
     for name, together in zip(sites, train(list(sites)), strict=True):

@@ -52,7 +52,7 @@ def test_stacked_sites_are_sites_alone_and_evaluation_sees_no_noise(make_run: An
 
     def train(of: Any, names: list[str]) -> list[Any]:
         tasks = [SiteTask(n, of.task.encode(sites[n], model.processor), model.initial) for n in names]
-        return [f.adapter for f in fit(model, stack, of, 1, tasks, frozenset(model.initial), ignore_step)]
+        return [f.adapter for f in fit(stack, of, 1, tasks, frozenset(model.initial), ignore_step)]
 
     together = train(run, ["a", "b"])
     for name, stacked in zip(sites, together, strict=True):
@@ -62,7 +62,7 @@ def test_stacked_sites_are_sites_alone_and_evaluation_sees_no_noise(make_run: An
     assert max(float(np.abs(dry[n] - together[0][n]).max()) for n in dry) > 1e-4, "training saw noise"
 
     figures = [
-        evaluate(model, stack, each, dry, each.task.encode(sites["a"], model.processor))
+        evaluate(stack, each, dry, each.task.encode(sites["a"], model.processor))
         for each in (run, plain, run)
     ]
     assert figures[0] == figures[1] == figures[2]

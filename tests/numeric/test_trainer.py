@@ -44,7 +44,7 @@ def train(run: Any, sites: dict[str, list[Any]], starts: list[Adapter], round: i
         SiteTask(name, examples_of(run, model, rows), start)
         for (name, rows), start in zip(sites.items(), starts, strict=True)
     ]
-    return fit(model, stack, run, round, tasks, frozenset(model.initial), ignore_step)
+    return fit(stack, run, round, tasks, frozenset(model.initial), ignore_step)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_frozen_arrays_do_not_move(make_run: Any, make_sites: Any) -> None:
     start = noisy(model.initial, 0)
     task = SiteTask("a", examples_of(run, model, make_sites(a=9)["a"]["train"]), start)
     trainable = frozenset(name for name in start if "lora_B" in name)
-    (fitted,) = fit(model, stack, run, 1, [task], trainable, ignore_step)
+    (fitted,) = fit(stack, run, 1, [task], trainable, ignore_step)
     moved = {name for name in start if not np.array_equal(start[name], fitted.adapter[name])}
     assert moved == trainable
 
@@ -183,7 +183,7 @@ def test_the_frozen_base_does_not_move(make_run: Any, make_sites: Any) -> None:
     before = {n: p.clone() for n, p in model.peft.named_parameters() if not p.requires_grad}
     stack = AdapterStack.install(model)
     task = SiteTask("a", examples_of(run, model, make_sites(a=9)["a"]["train"]), model.initial)
-    fit(model, stack, run, 1, [task], frozenset(model.initial), ignore_step)
+    fit(stack, run, 1, [task], frozenset(model.initial), ignore_step)
     after = dict(model.peft.named_parameters())
     assert before and all(torch.equal(value, after[name]) for name, value in before.items())
 

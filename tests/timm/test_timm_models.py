@@ -64,7 +64,7 @@ def test_the_loss_falls(vgg: Path, tmp_path: Path) -> None:
     losses: list[float] = []
     task = SiteTask("north", examples_of(run, model, tmp_path, 12, 0), model.initial)
     stack = AdapterStack.install(model)
-    fit(model, stack, run, 1, [task], frozenset(model.initial), lambda event: losses.append(event.loss))
+    fit(stack, run, 1, [task], frozenset(model.initial), lambda event: losses.append(event.loss))
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
@@ -77,9 +77,9 @@ def test_stacked_sites_are_sites_alone(vgg: Path, tmp_path: Path) -> None:
         for name, count in (("north", 9), ("south", 3))
     ]
     names = frozenset(model.initial)
-    together = fit(model, stack, run, 1, sites, names, ignore_step)
+    together = fit(stack, run, 1, sites, names, ignore_step)
     for site, fitted in zip(sites, together, strict=True):
-        (alone,) = fit(model, stack, run, 1, [site], names, ignore_step)
+        (alone,) = fit(stack, run, 1, [site], names, ignore_step)
         moved = [np.abs(fitted.adapter[name] - site.start[name]).max() for name in names]
         assert max(moved) > 1e-3, "nothing was trained"
         assert max(np.abs(alone.adapter[n] - fitted.adapter[n]).max() for n in names) < 1e-5

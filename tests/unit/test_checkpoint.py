@@ -20,6 +20,7 @@ from quorate.server.results.outputs import best_state
 from quorate.server.rounds.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, RUN_FILE, Run, read_jsonl
+from quorate.server.tracking.events import Event, PhaseBegan, RoundDone
 from quorate.server.tracking.records import RoundMetrics, RoundRecord
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.peft_export import as_lora
@@ -234,20 +235,11 @@ class Stop:
     def __init__(self, round: int, name: str, action: Callable[[], None]) -> None:
         self.when, self.action = (round, name), action
 
-    def refused(self, *_: Any) -> None: ...
-
-    def start(self, *_: Any) -> None: ...
-
-    def finish(self, *_: Any) -> None: ...
-
-    def waiting(self, *_: Any) -> None: ...
-
-    def phase(self, round: int, name: str) -> None:
-        if (round, name) == self.when:
+    def __call__(self, event: Event) -> None:
+        now = (event.round, event.name) if isinstance(event, PhaseBegan) else None
+        now = (event.record.round, "round") if isinstance(event, RoundDone) else now
+        if now == self.when:
             self.action()
-
-    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
-        self.phase(record.round, "round")
 
 
 def interrupt() -> None:
@@ -448,7 +440,7 @@ def test_another_run_is_not_resumed(play: Any) -> None:
     assert (run.output_dir / RUN_FILE).exists()
 
 
-@pytest.mark.parametrize("name", ["adapter", "record.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["adapter", "record.jsonl", "events.jsonl", "summary.json"])
 def test_what_another_program_left_is_not_written_over(play: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).mkdir(parents=True)
     for resume in (False, True):

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from quorate.client.policy.site_config import SiteConfig
+from quorate.client.policy.site_config import ConnectionConfig, SiteConfig
 from quorate.server.federation.folder import FederationConfig
 from quorate.shared.config.config_model import ConfigModel
-from quorate.shared.config.dialect import MAX_BYTES, parse, write_mapping
+from quorate.shared.config.dialect import MAX_BYTES, MAX_VALUES, parse, read_mapping, write_mapping
 from quorate.shared.config.fields import Node, root
 from quorate.shared.config.load import load_run, load_sites_file, schema
-from quorate.shared.config.read import dump_yaml
+from quorate.shared.config.read import dump_yaml, load_file
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.config.sites_config import SitesConfig
 from quorate.shared.errors import ConfigError
+from quorate.simulations.tuning.space import SpaceConfig
 
 BASE: dict[str, Any] = {
     "name": "trial",
@@ -54,7 +55,21 @@ def problems(path: Path, *overrides: str) -> list[str]:
         load_run(path, overrides)
     text = str(caught.value)
     assert not FOREIGN.search(text), text
-    return [line.replace(str(path), "run.yaml") for line in text.splitlines()]
+    return [without_line(line.replace(str(path), "run.yaml")) for line in text.splitlines()]
+
+
+def without_line(problem: str) -> str:
+    """Leave out the number of the line, for tests of the words."""
+    return re.sub(r"^run\.yaml:[0-9]+: ", "run.yaml: ", problem)
+
+
+def places(model: type[ConfigModel], path: Path, *overrides: str) -> list[tuple[int | None, str]]:
+    """Return line and field of each problem of a file."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, overrides) if model is RunConfig else load_file(model, path)
+    problems = [line.removeprefix(str(path)) for line in str(caught.value).splitlines()]
+    found = [re.match(r"(?::([0-9]+))?: ([^ :]*)", problem) for problem in problems]
+    return [(int(each[1]) if each[1] else None, each[2]) for each in found if each]
 
 
 def keys(node: Node, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -116,6 +131,10 @@ def test_plain_values_mean_what_they_look_like(text: str, value: Any) -> None:
 def test_merge_keys_and_anchors_are_no_duplicates() -> None:
     text = "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, x: 3}"
     assert parse(text, "x")["c"] == {"x": 3, "y": 2}
+    several = "a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc: {z: 3, <<: [*a, *b]}\nd:\n- <<: *a\n  <<: *b"
+    content = parse(several, "x")
+    assert list(content["c"].items()) == [("x", 1), ("y", 2), ("z", 3)]
+    assert content["d"] == [{"x": 2, "y": 2}]
 
 
 # Files that are no configuration
@@ -130,6 +149,11 @@ def test_merge_keys_and_anchors_are_no_duplicates() -> None:
         (b"just words", "holds a str"),
         (b"a: 1\nb: 2\na: 3\n", "line 3, column 1: key 'a' is given twice (first in line 1)"),
         (b"{a: 1, a: 1}", "key 'a' is given twice"),
+        (
+            b"a:\n  - x: 1\n    y: 2\n    'x': 3\n",
+            "line 4, column 5: key 'x' is given twice (first in line 2)",
+        ),
+        (b"a: {1: x, 1.0: y}", "key 1.0 is given twice"),
         (b"a: [1, 2\n", "line 2, column 1"),
         (b"a: 1\n---\nb: 2\n", "another document"),
         (b"a: \x00", "special characters are not allowed"),
@@ -160,9 +184,40 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_run(tmp_path / "folder")
 
 
-def test_an_anchor_within_itself(tmp_path: Path) -> None:
-    lines = problems(write(tmp_path, "name: &x [*x]\ntask: &y {labels: *x, name: *y}"))
-    assert lines[0] == "run.yaml: name: must be text (value [[...]])."
+@pytest.mark.parametrize("text", ["name: &x [*x]", "name: x\ntask: &y {name: *y}", "a: &a {<<: *a}"])
+def test_an_anchor_within_itself(tmp_path: Path, text: str) -> None:
+    (line,) = problems(write(tmp_path, text))
+    assert "an anchor (&) contains itself" in line and f"line {text.count(chr(10)) + 1}, " in line
+
+
+def test_anchors_are_counted_as_what_they_stand_for(tmp_path: Path) -> None:
+    lists = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (line,) = problems(write(tmp_path, "\n".join(["l0: &l0 [x]", *lists])))
+    assert f"more than {MAX_VALUES} values" in line
+
+
+@pytest.mark.parametrize("text", ["a: &x 1\nb: &x 2\nc: *x", "%YAML 1.1\n---\na: yes", "a: !!str 1"])
+def test_what_is_odd_but_valid(text: str) -> None:
+    assert parse(text, "x") in ({"a": 1, "b": 2, "c": 2}, {"a": "yes"}, {"a": "1"})
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!binary eA==",
+        "!!set {x}",
+        "!!timestamp 2024-01-01",
+        "!own x",
+        "!!bool maybe",
+        "!!map [x]",
+        "!!seq {x: y}",
+        "!!map x",
+        "!!str [x]",
+    ],
+)
+def test_a_tag_that_means_nothing_here(tmp_path: Path, tag: str) -> None:
+    (line,) = problems(write(tmp_path, f"name: x\na: {tag}\n"))
+    assert line.startswith("run.yaml: line 2, column 4: ")
 
 
 # Fields that are wrong
@@ -274,10 +329,105 @@ def test_whatever_is_written_is_a_run_or_a_list_of_problems(
         run = load_run(file)
     except ConfigError as error:
         assert not FOREIGN.search(str(error).replace(json.dumps(content), "")), str(error)
-        assert all(line.startswith(f"{file}: ") for line in str(error).splitlines())
+        assert all(re.match(rf"{re.escape(str(file))}(:[0-9]+)?: ", line) for line in str(error).splitlines())
     else:
         file.write_text(dump_yaml(run), encoding="utf-8")
         assert load_run(file) == run
+
+
+# Lines
+
+
+HEAD = """\
+name: trial
+data: notes
+model: {model_name_or_path: some/model}
+federation:
+  rounds: 3
+"""
+TASK = "task: {name: sequence_classification, labels: [a, b]}\n"
+NUMBERS = """\
+task:
+  name: sequence_classification
+  labels:
+    - a
+    - 3
+  class_weights:
+    - 1
+    - -1
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (TASK + "training:\n  seed: 1\n  # why\n  learning_rate: 0\n", [(10, "training.learning_rate"), (8, "training.seed")]),
+        (TASK + "seed: >\n  many\n", [(7, "seed")]),
+        (TASK + "trainig:\n  max_steps: 3\n", [(7, "trainig")]),
+        (NUMBERS, [(10, "task.labels[1]"), (13, "task.class_weights[1]")]),
+        (TASK + "aggregation:\n  name: fedexx\n", [(8, "aggregation.name")]),
+        (TASK + "aggregation:\n\n  weighting: uniform\n", [(7, "aggregation.name")]),
+        (TASK + "aggregation:\n  name: fedex\n  weighting: unifrom\n  junk: 1\n", [(9, "aggregation.weighting"), (10, "aggregation.junk")]),
+        (TASK + "privacy:\n  unit: group\n  delta: 2\n  noise_multiplier: 1\n", [(9, "privacy.delta")]),
+        (TASK + "privacy:\n  unit: client\n  delta: 0.1\n", [(7, "privacy")]),
+        (TASK + "adapter:\n  target_modules:\n  - query\n  - 4\n", [(10, "adapter.target_modules[1]")]),
+        ("", [(None, "task")]),
+        (TASK + "base: &b\n  max_steps: 0\ntraining:\n  <<: *b\n", [(8, "training.max_steps"), (7, "base")]),
+    ],
+)  # fmt: skip
+def test_problems_name_the_line(tmp_path: Path, text: str, found: list[tuple[int, str]]) -> None:
+    assert places(RunConfig, write(tmp_path, HEAD + text)) == found
+
+
+def test_lines_of_other_files(tmp_path: Path) -> None:
+    listed = "data:\n  notes:\n    sites:\n    - name: a\n      source: x\n    -\n      name: b c\n"
+    path = write(tmp_path, listed, "run.sites.yaml")
+    assert places(SitesConfig, path) == [(7, "data.notes.sites[1].source"), (7, "data.notes.sites[1].name")]
+    one = "data:\n  notes:\n    source: x\n    partition:\n      by: iid\n      sites:\n      - a\n      - b c\n"
+    assert places(SitesConfig, write(tmp_path, one)) == [(8, "data.notes.partition.sites[1]")]
+    named = "data:\n  notes: {source: x, partition: {by: iid, sites: 3}}\n  my notes:\n    sites: [{name: a, source: x}]\n"
+    assert places(SitesConfig, write(tmp_path, named)) == [(3, "data")]
+    policy = "data: {notes: {source: x}}\npolicy:\n  privacy_budgets:\n  - data: notes\n    delta: 2\n"
+    assert places(SiteConfig, write(tmp_path, policy)) == [
+        (4, "policy.privacy_budgets[0].max_epsilon"),
+        (5, "policy.privacy_budgets[0].delta"),
+    ]
+
+
+def test_what_the_command_line_set_stands_in_no_line(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + TASK + "training:\n  max_steps: 3\n  seed: 1\n")
+    assert places(RunConfig, path, "training.max_steps=0", "adapter={\n\nr: 0}") == [
+        (None, "adapter.r"),
+        (None, "training.max_steps"),
+        (9, "training.seed"),
+    ]
+
+
+def test_merged_values_stand_where_they_are_written(tmp_path: Path) -> None:
+    _, lines = read_mapping(write(tmp_path, "a: &a\n  x: 1\nb:\n- <<: *a\n  y:\n    2\n- *a\n"))
+    of_b = {place[1:]: line for place, line in lines.items() if place[:1] == ("b",)}
+    assert of_b == {(): 3, (0,): 4, (0, "x"): 2, (0, "y"): 5, (1,): 1, (1, "x"): 2}
+
+
+# Unions
+
+
+FILES = [RunConfig, SitesConfig, FederationConfig, SiteConfig, ConnectionConfig, SpaceConfig]
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_every_union_says_by_itself_which_alternative_is_meant(model: type[ConfigModel]) -> None:
+    """So that an error names the field and no alternative: pydantic's untagged unions are `anyOf`."""
+
+    def unions(schema: Any) -> list[Any]:
+        inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
+        own = [schema["anyOf"]] if isinstance(schema, dict) and isinstance(schema.get("anyOf"), list) else []
+        return own + [union for each in inner for union in unions(each)]
+
+    kinds = [
+        [part for part in union if part != {"type": "null"}] for union in unions(model.model_json_schema())
+    ]
+    assert all(len(parts) == 1 for parts in kinds)
 
 
 # Overrides
@@ -358,7 +508,8 @@ def test_one_wrong_field_of_a_sites_file(tmp_path: Path, notes: dict[str, Any], 
     path = write(tmp_path, {"data": {"notes": notes}})
     with pytest.raises(ConfigError) as caught:
         load_sites_file(path)
-    assert str(caught.value).replace(str(path), "run.yaml").splitlines()[-1] == f"run.yaml: {line}"
+    said = str(caught.value).replace(str(path), "run.yaml").splitlines()
+    assert without_line(said[-1]) == f"run.yaml: {line}"
 
 
 def test_a_wrong_alias_in_a_sites_file(tmp_path: Path) -> None:
@@ -371,19 +522,19 @@ def test_a_wrong_alias_in_a_sites_file(tmp_path: Path) -> None:
 # The schema
 
 
-@pytest.mark.parametrize("model", [RunConfig, SitesConfig, FederationConfig, SiteConfig])
+@pytest.mark.parametrize("model", FILES)
 def test_the_schema_describes_every_field(model: type[ConfigModel]) -> None:
     described = schema(model)
     json.dumps(described)
-    for place in (described, *described["$defs"].values()):
+    for place in (described, *described.get("$defs", {}).values()):
         for name, field in place.get("properties", {}).items():
-            target = described["$defs"].get(field.get("$ref", "").rpartition("/")[2], {})
+            target = described.get("$defs", {}).get(field.get("$ref", "").rpartition("/")[2], {})
             assert field.get("description") or target.get("description"), f"{place['title']}.{name}"
     assert set(described["properties"]) == set(model.model_fields)
 
 
 def test_the_schema_names_every_rule() -> None:
-    assert set(root(RunConfig).fields["aggregation"].tags) >= {"fedavg", "ffa", "fedex"}
+    assert set(root(RunConfig).fields["aggregation"].kinds) >= {"fedavg", "ffa", "fedex"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from rich.console import Console
 from quorate.deploy import terminal
 from quorate.deploy.console import ConsoleTracker
 from quorate.deploy.results import print_results
+from quorate.server.tracking.events import Finished, PhaseBegan, RoundDone, Started
 from quorate.server.tracking.records import (
     Evaluation,
     Exclusion,
@@ -19,7 +20,6 @@ from quorate.server.tracking.records import (
     RoundRecord,
     Summary,
 )
-from quorate.server.tracking.trackers import Tracker
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.progress import StepEvent
 from quorate.shared.protocol.messages import SiteDescription
@@ -46,6 +46,10 @@ def site(*notes: str) -> SiteDescription:
         versions={},
         notes=notes,
     )
+
+
+def start(sites: dict[str, SiteDescription], last: int = 0) -> Started:
+    return Started(run=RUN, run_id="x", output_dir="out", sites=sites, resumed_from=last)
 
 
 def evaluation(pooled: float, **sites: float) -> Evaluation:
@@ -100,18 +104,19 @@ def summary(**fields: Any) -> Summary:
 
 
 def two_rounds(tracker: ConsoleTracker) -> None:
-    tracker.phase(0, "join")
-    tracker.start(RUN, "x", Path("out"), {"north": site(), "south": site("has no `no` [rows]")}, 3)
+    tracker(PhaseBegan(round=0, name="join"))
+    tracker(start({"north": site(), "south": site("has no `no` [rows]")}, 3))
     for round in (4, 5):
         for phase in ("cohort", "train"):
-            tracker.phase(round, phase)
+            tracker(PhaseBegan(round=round, name=phase))
         tracker.step(StepEvent(("north", "south"), round, 2, 8, 0.5))
         for phase in ("aggregate", "evaluate", "checkpoint"):
-            tracker.phase(round, phase)
+            tracker(PhaseBegan(round=round, name=phase))
         late = {"north": TIMEOUT} if round == 4 else {}
-        tracker.round(record(round, **late), metrics(round, 0.75 if round == 5 else None))
-    tracker.phase(5, "test")
-    tracker.finish(summary())
+        measured = metrics(round, 0.75 if round == 5 else None)
+        tracker(RoundDone(record=record(round, **late), metrics=measured))
+    tracker(PhaseBegan(round=5, name="test"))
+    tracker(Finished(summary=summary()))
     tracker.close()
     tracker.close()
 
@@ -128,14 +133,13 @@ def cells(text: str) -> list[list[str]]:
 
 def test_words_of_a_site_cannot_steer_a_terminal() -> None:
     out = io.StringIO()
-    ConsoleTracker(Console(file=out)).start(RUN, "x", Path("out"), {"north": site("\x1b[2J\nround 9/9")}, 0)
+    ConsoleTracker(Console(file=out))(start({"north": site("\x1b[2J\nround 9/9")}))
     assert out.getvalue().splitlines()[-1] == "note: north:  [2J round 9/9"
 
 
 def test_plain_lines() -> None:
     out = io.StringIO()
     tracker = ConsoleTracker(Console(file=out))
-    assert isinstance(tracker, Tracker)
     two_rounds(tracker)
     assert out.getvalue().splitlines() == [
         "join",
@@ -171,15 +175,15 @@ def test_a_terminal_shows_steps_and_the_time_left_and_keeps_the_rounds() -> None
 
     out = io.StringIO()
     tracker = ConsoleTracker(Console(file=out, force_terminal=True, width=110))
-    tracker.start(RUN, "x", Path("out"), {"a": site()}, 0)
-    tracker.phase(1, "train")
+    tracker(start({"a": site()}))
+    tracker(PhaseBegan(round=1, name="train"))
     sites = ("a", "b", "c", "d", "e")
     tracker.step(StepEvent(sites, 1, 3, 8, 0.5))
     assert tracker._bar is not None
     (task,) = tracker._bar.tasks
     assert task.description == "round 1/5 · train"
     assert task.fields["detail"] == "a, b, c +2 · step 3/8 · loss 0.500"
-    tracker.round(record(1), metrics(1, 0.5))
+    tracker(RoundDone(record=record(1), metrics=metrics(1, 0.5)))
     tracker.step(StepEvent(sites, 2, 1, 8, 0.4))
     assert task.completed == 1 and task.fields["detail"].endswith(" s left")
     tracker.close()

@@ -32,7 +32,15 @@ from quorate.deploy.control.run_controller import Controller
 from quorate.deploy.control.run_list import RunFolder, find_run_folder
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.rounds.run import alone_in
-from quorate.server.tracking.events import EVENTS_FILE, Event, EventsTracker
+from quorate.server.tracking.events import (
+    EVENTS_FILE,
+    Event,
+    EventsReader,
+    EventsTracker,
+    Finished,
+    RoundDone,
+    Started,
+)
 from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.errors import CheckpointError, ConfigError, ModelError, OutputError, QuorateError
 from quorate.shared.process.files import write_folder
@@ -53,7 +61,8 @@ def die() -> None:
 def round_of(number: int) -> Work:
     def work(events: EventsTracker, run_dir: Path) -> None:
         write_folder(run_dir / f"checkpoint-{number}", {"state": b""})
-        events.round(*ROUNDS[number - 1])
+        done, metrics = ROUNDS[number - 1]
+        events(RoundDone(record=done, metrics=metrics))
 
     return work
 
@@ -71,7 +80,7 @@ def killed(*before: Work) -> Work:
 
 def done(events: EventsTracker, run_dir: Path) -> None:
     round_of(2)(events, run_dir)
-    events.finish(SUMMARY)
+    events(Finished(summary=SUMMARY))
 
 
 def never_ends(events: EventsTracker, run_dir: Path) -> None:
@@ -116,7 +125,15 @@ class Forks(Flower):
         with alone_in(run_dir):
             RunStatus(state="running", flower_run_id=number).write(run_dir)
             try:
-                events.start(RUN, run_dir.name, run_dir, SUMMARY.sites, RunFolder(run_dir).rounds_done)
+                events(
+                    Started(
+                        run=RUN,
+                        run_id=run_dir.name,
+                        output_dir=str(run_dir),
+                        sites=SUMMARY.sites,
+                        resumed_from=RunFolder(run_dir).rounds_done,
+                    )
+                )
                 work(events, run_dir)
                 ended = RunStatus(state="done", exit_code=0, flower_run_id=number)
             except KeyboardInterrupt:
@@ -291,7 +308,10 @@ def test_results_are_fetched_without_checkpoints(folder: FederationFolder, tmp_p
     write_folder(run.path / "checkpoint-1", {"state": b""})
     write_folder(run.path / "adapter", {"adapter_model.safetensors": b"new"})
     write_folder(tmp_path / "out" / "adapter", {"left.over": b"old"})
+    EventsTracker(run.path / EVENTS_FILE)(Finished(summary=SUMMARY))
     run_outputs.fetch_results(run, tmp_path / "out")
+    assert [each.event for each in EventsReader(tmp_path / "out" / EVENTS_FILE).read()] == ["finish"]
+    assert (tmp_path / "out" / EVENTS_FILE).stat().st_mode & 0o077 == 0
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert {"run.yaml", "adapter/adapter_model.safetensors"} <= found
     assert not any("checkpoint" in name or "left" in name or "control" in name for name in found)

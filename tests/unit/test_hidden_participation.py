@@ -23,7 +23,7 @@ from quorate.shared.process.files import write_folder
 
 PRIVACY = {"unit": "client", "delta": 0.01, "noise_multiplier": 0.3}
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
-SECRET = {"record.jsonl", "metrics.jsonl", "progress.json", "round.json", "privacy.json"}
+SECRET = {"record.jsonl", "metrics.jsonl", "events.jsonl", "progress.json", "round.json", "privacy.json"}
 
 
 def mode(path: Path) -> int:

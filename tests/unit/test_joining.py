@@ -40,13 +40,14 @@ def test_a_site_that_claims_a_name_twice_is_refused_under_it(play: Any) -> None:
     [
         (lambda u: edited(u, site="../south"), "protocol", "joined under a name"),
         (lambda u: edited(u, description=None), "protocol", "without a description"),
+        (lambda u: described(u, start_hash=""), "protocol", "without the hash of its start"),
         (lambda u: edited(u, Adapter({}), error="data"), "data", "could not use its own data"),
         (lambda u: b"oops", "protocol", "not an answer"),
         (lambda u: described(u, label_counts={"mine": 10**400}), "protocol", "not an answer"),
         (lambda u: described(u, label_counts={"mine": 1}), "protocol", "other labels than the run lists"),
         (lambda u: described(u, rows={"train": -1}), "protocol", "not an answer"),
     ],
-    ids=["name", "no-description", "data", "rubbish", "huge-count", "labels", "negative-rows"],
+    ids=["name", "no-description", "no-start", "data", "rubbish", "huge-count", "labels", "negative-rows"],
 )
 def test_a_site_that_cannot_join_is_named_by_its_node(
     play: Any, change: Change, code: str, reason: str

@@ -61,7 +61,7 @@ def test_values_reach_the_run_file_as_they_are(tmp_path: Path, value: object) ->
         ("adapter.r: {type: int, low: 0, high: 2, log: true}", "log needs low above 0"),
         ("adapter.r: {type: int, low: 1, high: 9, log: true, step: 2}", "log and step do not go together"),
         ("adapter.r: {type: categorical, choices: [1, 1]}", "choice 1 is listed twice"),
-        ("adapter.r: {type: integer, low: 1, high: 2}", "space.yaml: space.adapter.r"),
+        ("adapter.r: {type: integer, low: 1, high: 2}", "space.yaml:2: space.adapter.r.type: "),
         ("adapter.r: {type: int, low: 1, hight: 2}", "hight"),
     ],
 )  # fmt: skip

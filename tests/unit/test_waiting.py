@@ -21,7 +21,7 @@ from quorate.server.results.complete import finish
 from quorate.server.rounds.best_round import Standing
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
-from quorate.server.tracking.events import EventsReader, EventsTracker
+from quorate.server.tracking.events import EVENTS_FILE, EventsReader
 from quorate.server.tracking.records import Evaluation, RoundMetrics, RoundRecord
 from quorate.shared.protocol.messages import Update
 
@@ -216,10 +216,9 @@ def test_it_is_said_who_is_waited_for_and_since_when(
 ) -> None:
     site, run = opened(make_run, make_sites, tmp_path)
     said = io.StringIO()
-    trackers = [ConsoleTracker(Console(file=said, width=110)), EventsTracker(tmp_path / "events.jsonl")]
-    run.trackers = trackers
+    run.trackers = [*run.trackers, ConsoleTracker(Console(file=said, width=110))]
     run_rounds(Tampered(site, only("south", lambda _: None, "evaluate")), run, NAMES)
-    waiting = [e.sites for e in EventsReader(tmp_path / "events.jsonl").read() if e.event == "waiting"]
+    waiting = [e.sites for e in EventsReader(run.output_dir / EVENTS_FILE).read() if e.event == "waiting"]
     assert [round(each["south"]) for each in waiting] == [10, 20, 30, 40, 50, 60] or len(waiting) == 5
     assert all(set(each) == {"south"} for each in waiting)
     lines = [line for line in said.getvalue().splitlines() if "waiting for south since" in line]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from quorate.server.rounds.evaluation import scalars
-from quorate.server.tracking.records import Exclusion, RoundMetrics, RoundRecord, Summary
-from quorate.shared.config.run_config import RunConfig
+from quorate.server.tracking.events import Event, Finished, PhaseBegan, Refused, RoundDone, Started, Waiting
+from quorate.server.tracking.records import RoundMetrics, RoundRecord, Summary
 from quorate.shared.progress import StepEvent
-from quorate.shared.protocol.messages import SiteDescription
 
 _BRIEF = ("cohort", "aggregate", "checkpoint")
 """Phases that are over at once: a line for each would only hide the others."""
@@ -40,27 +38,35 @@ class ConsoleTracker:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
-    def refused(self, sites: Mapping[str, Exclusion]) -> None:
-        """Name the sites that cannot take part."""
-        for site, why in sites.items():
-            self._line(f"cannot take part: {site}: {why.reason}")
+    def __call__(self, event: Event) -> None:
+        """Show one event. Log messages are not shown: those of this process are on its terminal already."""
+        match event:
+            case Refused():
+                for site, why in event.sites.items():
+                    self._line(f"cannot take part: {site}: {why.reason}")
+            case Started():
+                self._start(event)
+            case PhaseBegan():
+                self._phase(event.round, event.name)
+            case Waiting():
+                self._waiting(event.sites)
+            case RoundDone():
+                self._round(event.record, event.metrics)
+            case Finished():
+                self.summary = event.summary  # for whoever prints it
 
-    def start(
-        self,
-        run: RunConfig,
-        run_id: str,
-        output_dir: Path,
-        sites: Mapping[str, SiteDescription],
-        resumed_from: int,
-    ) -> None:
+    def _start(self, event: Started) -> None:
         """Name the run and its sites."""
-        self._rounds, self._first = run.federation.rounds, resumed_from + 1
+        sites, last = event.sites, event.resumed_from
+        self._rounds, self._first = event.run.federation.rounds, last + 1
         self._since = time.monotonic()
-        again = f", going on after round {resumed_from}" if resumed_from else ""
+        again = f", going on after round {last}" if last else ""
         names = ", ".join(
             f"{name} ({sum(description.rows.values())} rows)" for name, description in sites.items()
         )
-        self._line(f"{run.name}: {self._rounds} rounds over {len(sites)} sites{again}, into {output_dir}")
+        self._line(
+            f"{event.run.name}: {self._rounds} rounds over {len(sites)} sites{again}, into {event.output_dir}"
+        )
         self._line(f"sites: {names}")
         for name, description in sites.items():
             for note in description.notes:
@@ -74,10 +80,10 @@ class ConsoleTracker:
                 transient=True,
                 refresh_per_second=2,  # steps take longer than this, and drawing takes time from them
             )
-            self._task = self._bar.add_task("", total=self._rounds, completed=resumed_from, detail="")
+            self._task = self._bar.add_task("", total=self._rounds, completed=last, detail="")
             self._bar.start()
 
-    def phase(self, round: int, name: str) -> None:
+    def _phase(self, round: int, name: str) -> None:
         """Say which step begins."""
         # A round after the last is none: the reference runs have rounds of their own.
         at = f"round {round}/{self._rounds} · " if 0 < round <= self._rounds else ""
@@ -88,7 +94,7 @@ class ConsoleTracker:
         else:
             self._show("")
 
-    def waiting(self, sites: Mapping[str, float]) -> None:
+    def _waiting(self, sites: Mapping[str, float]) -> None:
         """Say who is being waited for, and since when; where there are lines, less and less often."""
         longest = max(sites.values(), default=0.0)
         names = ", ".join(list(sites)[:3]) + (f" +{len(sites) - 3}" if len(sites) > 3 else "")
@@ -107,7 +113,7 @@ class ConsoleTracker:
         loss = "" if event.loss is None else f" · loss {event.loss:.3f}"
         self._show(f"{names} · step {event.step}/{event.steps}{loss}{self._left()}")
 
-    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
+    def _round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's line: pooled metrics, training loss, who counted, seconds."""
         parts = [f"round {record.round}/{self._rounds}"]
         if metrics.validation:
@@ -124,10 +130,6 @@ class ConsoleTracker:
             self._line(record.early_stop)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=record.round)
-
-    def finish(self, summary: Summary) -> None:
-        """Keep the summary for whoever prints it."""
-        self.summary = summary
 
     def close(self) -> None:
         """Take the live bar off the screen. Safe to call twice."""

@@ -21,6 +21,7 @@ from quorate.server.exchange.exchange import exclusion
 from quorate.server.exchange.join import request
 from quorate.server.rounds.evaluation import summarise, worth
 from quorate.server.rounds.run import Run
+from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Exclusion, Measured, References, Worth
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import downloaded
@@ -149,7 +150,7 @@ class _Reference:
         current = dict.fromkeys(names, self.initial)
         best: dict[str, Candidate] = {}
         for round in range(1, config.federation.rounds + 1):
-            self.run.tell("phase", round, what)
+            self.run.tell(PhaseBegan(round=round, name=what))
             trained, wrong = self._ask(config, round, "fit", current)
             self.failed |= wrong
             current = {name: self.initial.updated(update.arrays) for name, update in trained.items()}

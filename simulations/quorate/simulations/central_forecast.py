@@ -194,5 +194,5 @@ def _seconds_of_all(run: RunConfig, rows: Mapping[str, Sequence[Row]], model: Lo
     training = run.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     largest = max(rows, key=lambda site: len(rows[site]))
-    second = seconds_a_step(run, model, AdapterStack.install(model), largest, rows[largest])
+    second = seconds_a_step(run, AdapterStack.install(model), largest, rows[largest])
     return second * sum(steps_a_round(training, len(each), batch) for each in rows.values())

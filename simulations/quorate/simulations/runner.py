@@ -15,8 +15,8 @@ from quorate.server.results.complete import all_the_same
 from quorate.server.results.outputs import best_state, measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import Run, alone_in
+from quorate.server.tracking.events import PhaseBegan, Tracker, telling_warnings
 from quorate.server.tracking.records import Answer, References, Summary, Worth
-from quorate.server.tracking.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
@@ -40,12 +40,20 @@ def simulate(
 ) -> Summary:
     """Run `config` with these sites and write everything to `output_dir`.
 
+    Example, a function as a tracker (docs/events.md says what there is to be told)::
+
+        def show(event: Event) -> None:
+            if isinstance(event, RoundDone) and event.metrics.validation:
+                print(event.record.round, event.metrics.validation.pooled)
+
+        summary = simulate(config, rows, Path("runs/demo"), trackers=[show])
+
     Args:
         config: the run.
         rows: site name -> split -> rows.
         output_dir: a new folder, or with `resume` one that holds this run.
         samples: test images that the report shows, where the task has pictures.
-        trackers: told of phases, rounds and the end.
+        trackers: callables that are told what happens, event by event; `output_dir` has it all in a file too.
         on_step: told of every optimiser step.
         origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
@@ -61,7 +69,7 @@ def simulate(
     pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
     engine = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = engine.prepare(config)
-    with alone_in(output_dir):
+    with alone_in(output_dir), telling_warnings(output_dir, trackers):
         run = Run.open(config, output_dir, resume=resume, trackers=trackers)
         if origin is not None:
             origin.keep(output_dir)
@@ -96,7 +104,7 @@ def _answers(engine: Engine, run: Run, result: Result) -> list[Answer]:
     """Return answers to the run file's own prompts, by the base model and by the best round's."""
     if not run.config.task.prompts or result.progress is None or result.stopped is not None:
         return []
-    run.tell("phase", result.progress.round, "samples")
+    run.tell(PhaseBegan(round=result.progress.round, name="samples"))
     before, after = engine.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
     return [
         Answer(prompt=prompt, base=base, adapted=adapted)

@@ -96,14 +96,14 @@ class Shadow:
             ]
             for start in range(0, len(tasks), run.training.max_stack):
                 share = tasks[start : start + run.training.max_stack]
-                fitted = fit(self.model, self.stack, run, round, share, trainable, on_step)
+                fitted = fit(self.stack, run, round, share, trainable, on_step)
                 trained |= {task.site: done.adapter for task, done in zip(share, fitted, strict=True)}
             yield dict(trained)
 
     def losses(self, adapter: Adapter, examples: Sequence[Example]) -> Losses:
         """Return the loss of each example under an adapter, [n]."""
         found = np.empty(len(examples))
-        for rows, batch, logits in forward(self.model, self.stack, self.run, adapter, examples):
+        for rows, batch, logits in forward(self.stack, self.run, adapter, examples):
             found[rows] = self.run.task.loss(logits, batch).double().cpu().numpy()
         return found
 

@@ -137,7 +137,6 @@ def _inputs(shadow: Shadow, names: Sequence[str], ids: Tensor) -> dict[str, Tens
     """Return what the layer of each factor is given for texts of token ids: name -> [texts, places, size]."""
     model, size = shadow.model.peft, shadow.run.training.per_device_eval_batch_size
     shadow.stack.load([shadow.model.initial], ())
-    shadow.stack.layout.sites = (0,)
     given: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str, _module: object, arguments: tuple[Tensor, ...]) -> None:

@@ -142,7 +142,7 @@ def forecast_sites(
             plan = plans[site].configured
             settled = {"target_epsilon": None, "noise_multiplier": plan.noise_multiplier}
             private = run.model_copy(update={"privacy": privacy.model_copy(update=settled)})
-            minutes[site] = plan.steps * seconds_a_step(private, model, stack, site, each) / 60
+            minutes[site] = plan.steps * seconds_a_step(private, stack, site, each) / 60
     up, down = traffic(run, schema)
     return RunForecast(
         run=run.name,
@@ -234,9 +234,7 @@ def traffic(run: RunConfig, schema: Schema, share: float = 1.0) -> tuple[int, in
     return round(up), round(down)
 
 
-def seconds_a_step(
-    run: RunConfig, model: LoadedModel, stack: AdapterStack, site: str, rows: Sequence[Row]
-) -> float:
+def seconds_a_step(run: RunConfig, stack: AdapterStack, site: str, rows: Sequence[Row]) -> float:
     """Return the mean time of a warm step on the site's rows [s]."""
     short = run.model_copy(
         update={
@@ -245,19 +243,19 @@ def seconds_a_step(
         }
     )
     task = run.task
-    examples = task.weigh(task.pack(task.encode(rows, model.processor)))
-    model.check_tokens(examples)
+    examples = task.weigh(task.pack(task.encode(rows, stack.model.processor)))
+    stack.model.check_tokens(examples)
     ended: list[float] = []
 
     def note(event: StepEvent) -> None:
         if not event.taken:
             return
-        if model.peft.device.type == "cuda":
-            torch.cuda.synchronize(model.peft.device)
+        if stack.model.peft.device.type == "cuda":
+            torch.cuda.synchronize(stack.model.peft.device)
         ended.append(time.perf_counter())
 
-    part = SiteTask(site, examples, model.initial, groups_of(run, site, rows))
-    fit(model, stack, short, 1, [part], moving(run, model.initial, 1), note)
+    part = SiteTask(site, examples, stack.model.initial, groups_of(run, site, rows))
+    fit(stack, short, 1, [part], moving(run, stack.model.initial, 1), note)
     return (ended[-1] - ended[WARM - 1]) / TIMED
 
 

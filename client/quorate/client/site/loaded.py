@@ -127,7 +127,7 @@ class Prepared:
         if plan is None:
             return None
         examples = self.examples(resident, site, "train")
-        check_rows_apart(resident.model, resident.stack, resident.run, site, examples)
+        check_rows_apart(resident.stack, resident.run, site, examples)
         return plan.claim()
 
     def claim_kept(self, run: RunConfig, site: str) -> PrivacyClaim | None:

@@ -75,14 +75,14 @@ def train_alone(
         on_step: told of every optimiser step.
     Raises: NonFiniteUpdate: training diverged.
     """
-    config, model, stack = resident.run, resident.model, resident.stack
+    config, stack = resident.run, resident.stack
     run, last = single(config), config.federation.rounds
     current = task.start
     best: tuple[int, Adapter, float] | None = None
     for round in range(1, last + 1):
-        moved = moving(run, model.initial, round)
+        moved = moving(run, stack.model.initial, round)
         start = SiteTask(task.site, task.examples, current)
-        (fitted,) = fit(model, stack, run, round, [start], moved, on_step)
+        (fitted,) = fit(stack, run, round, [start], moved, on_step)
         current = fitted.adapter
         try:
             current.check_finite()
@@ -90,8 +90,8 @@ def train_alone(
             raise NonFiniteUpdate("training alone diverged; lower training.learning_rate.") from error
         if round % config.evaluation.every and round != last:
             continue
-        scored = value(run, evaluate(model, stack, run, current, validation) if validation else None)
+        scored = value(run, evaluate(stack, run, current, validation) if validation else None)
         if best is None or scored > best[2] or scored == UNKNOWN:
             best = round, current, scored
     assert best is not None, "the last round is always measured"
-    return Alone(best[0], evaluate(model, stack, run, best[1], test) if test else Outcomes())
+    return Alone(best[0], evaluate(stack, run, best[1], test) if test else Outcomes())

@@ -119,7 +119,6 @@ class Site:
         for state in states:
             resident.model.set_residual(state.residual)
             resident.stack.load([state.adapter], ())
-            resident.stack.layout.sites = (0,)
             answers.append(run.task.samples(resident.model.peft, resident.model.processor))
         return answers
 
@@ -176,7 +175,7 @@ class Site:
         check_shares_outcomes(resident.run)
         state = self._received(resident, request)
         examples = self._prepared.examples(resident, request.header.site, split)
-        outcomes = evaluate(resident.model, resident.stack, resident.run, state.adapter, examples)
+        outcomes = evaluate(resident.stack, resident.run, state.adapter, examples)
         return Update.reply(
             request,
             outcomes=outcomes,
@@ -223,7 +222,7 @@ class Site:
             for request, state in zip(requests, states, strict=True)
         ]
         trainable = moving(run, resident.model.initial, round)
-        fitted = fit(resident.model, resident.stack, run, round, tasks, trainable, self._on_step)
+        fitted = fit(resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = told_seconds(run, (time.monotonic() - started) / len(requests))
         return [
             _uploaded(run, *answer, seconds) for answer in zip(requests, tasks, states, fitted, strict=True)

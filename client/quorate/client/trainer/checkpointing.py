@@ -14,17 +14,17 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from quorate.client.trainer.stack import Layout
-from quorate.shared.model.lora_model import LoadedModel, checkpoint_layers
+from quorate.client.trainer.stack import AdapterStack
+from quorate.shared.model.lora_model import checkpoint_layers
 
 
 @contextmanager
-def checkpointed(model: LoadedModel, layout: Layout) -> Iterator[None]:
-    """Have the model's layers checkpointed inside the context."""
-    layers = checkpoint_layers(model.peft)
+def checkpointed(stack: AdapterStack) -> Iterator[None]:
+    """Have the layers of the stack's model checkpointed inside the context."""
+    layers = checkpoint_layers(stack.model.peft)
     before = [layer.training for layer in layers]
     # Not reentrant: the input of a frozen base's first layer needs no gradient, which that kind cannot do.
-    run: Any = partial(checkpoint, use_reentrant=False, context_fn=partial(_same_dropout, layout))
+    run: Any = partial(checkpoint, use_reentrant=False, context_fn=partial(_same_dropout, stack))
     for layer in layers:
         layer.gradient_checkpointing, layer.training = True, True
         layer._gradient_checkpointing_func = run
@@ -35,9 +35,9 @@ def checkpointed(model: LoadedModel, layout: Layout) -> Iterator[None]:
             layer.gradient_checkpointing, layer.training = False, training
 
 
-def _same_dropout(layout: Layout) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _same_dropout(stack: AdapterStack) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return contexts of a layer's first pass and of its second, which draws what the first drew."""
-    generators = layout.generators or ()
+    generators = stack.layout.generators or ()
     drawn_from = [generator.get_state() for generator in generators]
 
     @contextmanager

@@ -15,30 +15,26 @@ from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import NonFiniteUpdate
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.tasks.task import Batch, Example
 
 
 def forward(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
+    stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
 ) -> Iterator[tuple[list[int], Batch, Any]]:
     """Yield (row indices, batch, the task's logits) over all examples, of similar length together."""
     stack.load([adapter], ())
-    stack.layout.sites = (0,)
     order = sorted(range(len(examples)), key=lambda row: run.task.length(examples[row]))
     size = run.training.per_device_eval_batch_size
-    device = model.peft.device
+    device = stack.model.peft.device
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        batch = run.task.collate([examples[row] for row in rows], model.processor).to(device)
+        batch = run.task.collate([examples[row] for row in rows], stack.model.processor).to(device)
         with torch.inference_mode():  # full precision also where training is bf16: figures are compared
-            logits = run.task.forward(model.peft, batch)
+            logits = run.task.forward(stack.model.peft, batch)
         yield rows, batch, logits
 
 
-def evaluate(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]
-) -> Outcomes:
+def evaluate(stack: AdapterStack, run: RunConfig, adapter: Adapter, examples: Sequence[Example]) -> Outcomes:
     """Return the counts of outcomes and the summed loss of `adapter` on `examples`.
 
     Raises: NonFiniteUpdate: the loss is NaN or infinite.
@@ -46,7 +42,7 @@ def evaluate(
     outcomes = []
     loss = 0.0
     sums: Counter[str] = Counter()
-    for _, batch, logits in forward(model, stack, run, adapter, examples):
+    for _, batch, logits in forward(stack, run, adapter, examples):
         outcomes.append(run.task.outcomes(logits, batch))
         loss += float(run.task.measured_loss(logits, batch).double().sum())
         for name, value in run.task.sums(logits, batch).items():

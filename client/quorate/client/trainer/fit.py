@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quorate.client.trainer.dp.dp_sgd import fit_privately
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
@@ -14,8 +14,7 @@ from quorate.client.trainer.passes import Fitted, Share, SiteTask, row_losses, t
 from quorate.client.trainer.schedule import Plan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.privacy_config import SitePrivacy
-from quorate.shared.config.run_config import RunConfig, TrainingConfig
-from quorate.shared.model.lora_model import LoadedModel
+from quorate.shared.config.run_config import RunConfig
 from quorate.shared.progress import OnStep, StepEvent, between_passes
 from quorate.shared.seeds import derive_seed, rng
 
@@ -24,7 +23,7 @@ __all__ = ["Fitted", "SiteTask", "fit"]
 
 @dataclass
 class _Member:
-    """A site's own optimiser, plan and books while the stack trains."""
+    """A site's own optimiser, plan and sums while the stack trains."""
 
     task: SiteTask
     steps: list[list[list[int]]]
@@ -39,7 +38,6 @@ class _Member:
 
 
 def fit(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     round: int,
@@ -50,22 +48,23 @@ def fit(
     """Train the sites of one stack for one round.
 
     Args:
-        model: the base the stack was installed on.
+        stack: installed on the base model.
         round: from 1; decides data order, dropout and the place in the learning-rate schedule.
         trainable: arrays that move.
     Returns: one result per site, in order; under record- or group-level privacy that of `fit_privately`.
     """
     if isinstance(run.privacy, SitePrivacy):
-        return fit_privately(model, stack, run, round, sites, trainable, on_step)
+        return fit_privately(stack, run, round, sites, trainable, on_step)
     stack.load([site.start for site in sites], trainable)
     members = [_member(stack, run, round, position, site) for position, site in enumerate(sites)]
+    training = _Training(stack, run, round, members)
     seed = derive_seed(run.seed, "base-dropout", round, *(site.site for site in sites))
-    with training_mode(model, stack, run, seed):
+    with training_mode(stack, run, seed):
         for step in range(max(len(member.steps) for member in members)):
             live = [i for i, member in enumerate(members) if step < len(member.steps)]
             names = tuple(members[i].task.site for i in live)
             taken = StepEvent(names, round, step + 1, len(members[live[0]].steps), None)
-            losses = _step(model, stack, run, members, live, round, step, between_passes(on_step, taken))
+            losses = training.step(step, live, between_passes(on_step, taken))
             on_step(replace(taken, loss=sum(losses) / len(losses)))
     return [
         Fitted(
@@ -99,64 +98,54 @@ def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site
     )
 
 
-def _step(
-    model: LoadedModel,
-    stack: AdapterStack,
-    run: RunConfig,
-    members: list[_Member],
-    live: list[int],
-    round: int,
-    step: int,
-    between: Callable[[], None],
-) -> list[float]:
-    """Take one optimiser step with every site that has steps left; return their losses."""
-    for parameter in stack.arrays.values():
-        parameter.grad = None
-    losses = dict.fromkeys(live, 0.0)
-    for micro in range(max(len(members[i].steps[step]) for i in live)):
-        if micro:
-            between()
-        present = [i for i in live if micro < len(members[i].steps[step])]
-        per_site = _forward(model, stack, run, members, present, round, step, micro)
-        per_site.sum().backward()  # type: ignore[no-untyped-call]
-        for i, loss in zip(present, per_site.detach().tolist(), strict=True):
-            losses[i] += loss
-    for i in live:
-        _update(stack, run.training, members[i], i, step)
-        members[i].loss_sum += losses[i]
-    return list(losses.values())
+@dataclass(frozen=True)
+class _Training:
+    """A stack in one round of training."""
 
+    stack: AdapterStack
+    run: RunConfig
+    round: int
+    members: list[_Member]
 
-def _forward(
-    model: LoadedModel,
-    stack: AdapterStack,
-    run: RunConfig,
-    members: list[_Member],
-    present: list[int],
-    round: int,
-    step: int,
-    micro: int,
-) -> Tensor:
-    """Return each present site's share of its step's mean loss, [k]."""
-    shares = []
-    for i in present:
-        task = members[i].task
-        drawn = rng(run.seed, "augment", task.site, round, step, micro)
-        rows = [task.examples[row] for row in members[i].steps[step][micro]]
-        shares.append(Share(i, run.task.augment(rows, drawn, model.processor), members[i].generator))
-    each, real = row_losses(model, stack, run, shares)
-    rows_of_step = [sum(map(len, members[i].steps[step])) for i in present]
-    return (each * real).sum(dim=1) / torch.tensor(rows_of_step, device=each.device)
+    def step(self, step: int, live: list[int], between: Callable[[], None]) -> list[float]:
+        """Take one optimiser step with the sites that have steps left (`live`); return their losses."""
+        for parameter in self.stack.arrays.values():
+            parameter.grad = None
+        steps = {i: self.members[i].steps[step] for i in live}
+        losses = dict.fromkeys(live, 0.0)
+        for micro in range(max(map(len, steps.values()))):
+            if micro:
+                between()
+            present = [i for i in live if micro < len(steps[i])]
+            shares = [self._share(i, step, micro) for i in present]
+            rows = [sum(map(len, steps[i])) for i in present]
+            with row_losses(self.stack, self.run, shares) as (each, real):
+                # Each site's share of its step's mean loss, [k].
+                per_site = (each * real).sum(dim=1) / torch.tensor(rows, device=each.device)
+                per_site.sum().backward()  # type: ignore[no-untyped-call]
+            for i, loss in zip(present, per_site.detach().tolist(), strict=True):
+                losses[i] += loss
+        for i in live:
+            self._update(i, step)
+            self.members[i].loss_sum += losses[i]
+        return list(losses.values())
 
+    def _share(self, position: int, step: int, micro: int) -> Share:
+        """Return a site's rows of a pass, augmented."""
+        member, run = self.members[position], self.run
+        drawn = rng(run.seed, "augment", member.task.site, self.round, step, micro)
+        rows = [member.task.examples[row] for row in member.steps[step][micro]]
+        return Share(position, run.task.augment(rows, drawn, self.stack.model.processor), member.generator)
 
-def _update(stack: AdapterStack, training: TrainingConfig, member: _Member, position: int, step: int) -> None:
-    """Clip and apply one site's gradient with its own optimiser and learning rate."""
-    for name, parameter in member.parameters.items():
-        gradient = stack.arrays[name].grad
-        parameter.grad = None if gradient is None else gradient[position]
-    norm = nn.utils.clip_grad_norm_(member.parameters.values(), training.max_grad_norm or float("inf"))
-    member.norm_sum += float(norm)
-    factor = lr_factor(training, member.first_step + step, member.total_steps)
-    member.learning_rate = training.learning_rate * factor
-    set_learning_rate(member.optimizer, member.learning_rate)
-    member.optimizer.step()
+    def _update(self, position: int, step: int) -> None:
+        """Clip and apply one site's gradient with its own optimiser and learning rate."""
+        member, training = self.members[position], self.run.training
+        for name, parameter in member.parameters.items():
+            gradient = self.stack.arrays[name].grad
+            parameter.grad = None if gradient is None else gradient[position]
+        norm = nn.utils.clip_grad_norm_(member.parameters.values(), training.max_grad_norm or float("inf"))
+        member.norm_sum += float(norm)
+        factor = lr_factor(training, member.first_step + step, member.total_steps)
+        member.learning_rate = training.learning_rate * factor
+        set_learning_rate(member.optimizer, member.learning_rate)
+        member.optimizer.step()

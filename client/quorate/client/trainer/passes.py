@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from quorate.client.trainer.checkpointing import checkpointed
 from quorate.client.trainer.dp.canaries import Canaries
 from quorate.client.trainer.dp.noise import seed_secretly
-from quorate.client.trainer.stack import AdapterStack
+from quorate.client.trainer.dp.per_sample import PerSample
+from quorate.client.trainer.stack import AdapterStack, Layout
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.model.lora_model import LoadedModel
@@ -64,39 +65,46 @@ class Share:
     dropout: torch.Generator
 
 
+@contextmanager
 def row_losses(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     shares: Sequence[Share],
     length: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the rows of several sites through the model.
+    per_sample: PerSample | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the rows of several sites through the model; a backward pass goes inside the context.
 
     Sites with fewer rows are filled up with copies of a row of theirs.
 
     Args:
         length: what rows are padded to [tokens]; the longest of them when left out.
-    Returns: each row's own loss [k, b], and which rows are real [k, b].
+        per_sample: keeps rows' own gradients in the backward pass.
+    Yields: each row's own loss [k, b], and which rows are real [k, b].
     """
     most = max(len(share.rows) for share in shares)
     filled = [e for share in shares for e in (*share.rows, *[share.rows[0]] * (most - len(share.rows)))]
-    batch = run.task.collate(filled, model.processor, length).to(model.peft.device)
+    batch = run.task.collate(filled, stack.model.processor, length).to(stack.model.peft.device)
     real = torch.tensor(
         [[r < len(share.rows) for r in range(most)] for share in shares], device=batch.weights.device
     )
-    _lay_out(stack, run, shares)
-    stack.layout.padded_in_front = getattr(model.processor, "padding_side", "right") == "left"
-    return run.task.loss(_logits(model, run, batch), batch).view(len(shares), most), real
+    with stack.batch(_layout(stack.model, run, shares, per_sample)):
+        yield run.task.loss(_logits(stack.model, run, batch), batch).view(len(shares), most), real
 
 
-def _lay_out(stack: AdapterStack, run: RunConfig, shares: Sequence[Share]) -> None:
-    layout = stack.layout
-    layout.sites = tuple(share.position for share in shares)
-    layout.rows = tuple(len(share.rows) for share in shares)
+def _layout(
+    model: LoadedModel, run: RunConfig, shares: Sequence[Share], per_sample: PerSample | None
+) -> Layout:
     head = run.adapter.head
     with_dropout = run.adapter.lora_dropout > 0 or (head is not None and head.dropout > 0)
-    layout.generators = tuple(share.dropout for share in shares) if with_dropout else None
+    return Layout(
+        sites=tuple(share.position for share in shares),
+        rows=tuple(len(share.rows) for share in shares),
+        sequences=run.task.sequences,
+        generators=tuple(share.dropout for share in shares) if with_dropout else None,
+        padded_in_front=getattr(model.processor, "padding_side", "right") == "left",
+        per_sample=per_sample,
+    )
 
 
 def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
@@ -106,30 +114,27 @@ def _logits(model: LoadedModel, run: RunConfig, batch: Batch) -> Any:
 
 
 @contextmanager
-def training_mode(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, seed: int | None
-) -> Iterator[None]:
+def training_mode(stack: AdapterStack, run: RunConfig, seed: int | None) -> Iterator[None]:
     """Put the model in training mode and back.
 
     The frozen base stays in eval mode unless its own dropout is asked for; BatchNorm always does, or the
     rows of a batch would leak into one another. The global generator, from which only the base's own dropout
     draws, is set to `seed` (to a secret state when that is None) and put back.
     """
-    devices = [model.peft.device] if model.peft.device.type == "cuda" else []
+    devices = [stack.model.peft.device] if stack.model.peft.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         if seed is None:
-            seed_secretly(model.peft.device)
+            seed_secretly(stack.model.peft.device)
         else:
             torch.manual_seed(seed)
-        model.peft.train(run.training.base_dropout)
-        for module in model.peft.modules():
+        stack.model.peft.train(run.training.base_dropout)
+        for module in stack.model.peft.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
         stack.set_lora_training(True)
         saving = run.training.gradient_checkpointing
         try:
-            with checkpointed(model, stack.layout) if saving else nullcontext():
+            with checkpointed(stack) if saving else nullcontext():
                 yield
         finally:
-            model.peft.eval()
-            stack.layout.generators = None
+            stack.model.peft.eval()

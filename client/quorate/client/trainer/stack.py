@@ -7,7 +7,8 @@ stay PEFT's, so a slice of the stack is the adapter of one site.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,13 +27,14 @@ from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.tasks.task import Example
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layout:
-    """Which sites the batch in flight belongs to, shared by all stacked layers of a model.
+    """Which sites the batch in flight belongs to.
 
     Args:
         sites: stack positions present in the batch, in its order.
         rows: real rows of each of them (the rest of its share is padding).
+        sequences: that stand for one row, one after the other; two for a pair to compare.
         generators: each site's dropout generator; None turns LoRA dropout off.
         padded_in_front: whether short rows are padded in front, not behind.
         per_sample: where rows' own gradients are kept; None sums them up as usual.
@@ -40,17 +42,30 @@ class Layout:
 
     sites: tuple[int, ...] = (0,)
     rows: tuple[int, ...] = ()
+    sequences: int = 1
     generators: tuple[torch.Generator, ...] | None = None
     padded_in_front: bool = False
     per_sample: PerSample | None = None
 
 
+@dataclass
+class InFlight:
+    """The layout of the batch in flight, shared by all stacked layers; see `AdapterStack.batch`."""
+
+    layout: Layout = field(default_factory=Layout)
+
+
 class Stacked(nn.Module):
     """A trainable tensor per site, [K, ...], of which a batch sees the slices of its own sites."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, in_flight: InFlight) -> None:
         super().__init__()
-        self.layout = layout
+        self._in_flight = in_flight
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the batch in flight."""
+        return self._in_flight.layout
 
     def of_batch(self, stack: Tensor) -> Tensor:
         """Return the slices of the batch's sites, [k, ...]; the stack itself when all take part."""
@@ -60,12 +75,13 @@ class Stacked(nn.Module):
         return stack[list(sites)]
 
     def check_rows(self, x: Tensor) -> int:
-        """Return how many rows of each site the input has, padding included; 1 where it is not one of rows.
+        """Return how many sequences of each site the input has, padding included; 1 where it has none.
 
         Raises: AdapterError: it is not made of rows (a table of positions, for instance), and of several
             sites, whose parts of it nothing tells apart.
         """
-        sites, most = len(self.layout.sites), max(self.layout.rows, default=1)
+        layout = self.layout
+        sites, most = len(layout.sites), layout.sequences * max(layout.rows, default=1)
         if x.shape[0] % (sites * most) == 0:
             return most
         if sites > 1:
@@ -80,8 +96,8 @@ class Stacked(nn.Module):
 class StackedLinear(Stacked):
     """`nn.Linear` for K sites: weight [K, d_out, d_in], bias [K, d_out]."""
 
-    def __init__(self, linear: nn.Linear, layout: Layout) -> None:
-        super().__init__(layout)
+    def __init__(self, linear: nn.Linear, in_flight: InFlight) -> None:
+        super().__init__(in_flight)
         self.weight = nn.Parameter(linear.weight.detach()[None].clone())
         bias: Tensor | None = linear.bias  # typed as never None, which it is for bias=False
         self.bias = None if bias is None else nn.Parameter(bias.detach()[None].clone())
@@ -109,8 +125,8 @@ class StackedConv2d(Stacked):
     The sites become groups of one convolution: [k * b, c, h, w] is seen as [b, k * c, h, w].
     """
 
-    def __init__(self, conv: nn.Conv2d, layout: Layout) -> None:
-        super().__init__(layout)
+    def __init__(self, conv: nn.Conv2d, in_flight: InFlight) -> None:
+        super().__init__(in_flight)
         if type(conv) is not nn.Conv2d:
             raise AdapterError(
                 f"a {type(conv).__name__} cannot be trained for several sites at once: it may compute other "
@@ -144,8 +160,8 @@ class StackedDropout(Stacked):
     model that puts something behind the padding would break that.
     """
 
-    def __init__(self, p: float, layout: Layout) -> None:
-        super().__init__(layout)
+    def __init__(self, p: float, in_flight: InFlight) -> None:
+        super().__init__(in_flight)
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,10 +171,10 @@ class StackedDropout(Stacked):
             return x
         most = self.check_rows(x)
         device = layout.generators[0].device
-        # Rows that fill a site's share up count for nothing, and need no key of their own.
+        # What fills a site's share up counts for nothing, and needs no key of its own.
         keys = torch.zeros(len(layout.sites), most, dtype=torch.int64, device=device)
         for index, generator in enumerate(layout.generators):
-            count = min(layout.rows[index], most)
+            count = min(layout.sequences * layout.rows[index], most)
             keys[index, :count] = draw_keys(generator, count)
         parts = x.reshape(keys.numel(), -1, *x.shape[1:])
         mask = kept(keys.flatten().to(x.device), parts.shape[1:], self.p, from_end=layout.padded_in_front)
@@ -171,8 +187,8 @@ class StackedDora(Stacked):
     As in PEFT, the norm of W + s B A is a constant for the gradient.
     """
 
-    def __init__(self, dora: DoraLinearLayer, layout: Layout) -> None:
-        super().__init__(layout)
+    def __init__(self, dora: DoraLinearLayer, in_flight: InFlight) -> None:
+        super().__init__(in_flight)
         self.fan_in_fan_out = dora.fan_in_fan_out
         self.weight = nn.Parameter(dora.weight.detach()[None].clone())
 
@@ -223,9 +239,10 @@ class RowsApart:
 
 @dataclass
 class AdapterStack:
-    """The stacked arrays of a model by adapter name, and their layout."""
+    """The stacked arrays of a model by adapter name, and the layout of the batch in flight."""
 
-    layout: Layout
+    model: LoadedModel
+    in_flight: InFlight
     arrays: dict[str, nn.Parameter]
     lora_layers: list[LoraLayer] = field(default_factory=list)
     rows_apart: dict[str, RowsApart] = field(default_factory=dict)
@@ -234,35 +251,53 @@ class AdapterStack:
     @classmethod
     def install(cls, model: LoadedModel) -> AdapterStack:
         """Replace the trainable layers of `model.peft` by stacked ones of size 1. Done once per model."""
-        layout = Layout()
+        in_flight = InFlight()
         modules = dict(model.peft.named_modules())
         arrays: dict[str, nn.Parameter] = {}
         for name, module in modules.items():
             if not any(p.requires_grad for p in module.parameters(recurse=False)):
                 continue
             parent, _, child = name.rpartition(".")
-            stacked = _stacked(name, module, layout)
+            stacked = _stacked(name, module, in_flight)
             setattr(modules[parent], child, stacked)
             for kind, parameter in stacked.named_parameters(recurse=False):
                 arrays[_saved_name(name, kind)] = parameter
         for name, module in modules.items():  # PEFT keeps the head it found beside the copy that is trained
             if isinstance(module, HeadDropout) and ".modules_to_save." in name:
                 parent, _, child = name.rpartition(".")
-                setattr(modules[parent], child, StackedDropout(module.p, layout))
+                setattr(modules[parent], child, StackedDropout(module.p, in_flight))
         layers = [module for module in modules.values() if isinstance(module, LoraLayer)]
         for layer in layers:
             for key, dropout in layer.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):
-                    layer.lora_dropout[key] = StackedDropout(dropout.p, layout)
+                    layer.lora_dropout[key] = StackedDropout(dropout.p, in_flight)
         if arrays.keys() != model.initial.keys():
             odd = sorted(arrays.keys() ^ model.initial.keys())
             raise AdapterError(f"stacked layers and PEFT disagree on the arrays {', '.join(odd[:3])}.")
-        return cls(layout, arrays, layers)
+        return cls(model, in_flight, arrays, layers)
 
     @property
     def size(self) -> int:
         """How many sites the stack holds."""
         return next(iter(self.arrays.values())).shape[0]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the batch in flight; outside of one that of a single site, without dropout."""
+        return self.in_flight.layout
+
+    @contextmanager
+    def batch(self, layout: Layout) -> Iterator[None]:
+        """Let the layers see a batch of this layout: one forward pass and, if any, its backward pass.
+
+        Nothing else writes the layout. A checkpointed backward pass runs the layers again, so it belongs
+        inside.
+        """
+        before, self.in_flight.layout = self.in_flight.layout, layout
+        try:
+            yield
+        finally:
+            self.in_flight.layout = before
 
     def load(self, adapters: Sequence[Adapter], trainable: Iterable[str]) -> None:
         """Hold these adapters, one per stack position; arrays outside `trainable` get no gradient.
@@ -295,13 +330,13 @@ class AdapterStack:
             layer.training = training  # type: ignore[attr-defined]
 
 
-def _stacked(name: str, module: nn.Module, layout: Layout) -> Stacked:
+def _stacked(name: str, module: nn.Module, in_flight: InFlight) -> Stacked:
     if isinstance(module, DoraLinearLayer):
-        return StackedDora(module, layout)
+        return StackedDora(module, in_flight)
     if isinstance(module, nn.Linear):
-        return StackedLinear(module, layout)
+        return StackedLinear(module, in_flight)
     if isinstance(module, nn.Conv2d):
-        return StackedConv2d(module, layout)
+        return StackedConv2d(module, in_flight)
     raise AdapterError(f"{name}: a {type(module).__name__} cannot be trained for several sites at once.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quorate.deploy.console import ConsoleTracker
-from quorate.server.tracking.events import Event, Refused, Started, replay
+from quorate.server.tracking.events import Event, LogMessage, Refused, Started
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.protocol.messages import SiteDescription
 
@@ -43,7 +44,11 @@ class Follower:
             if not self._quiet:
                 self._console.print(joining_table(event.sites, self._refused, event.run.model.sha256))
             self._refused = {}
-        replay(event, self.tracker, self._output_dir)
+            if self._output_dir:
+                event = event.model_copy(update={"output_dir": str(self._output_dir)})
+        if isinstance(event, LogMessage):
+            logging.getLogger(event.logger).log(event.level, "%s", event.text)
+        self.tracker(event)
 
     def say(self, text: str) -> None:
         """Write a line of the controller's own, also where progress is quiet: something went wrong."""

@@ -13,6 +13,7 @@ from quorate.deploy.control.run_list import RunFolder, Submission, find_run_fold
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.report import REPORT_FILE
 from quorate.server.rounds.run import ADAPTER_DIR, METRICS_FILE, RECORD_FILE, RUN_FILE, SUMMARY_FILE, Run
+from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.trackers import TENSORBOARD_DIR
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run_config import RunConfig
@@ -22,7 +23,7 @@ from quorate.shared.process.looks import check_room
 
 log = logging.getLogger(__name__)
 
-_FILES = (RUN_FILE, RECORD_FILE, METRICS_FILE, SUMMARY_FILE, REPORT_FILE)
+_FILES = (RUN_FILE, RECORD_FILE, METRICS_FILE, EVENTS_FILE, SUMMARY_FILE, REPORT_FILE)
 _FOLDERS = (ADAPTER_DIR, TENSORBOARD_DIR)
 
 

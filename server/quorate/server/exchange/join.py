@@ -17,6 +17,7 @@ from quorate.server.exchange.flower_messages import POLL_SECONDS
 from quorate.server.exchange.presence import Presence
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.update_checks import MOST_ROWS
+from quorate.server.tracking.events import PhaseBegan, Refused, Waiting
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.privacy_config import SitePrivacy
@@ -111,7 +112,7 @@ def answers_of(
         optional=quorum is None,
         expected=expected,
         presence=presence,
-        on_wait=lambda sites: run.tell("waiting", sites),
+        on_wait=lambda sites: run.tell(Waiting(sites=sites)),
     )
 
 
@@ -124,7 +125,7 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
         names: node id -> site, as registered with the node's key; None where sites name themselves.
     Raises: QuorumNotMet: fewer than federation.quorum are left, with each one's reason.
     """
-    run.tell("phase", 0, "join")
+    run.tell(PhaseBegan(round=0, name="join"))
     federation, presence = run.config.federation, Presence()
     known = {node: f"node {node}" for node in grid.get_node_ids()} if names is None else dict(names)
     online = set(known) if names is None else _wait_for(grid, run, names)
@@ -148,7 +149,7 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     }
     presence.missed(dict.fromkeys(known.keys() - online, time.monotonic()), {}, listed=False)
     if members.refused:
-        run.tell("refused", members.refused)
+        run.tell(Refused(sites=members.refused))
     if len(members.nodes) < federation.quorum:
         reasons = "; ".join(f"{site}: {e.reason}" for site, e in sorted(members.refused.items()))
         raise QuorumNotMet(
@@ -174,7 +175,7 @@ def _once_approved(
             word = (
                 f"waiting for approval at {names}: their people must give `quorate site approve {run.run_id}`"
             )
-            run.tell("phase", 0, word)
+            run.tell(PhaseBegan(round=0, name=word))
             said = names
         time.sleep(min(APPROVAL_SECONDS, left))
         again = answers_of(run, answers.sites, answers.presence)
@@ -205,7 +206,8 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
             return online
         if now - told >= TELL_SECONDS:
             told = now
-            run.tell("waiting", {names[node]: now - started for node in sorted(names.keys() - online)})
+            away = {names[node]: now - started for node in sorted(names.keys() - online)}
+            run.tell(Waiting(sites=away))
         time.sleep(POLL_SECONDS)
 
 
@@ -225,6 +227,8 @@ def _check(update: Update, labels: Set[str], private: bool) -> None:
     description = update.header.description
     if description is None:
         raise ProtocolError("joined without a description of itself.")
+    if not description.start_hash:
+        raise ProtocolError("joined without the hash of its start.")
     if not re.fullmatch(NAME, update.header.site):
         raise ProtocolError("joined under a name that is not letters, digits, dots, dashes and underscores.")
     if description.label_counts.keys() != labels:

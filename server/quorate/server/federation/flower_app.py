@@ -29,7 +29,7 @@ from quorate.server.results.complete import finish
 from quorate.server.results.local_reference import left_out
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import RUN_FILE, Run, alone_in
-from quorate.server.tracking.events import EVENTS_FILE, EventsHandler, EventsTracker
+from quorate.server.tracking.events import telling_warnings
 from quorate.server.tracking.run_status import RunStatus
 from quorate.server.tracking.trackers import configured_trackers
 from quorate.shared.config.load import load_run
@@ -114,11 +114,11 @@ def main(grid: Grid, context: Context) -> None:
     folder, run_id = _asked_for(context)
     run_dir = folder.runs / run_id
     status = partial(RunStatus, flower_run_id=context.run_id)
-    events = EventsTracker(run_dir / EVENTS_FILE)
-    with _alone_in(run_dir), _logging_to(run_dir / LOG_FILE, events), _interruptible():
+    logging_to = _logging_to(run_dir / LOG_FILE)  # this process has no terminal
+    with _alone_in(run_dir), logging_to, telling_warnings(run_dir), _interruptible():
         status(state="running").write(run_dir)
         try:
-            carry_out(StoppableGrid(grid), folder, run_id, events)
+            carry_out(StoppableGrid(grid), folder, run_id)
         except KeyboardInterrupt:
             message = "the run was stopped; continue it with --resume."
             status(state="interrupted", exit_code=INTERRUPTED, message=message).write(run_dir)
@@ -141,7 +141,7 @@ def main(grid: Grid, context: Context) -> None:
         status(state="done", exit_code=0).write(run_dir)
 
 
-def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsTracker) -> None:
+def carry_out(grid: Grid, folder: FederationFolder, run_id: str) -> None:
     """Run (or resume) the rounds, measure and write what came of them, and send it to the sites.
 
     Raises: QuorateError: it cannot be carried out. QuorumNotMet, ModelDiverged, KeyboardInterrupt: it ended
@@ -149,8 +149,7 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str, events: EventsT
     """
     run_dir = folder.runs / run_id
     config = load_run(run_dir / RUN_FILE)
-    trackers = [events, *configured_trackers(config)]
-    run = Run.open(config, run_dir, resume=True, trackers=trackers, run_id=run_id)
+    run = Run.open(config, run_dir, resume=True, trackers=configured_trackers(config), run_id=run_id)
     if why := left_out(config):
         log.warning("evaluation.references are left out: %s", why)
     result = run_rounds(grid, run, Nodes.read(folder).sites)
@@ -192,25 +191,20 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _logging_to(path: Path, events: EventsTracker) -> Iterator[None]:
-    """Append our log to a file, and warnings to the events: this process has no terminal.
-
-    For its owner alone: it names sites that were asked.
-    """
+def _logging_to(path: Path) -> Iterator[None]:
+    """Append our log to a file, for its owner alone: it names sites that were asked."""
     with writing(path):
         os.close(open_to_append(path, private=True))
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours, handlers = logging.getLogger("quorate"), (handler, EventsHandler(events))
+    ours = logging.getLogger("quorate")
     ours.setLevel(logging.INFO)
-    for each in handlers:
-        ours.addHandler(each)
+    ours.addHandler(handler)
     try:
         yield
     finally:
-        for each in handlers:
-            ours.removeHandler(each)
-            each.close()
+        ours.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from quorate.server.results.outputs import best_state, good_round
 from quorate.server.rounds.evaluation import scalars
 from quorate.server.rounds.loop import Result
 from quorate.server.rounds.run import Run
+from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Evaluation, Exclusion, Measured, Summary
 from quorate.shared.adapters.selection import downloaded
 from quorate.shared.protocol.messages import Delivery, RoundRequest
@@ -33,7 +34,7 @@ def deliver(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str,
         return {}
     if good_round(run, result) is None:
         return {}
-    run.tell("phase", result.progress.round, "deliver")
+    run.tell(PhaseBegan(round=result.progress.round, name="deliver"))
     try:
         failed = _send(grid, run, result, summary)
     except Exception as error:  # the result is written already

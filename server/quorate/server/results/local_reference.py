@@ -18,6 +18,7 @@ from quorate.server.rounds.evaluation import summarise, worth
 from quorate.server.rounds.loop import Result
 from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
 from quorate.server.rounds.update_checks import check_measured
+from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Measured, References, RoundRecord, Worth
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ProtocolError
@@ -63,7 +64,7 @@ def compare(grid: Grid, run: Run, result: Result, federated: Mapping[str, Outcom
     asked = "local_only" in config.evaluation.references and config.privacy is None
     if not asked or result.stopped is not None or result.progress is None:
         return Compared()
-    run.tell("phase", result.progress.round, "local only")
+    run.tell(PhaseBegan(round=result.progress.round, name="local only"))
     answers, found = _ask(grid, run, result.members)
     intervals, local, gains = config.evaluation.bootstrap_samples > 0, {}, {}
     for site, (round, outcomes) in sorted(found.items()):

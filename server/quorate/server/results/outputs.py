@@ -18,6 +18,7 @@ from quorate.server.rounds.loop import Result
 from quorate.server.rounds.measuring import measure as measure_at_sites
 from quorate.server.rounds.round import Round
 from quorate.server.rounds.run import ADAPTER_DIR, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
+from quorate.server.tracking.events import Finished, PhaseBegan
 from quorate.server.tracking.records import (
     Answer,
     Exclusion,
@@ -48,7 +49,7 @@ def measure(
     if result.progress is None:
         return None, None, {}
     if result.stopped is None and run.config.evaluation.share_outcomes:
-        run.tell("phase", result.progress.round, "test")
+        run.tell(PhaseBegan(round=result.progress.round, name="test"))
         try:
             return _tested(grid, run, result, result.progress)
         except ModelDiverged as error:
@@ -118,7 +119,7 @@ def write_outputs(
     samples: Sequence[Answer] = (),
 ) -> Summary:
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
-    run.tell("phase", result.progress.round if result.progress else 0, "outputs")
+    run.tell(PhaseBegan(round=result.progress.round if result.progress else 0, name="outputs"))
     summary = _summary(run, result, final, best, references, worth or {}, samples)
     if good_round(run, result) is None:  # what an earlier end of the run left is no better known to be good
         shutil.rmtree(run.output_dir / ADAPTER_DIR, ignore_errors=True)
@@ -126,7 +127,7 @@ def write_outputs(
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
     write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
     write_report(run.output_dir)
-    run.tell("finish", summary)
+    run.tell(Finished(summary=summary))
     return summary
 
 

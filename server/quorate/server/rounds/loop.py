@@ -20,6 +20,7 @@ from quorate.server.rounds.round import Round
 from quorate.server.rounds.round_log import RoundLog
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.training import Collection
+from quorate.server.tracking.events import PhaseBegan, RoundDone, Started
 from quorate.server.tracking.records import ClientClaim, Evaluation, RoundMetrics
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, ConfigError, ModelDiverged, QuorumNotMet
@@ -79,7 +80,13 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     state, progress = _start(run, members)
     central = CentralPrivacy.open(run, members, state, progress)
     run.tell(
-        "start", run.config, run.run_id, run.output_dir, members.sites, progress.round if progress else 0
+        Started(
+            run=run.config,
+            run_id=run.run_id,
+            output_dir=str(run.output_dir),
+            sites=members.sites,
+            resumed_from=progress.round if progress else 0,
+        )
     )
     result = Result(state, progress, members, central=central)
     latecomers = Latecomers(grid, run, members, names)
@@ -206,13 +213,13 @@ def _checkpoint(
         record=record,
         metrics=metrics,
     )
-    run.tell("phase", number, "checkpoint")
+    run.tell(PhaseBegan(round=number, name="checkpoint"))
     private = run.config.hides_participation
     save_checkpoint(run.output_dir, state, progress, run.config.save_total_limit, private=private)
     log.add_seconds("checkpoint", time.monotonic() - started)
     record = record.model_copy(update={"seconds": log.seconds})
     run.append(record, metrics)
-    run.tell("round", record, metrics)
+    run.tell(RoundDone(record=record, metrics=metrics))
     return progress
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from quorate.server.exchange.exchange import Answers, exclusion
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.screening import Passed
+from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Exclusion, RoundNoise, RoundRecord
 
 
@@ -38,7 +39,7 @@ class RoundLog:
     @contextmanager
     def timed(self, run: Run, phase: str) -> Iterator[None]:
         """Time one step of the round and tell the trackers that it began."""
-        run.tell("phase", self.round, phase)
+        run.tell(PhaseBegan(round=self.round, name=phase))
         started = time.monotonic()
         yield
         self.add_seconds(phase, time.monotonic() - started)

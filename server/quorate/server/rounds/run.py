@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quorate.server.rounds.checkpoint import Progress, list_checkpoints, load_checkpoint
+from quorate.server.tracking.events import EVENTS_FILE, Event, EventsTracker, Tracker, tell
 from quorate.server.tracking.records import RoundMetrics, RoundRecord
-from quorate.server.tracking.trackers import Tracker
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
@@ -36,7 +36,7 @@ class Run:
         output_dir: everything the run writes.
         run_id: outlives restarts.
         resumed: state and progress of the checkpoint to go on from, if any.
-        trackers: told of phases, rounds and the end.
+        trackers: told what happens, once it is in the run's own file of events.
     """
 
     config: RunConfig
@@ -66,7 +66,7 @@ class Run:
             config: the run.
             output_dir: its folder.
             resume: go on with what is there.
-            trackers: told of phases, rounds and the end.
+            trackers: told what happens.
             run_id: identity of a run that has no checkpoint yet; a new one when left out.
 
         Raises:
@@ -121,20 +121,13 @@ class Run:
             with writing(path), opened(path, "ab", private=self.config.hides_participation) as stream:
                 stream.write(line.model_dump_json().encode() + b"\n")
 
-    def tell(self, event: str, *arguments: object) -> None:
-        """Call `event` on every tracker; one that fails is logged and does not stop the run."""
-        for tracker in self.trackers:
-            try:
-                getattr(tracker, event)(*arguments)
-            except Exception as error:
-                log.error(
-                    "tracker %s failed in %s (%s: %s); the run goes on without it.",
-                    type(tracker).__name__,
-                    event,
-                    type(error).__name__,
-                    error,
-                    exc_info=log.isEnabledFor(logging.DEBUG),
-                )
+    def tell(self, event: Event) -> None:
+        """Write an event to the run's file and pass it to every tracker; one that fails is logged.
+
+        Raises: OutputError: the file cannot be written.
+        """
+        EventsTracker(self.output_dir / EVENTS_FILE)(event)
+        tell(self.trackers, event)
 
     def _align_logs(self) -> None:
         """Bring the JSONL files to the checkpoint: a kill may have come before or in the middle of a line."""
@@ -202,7 +195,7 @@ def _make_folder(output_dir: Path) -> None:
 
 def _check_free(output_dir: Path) -> None:
     """Raise OutputError for something that a run would write over and that no run of ours left."""
-    for name in (ADAPTER_DIR, RECORD_FILE, METRICS_FILE, SUMMARY_FILE):
+    for name in (ADAPTER_DIR, RECORD_FILE, METRICS_FILE, EVENTS_FILE, SUMMARY_FILE):
         if (output_dir / name).exists():
             raise OutputError(
                 f"{output_dir} holds {name} but no run ({RUN_FILE}), and a new one would write over it; "

@@ -1,7 +1,8 @@
-"""Progress of a run as a file: one JSON line per event.
+"""What a run tells while it runs: one family of events, to callables and to `events.jsonl` in its folder.
 
-The ServerApp writes it, whoever watches follows it from another process. The writer may be killed at any byte
-and start again: a new `start` event follows then, and half a line that a kill left is passed over.
+Every run writes the file, a line for each event, and whoever watches follows it from another process. The
+writer may be killed at any byte and start again: a new `start` follows then, and half a line that a kill left
+is passed over. A tracker is any callable that takes an event; docs/events.md shows one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,9 +19,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError
 
 from quorate.server.tracking.records import Exclusion, Record, RoundMetrics, RoundRecord, Summary
-from quorate.server.tracking.trackers import Tracker
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.process.files import open_to_append, writing
+from quorate.shared.process.files import opened, writing
 from quorate.shared.protocol.messages import SiteDescription
 
 log = logging.getLogger(__name__)
@@ -35,20 +36,20 @@ class _Event(Record):
     version: Literal[1] = VERSION
     """Version of this format."""
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    """When it was written (UTC)."""
+    """When it was told (UTC)."""
 
 
 class Started(_Event):
-    """Tracker.start: rounds begin, or go on in a new process."""
+    """The sites have joined, and rounds begin, or go on in a new process."""
 
     event: Literal["start"] = "start"
     """Kind of event."""
     run: SerializeAsAny[RunConfig]
     """The run's configuration."""
     run_id: str
-    """Identity of the run."""
+    """Identity of the run; outlives restarts."""
     output_dir: str
-    """The run's folder at the coordinator."""
+    """The run's folder, in a federation that at the coordinator."""
     sites: dict[str, SiteDescription]
     """The sites that joined, and what they said of themselves."""
     resumed_from: int
@@ -56,7 +57,7 @@ class Started(_Event):
 
 
 class Refused(_Event):
-    """Tracker.refused: sites that answered, or should have, and cannot take part."""
+    """Sites that answered, or should have, and cannot take part; before `start`, where there are any."""
 
     event: Literal["refused"] = "refused"
     """Kind of event."""
@@ -65,7 +66,7 @@ class Refused(_Event):
 
 
 class PhaseBegan(_Event):
-    """Tracker.phase."""
+    """A step begins: before `start` (sites join), in a round, or after the last one (test, outputs)."""
 
     event: Literal["phase"] = "phase"
     """Kind of event."""
@@ -76,16 +77,16 @@ class PhaseBegan(_Event):
 
 
 class Waiting(_Event):
-    """Tracker.waiting."""
+    """Somebody is being waited for; told now and then, in any phase."""
 
     event: Literal["waiting"] = "waiting"
     """Kind of event."""
     sites: dict[str, float]
-    """Site -> seconds since it was asked, without an answer."""
+    """Site -> time since it was asked, without an answer [s]."""
 
 
 class RoundDone(_Event):
-    """Tracker.round: the round is on disk."""
+    """A round is finished, and on disk already."""
 
     event: Literal["round"] = "round"
     """Kind of event."""
@@ -96,7 +97,7 @@ class RoundDone(_Event):
 
 
 class Finished(_Event):
-    """Tracker.finish."""
+    """The end, also of a run that was interrupted; its results are on disk."""
 
     event: Literal["finish"] = "finish"
     """Kind of event."""
@@ -104,106 +105,96 @@ class Finished(_Event):
     """The whole run."""
 
 
-class Said(_Event):
-    """A log message of the coordinator, for the person who watches."""
+class LogMessage(_Event):
+    """A warning or an error of the process that carries the run out, for the person who watches."""
 
     event: Literal["log"] = "log"
     """Kind of event."""
     level: int
-    """As in `logging`."""
+    """As in `logging`; 30 is a warning, 40 an error."""
     logger: str
-    """Who said it."""
+    """Name of the logger."""
     text: str
-    """What was said."""
+    """The message, without a traceback: that is in the process's own log."""
 
 
-Event = Started | Refused | PhaseBegan | Waiting | RoundDone | Finished | Said
-_PARSER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+Event = Annotated[
+    Started | Refused | PhaseBegan | Waiting | RoundDone | Finished | LogMessage, Field(discriminator="event")
+]
+Tracker = Callable[[Event], None]
+"""Whoever wants to follow a run. It is called in the run's process, which waits for it; one that raises is
+logged, and the run goes on. KeyboardInterrupt stops the run after what it is at, as Ctrl-C does."""
+_PARSER: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def tell(trackers: Iterable[Tracker], event: Event) -> None:
+    """Call every tracker with the event; one that fails is logged and stops nobody."""
+    for tracker in trackers:
+        try:
+            tracker(event)
+        except Exception as error:
+            log.error(
+                "tracker %s failed in %s (%s: %s); the run goes on without it.",
+                getattr(tracker, "__name__", type(tracker).__name__),
+                event.event,
+                type(error).__name__,
+                error,
+                exc_info=log.isEnabledFor(logging.DEBUG),
+            )
 
 
 class EventsTracker:
     """A tracker that appends every event to a file, a line in one write each.
 
     Args:
-        path: the file; made with its first line. What another process wrote before stays.
-    Raises: OutputError: a line cannot be written.
+        path: the file; made with its first line, for its owner alone, as it names sites that were asked. What
+            another process wrote before stays.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def start(
-        self,
-        run: RunConfig,
-        run_id: str,
-        output_dir: Path,
-        sites: Mapping[str, SiteDescription],
-        resumed_from: int,
-    ) -> None:
-        """Append that rounds begin."""
-        self.append(
-            Started(
-                run=run,
-                run_id=run_id,
-                output_dir=str(output_dir),
-                sites=dict(sites),
-                resumed_from=resumed_from,
-            )
-        )
-
-    def refused(self, sites: Mapping[str, Exclusion]) -> None:
-        """Append which sites cannot take part."""
-        self.append(Refused(sites=dict(sites)))
-
-    def phase(self, round: int, name: str) -> None:
-        """Append that a step begins."""
-        self.append(PhaseBegan(round=round, name=name))
-
-    def waiting(self, sites: Mapping[str, float]) -> None:
-        """Append who is being waited for."""
-        self.append(Waiting(sites=dict(sites)))
-
-    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
-        """Append a finished round."""
-        self.append(RoundDone(record=record, metrics=metrics))
-
-    def finish(self, summary: Summary) -> None:
-        """Append the end."""
-        self.append(Finished(summary=summary))
-
-    def append(self, event: Event) -> None:
-        """Append one event. A single unbuffered write: a kill of this process leaves the line or nothing."""
+    def __call__(self, event: Event) -> None:
+        """Append one event. Raises: OutputError: it cannot be written."""
         line = event.model_dump_json().encode() + b"\n"
-        with writing(self._path):
-            descriptor = open_to_append(self._path, private=True)
-            try:
-                size = os.fstat(descriptor).st_size
-                if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a full disk, or the power went
-                    line = b"\n" + line
-                while line:
-                    line = line[os.write(descriptor, line) :]
-            finally:
-                os.close(descriptor)
+        with writing(self._path), opened(self._path, "ab", private=True) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a full disk, or the power went
+                line = b"\n" + line
+            stream.write(line)
 
 
-class EventsHandler(logging.Handler):
-    """Passes log messages on to a tracker's file, so that they reach the person who started the run.
+class _LogHandler(logging.Handler):
+    """Tells log messages to trackers."""
 
-    Args:
-        tracker: where they go.
-        level: from which on.
-    """
-
-    def __init__(self, tracker: EventsTracker, level: int = logging.WARNING) -> None:
-        super().__init__(level)
-        self._tracker = tracker
+    def __init__(self, trackers: Iterable[Tracker]) -> None:
+        super().__init__(logging.WARNING)
+        self._trackers, self._telling = tuple(trackers), False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append one message, without a traceback: that is in the process's own log."""
+        """Tell one message, but not that a tracker failed to take one: that would never end."""
+        if self._telling:
+            return
+        self._telling = True  # logging lets one thread at a time in here
         try:
-            self._tracker.append(Said(level=record.levelno, logger=record.name, text=record.getMessage()))
+            text = record.getMessage()
+            tell(self._trackers, LogMessage(level=record.levelno, logger=record.name, text=text))
         except Exception:
             self.handleError(record)
+        finally:
+            self._telling = False
+
+
+@contextmanager
+def telling_warnings(output_dir: Path, trackers: Iterable[Tracker] = ()) -> Iterator[None]:
+    """Write our own warnings and errors to a run's events too, and tell them to its trackers."""
+    trackers = (EventsTracker(output_dir / EVENTS_FILE), *trackers)
+    handler, ours = _LogHandler(trackers), logging.getLogger("quorate")
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
 
 
 class EventsReader:
@@ -257,27 +248,3 @@ def follow(path: Path, from_offset: int = 0, poll_seconds: float = POLL_SECONDS)
         if not events:
             yield None
             time.sleep(poll_seconds)
-
-
-def replay(event: Event, tracker: Tracker, output_dir: Path | None = None) -> None:
-    """Tell a tracker of this process what the event says.
-
-    Args:
-        output_dir: named in `start` instead of the writer's own, where the results will lie elsewhere.
-    """
-    match event:
-        case Started():
-            folder = output_dir or Path(event.output_dir)
-            tracker.start(event.run, event.run_id, folder, event.sites, event.resumed_from)
-        case Refused():
-            tracker.refused(event.sites)
-        case PhaseBegan():
-            tracker.phase(event.round, event.name)
-        case Waiting():
-            tracker.waiting(event.sites)
-        case RoundDone():
-            tracker.round(event.record, event.metrics)
-        case Finished():
-            tracker.finish(event.summary)
-        case Said():
-            logging.getLogger(event.logger).log(event.level, "%s", event.text)

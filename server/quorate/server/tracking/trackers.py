@@ -1,56 +1,19 @@
-"""Trackers: whoever wants to follow a run while it runs. The run's own files are written without them.
-
-The round loop calls a tracker's methods; one that raises is logged there and the run goes on.
-"""
+"""Trackers that a run file can name; anything else that takes an event is a tracker too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from quorate.server.rounds.evaluation import scalars
-from quorate.server.tracking.records import Evaluation, Exclusion, RoundMetrics, RoundRecord, Summary
+from quorate.server.tracking.events import Event, Finished, RoundDone, Started, Tracker
+from quorate.server.tracking.records import Evaluation, RoundMetrics, RoundRecord, Summary
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
-from quorate.shared.protocol.messages import SiteDescription
 
 TENSORBOARD_DIR = "tensorboard"
-
-
-@runtime_checkable
-class Tracker(Protocol):
-    """What the round loop tells. Calls come in this order: start, then per round phases and round, finish.
-
-    `refused` comes before `start`, only where there are such sites. `phase` and `waiting` also come before
-    `start` (sites join, round 0) and after the last round (test, outputs).
-    """
-
-    def refused(self, sites: Mapping[str, Exclusion]) -> None:
-        """Take note of sites that cannot take part, and why."""
-
-    def start(
-        self,
-        run: RunConfig,
-        run_id: str,
-        output_dir: Path,
-        sites: Mapping[str, SiteDescription],
-        resumed_from: int,
-    ) -> None:
-        """Begin, or go on after round `resumed_from` (0 for a new run)."""
-
-    def phase(self, round: int, name: str) -> None:
-        """Take note that a step of `round` begins."""
-
-    def waiting(self, sites: Mapping[str, float]) -> None:
-        """Take note of who is being waited for: site -> seconds since it was asked. Told now and then."""
-
-    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
-        """Take note of a finished round, which is on disk already."""
-
-    def finish(self, summary: Summary) -> None:
-        """Take note of the end; also called for a run that was interrupted."""
 
 
 def configured_trackers(run: RunConfig) -> list[Tracker]:
@@ -80,47 +43,40 @@ class TensorboardTracker:
         self._hidden = False
         self._writer: Any = None
 
-    def refused(self, sites: Mapping[str, Exclusion]) -> None:
-        """There is nothing to plot of them."""
+    def __call__(self, event: Event) -> None:
+        """Plot what there is of an event."""
+        if isinstance(event, Started):
+            self._open(event)
+        elif self._writer is None:  # opening it failed, and that was said
+            return
+        elif isinstance(event, RoundDone):
+            self._plot(event.record, event.metrics)
+        elif isinstance(event, Finished):
+            self._close(event.summary)
 
-    def start(
-        self,
-        run: RunConfig,
-        run_id: str,
-        output_dir: Path,
-        sites: Mapping[str, SiteDescription],
-        resumed_from: int,
-    ) -> None:
-        """Open the log. Points of rounds after `resumed_from`, which will be run again, are purged."""
+    def _open(self, event: Started) -> None:
+        """Open the log. Points of rounds after the last finished one, which will be run again, are purged."""
+        run, last = event.run, event.resumed_from
         self._hidden = run.hides_participation
-        purge = resumed_from + 1 if resumed_from else None
-        self._writer = self._make(str(output_dir / TENSORBOARD_DIR), purge_step=purge)
-        if not resumed_from:
+        purge = last + 1 if last else None
+        self._writer = self._make(str(Path(event.output_dir) / TENSORBOARD_DIR), purge_step=purge)
+        if not last:
             # TensorBoard renders Markdown; four blanks in front make it code.
             text = "".join(f"    {line}\n" for line in dump_yaml(run).splitlines())
-            self._writer.add_text("run", f"{run.name}, run {run_id}, sites: {', '.join(sites)}\n\n{text}")
+            sites = ", ".join(event.sites)
+            self._writer.add_text("run", f"{run.name}, run {event.run_id}, sites: {sites}\n\n{text}")
         self._writer.flush()
 
-    def phase(self, round: int, name: str) -> None:
-        """Phases are in the record's seconds; there is nothing to plot yet."""
-
-    def waiting(self, sites: Mapping[str, float]) -> None:
-        """There is nothing to plot of it."""
-
-    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
+    def _plot(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's scalars and flush, so that a run that is killed later has them."""
-        if self._writer is None:  # `start` failed, and that was said
-            return
         if self._hidden:  # all but the figures of an evaluation depends on who was drawn
             validation = metrics.validation
             self._write(dict(_evaluation_scalars(validation)) if validation else {}, record.round)
             return
         self._write(dict(_round_scalars(record, metrics)), record.round)
 
-    def finish(self, summary: Summary) -> None:
+    def _close(self, summary: Summary) -> None:
         """Write the test figures of the best round's model at that round, and close the log."""
-        if self._writer is None:
-            return
         if summary.best and summary.best.test:
             self._write(dict(_evaluation_scalars(summary.best.test)), summary.best.round)
         self._writer.close()

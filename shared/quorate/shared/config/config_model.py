@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import hashlib
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+
+ONE, LIST = Tag("one"), Tag("list")
+ONE_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, (list, tuple)) else "one")
+"""Tells a union of a value (tagged `ONE`) and a list (`LIST`) apart: `Annotated[... | ..., ONE_OR_LIST]`.
+
+Unions in configuration models say by themselves which alternative is meant, by a field or by this, so that an
+error is about that one alone.
+"""
 
 
 class ConfigModel(BaseModel):

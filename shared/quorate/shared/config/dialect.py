@@ -1,80 +1,100 @@
-"""The YAML of run and sites files: YAML 1.2's plain values, read safely, duplicate keys refused.
+"""The YAML of files that people write: YAML 1.2's plain values, read safely, with the line of every value.
 
-PyYAML speaks YAML 1.1, in which a label `no` is a boolean, `12:30` the number 750, `010` the number 8 and
-`3e-3` a text. Labels are what people write most in these files, so values mean here what they look like:
-`true`/`false`, decimal numbers and `null` are those, everything else is text. What we write is quoted
-wherever either version could read it otherwise.
+ruamel.yaml parses; what the parsed nodes mean is said here, because it still takes `010` and `1_000` for
+numbers and `2024-01-01` for a date. Labels are what people write most in these files, so values mean here
+what they look like: `true`/`false`, decimal numbers and `null` are those, everything else is text. What we
+write is quoted wherever a reader of YAML 1.1 or 1.2 could read it otherwise.
 """
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import BaseResolver, implicit_resolvers
 
 from quorate.shared.errors import ConfigError
 
 MAX_BYTES = 4 * 2**20
 """A larger file is no run or sites file; someone named a data file by mistake."""
+MAX_VALUES = 2**20
+"""Most values of a file, those that an alias (`*name`) stands for counted each time: a few lines of aliases
+to aliases can stand for more than any memory holds."""
+Place = tuple[str | int, ...]
+"""Where a value stands: the keys and indices that lead to it."""
+Lines = Mapping[Place, int]
 
 _REMEDIES = {
     "'\\t'": ": indent with spaces, not with tabs",
     "mapping values are not allowed": ": quote a text that holds `: `, and indent a section's fields alike",
     "<stream end>": ": a bracket or quote is not closed",
 }
-"""What to do about the commonest mistakes, by words of PyYAML's messages."""
-_MERGE = "tag:yaml.org,2002:merge"
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
-_FLOAT = re.compile(
-    r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
-    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-)
+"""What to do about the commonest mistakes, by words of the parser's messages."""
+_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
+_BOOLS = {"true": True, "false": False}
+_PLAIN: dict[str, tuple[str, Iterable[str], Callable[[str], Any]]] = {
+    "bool": (r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF", lambda text: _BOOLS[text.lower()]),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789", int),
+    "float": (
+        r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
+        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
+        "-+.0123456789",
+        lambda text: float(text.lower().replace(".i", "i").replace(".n", "n")),
+    ),
+    "null": (r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""], lambda text: None),
+    "merge": (r"<<$", "<", str),
+}
+"""What a plain value may be besides text: how it looks, its first character, what it is."""
+_MADE: dict[str, Callable[[str], Any]] = {"str": str} | {tag: made for tag, (_, _, made) in _PLAIN.items()}
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the plain values of YAML 1.2 and without duplicate keys."""
+class _Reading(BaseResolver):
+    """Tells which plain values are more than text, by `_PLAIN`."""
 
-    yaml_implicit_resolvers = {}
+    processing_version = (1, 2)
 
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        """Compose a mapping, refusing a key that stands in it twice."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
-                continue
-            if (first := lines.get((key.tag, key.value))) is not None:
-                problem = f"key {key.value!r} is given twice (first in line {first}); keep one"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            lines[key.tag, key.value] = key.start_mark.line + 1
+    def __init__(self, version: Any = None, loader: Any = None) -> None:
+        super().__init__(loader)
+
+
+class _Writing(_Reading):
+    """Tells which texts must be quoted: also what YAML 1.1 takes for more than text."""
+
+
+class _Representer(SafeRepresenter):
+    """Writes texts and numbers so that either version of YAML reads them back."""
+
+    def text(self, text: str) -> Any:
+        # Line breaks of any kind (U+0085, U+2028, ...) survive in double quotes alone.
+        return self.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
+
+    def number(self, number: float) -> Any:
+        node = self.represent_float(number)
+        if "." not in node.value:  # YAML 1.1 takes 1e-05 for text
+            node.value = node.value.replace("e", ".0e")
         return node
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper (which quotes what YAML 1.1 would misread) that also quotes what YAML 1.2 would."""
+for _name, (_looks, _first, _) in _PLAIN.items():
+    for _resolver in (_Reading, _Writing):
+        _resolver.add_implicit_resolver_base(_TAG + _name, re.compile(_looks), list(_first))
+for _versions, *_rule in implicit_resolvers:
+    if (1, 1) in _versions:
+        _Writing.add_implicit_resolver_base(*_rule)
+_Representer.add_representer(str, _Representer.text)
+_Representer.add_representer(float, _Representer.number)
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Line breaks of any kind (U+0085, U+2028, ...) survive in double quotes alone.
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
-for _tag, _pattern, _first in (
-    ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
-    ("tag:yaml.org,2002:int", _INT, "-+0123456789"),
-    ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
-    ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    (_MERGE, re.compile(r"<<$"), "<"),
-):
-    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
-    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
-
-
-def read_mapping(path: Path) -> dict[Any, Any]:
-    """Read a YAML file whose content is one mapping.
+def read_mapping(path: Path) -> tuple[dict[Any, Any], Lines]:
+    """Read a YAML file whose content is one mapping; returns that, and on which line each value begins.
 
     Raises: ConfigError: the file cannot be read, is not UTF-8, is not YAML, or holds no mapping.
     """
@@ -89,11 +109,11 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text.") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path.") from error
-    content = parse(text, str(path))
+    content, lines = _parse(text, str(path))
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path}: holds {found}; a configuration file is a list of `field: value` lines.")
-    return content
+    return content, lines
 
 
 def parse(text: str, where: str) -> Any:
@@ -101,19 +121,105 @@ def parse(text: str, where: str) -> Any:
 
     Raises: ConfigError: naming `where`, line and column; the text itself is not quoted.
     """
+    return _parse(text, where)[0]
+
+
+def write_mapping(content: dict[str, Any]) -> str:
+    """Return `content` as YAML that `read_mapping` reads back equal, fields in their order."""
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Representer = _Writing, _Representer
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.width, yaml.encoding = 2 * MAX_BYTES, None
+    text = io.StringIO()
+    yaml.dump(content, text)
+    return text.getvalue()
+
+
+def _parse(text: str, where: str) -> tuple[Any, Lines]:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver = _Reading
+    yaml.composer.warn_double_anchors = False
+    content = _Content()
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
+        node = yaml.compose(text)
+        return None if node is None else content.value(node, (), ()), content.lines
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = error.problem or error.context
         remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(what)), "")
         raise ConfigError(f"{where}: {at}{what}; this is not valid YAML{remedy}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{where}: {what}; this is not valid YAML.") from error
+    except (YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}; this is not valid YAML.") from error
 
 
-def write_mapping(content: dict[str, Any]) -> str:
-    """Return `content` as YAML that `read_mapping` reads back equal, fields in their order."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+class _Content:
+    """Makes values of parsed nodes. What an alias stands for is made anew each time: nothing is shared."""
+
+    def __init__(self) -> None:
+        self.lines: dict[Place, int] = {}
+        self.count = 0
+
+    def value(self, node: Any, place: Place, within: tuple[Any, ...]) -> Any:
+        """Return the value of a node that stands at `place`, within other nodes.
+
+        Raises: MarkedYAMLError: it has a tag that means nothing here, a key twice, or no end.
+        """
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise _wrong(f"more than {MAX_VALUES} values, those behind aliases (*) counted each time", node)
+        if node in within:
+            raise _wrong("an anchor (&) contains itself; write the values out", node)
+        within = (*within, node)
+        made: Any
+        if isinstance(node, MappingNode) and node.tag == f"{_TAG}map":
+            made = self._section(node, place, within)
+        elif isinstance(node, SequenceNode) and node.tag == f"{_TAG}seq":
+            made = [self.value(each, (*place, index), within) for index, each in enumerate(node.value)]
+        else:
+            made = _scalar(node)
+        self.lines[place] = node.start_mark.line + 1
+        return made
+
+    def _section(self, node: Any, place: Place, within: tuple[Any, ...]) -> dict[Any, Any]:
+        section: dict[Any, Any] = {}
+        for merged in _merged(node):
+            section |= self.value(merged, place, within)
+        own: dict[Any, int] = {}
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                continue
+            if not isinstance(key, ScalarNode):
+                raise _wrong("unhashable key; a key is a text or a number", key)
+            name = _scalar(key)
+            if name in own:
+                raise _wrong(f"key {name!r} is given twice (first in line {own[name]}); keep one", key)
+            own[name] = key.start_mark.line + 1
+            section[name] = self.value(value, (*place, name), within)
+            self.lines[(*place, name)] = own[name]
+        return section
+
+
+def _merged(node: Any) -> list[Any]:
+    """Return what `<<` puts under a section's own keys; of several mappings the first is last: it wins."""
+    found: list[Any] = []
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            found += reversed(value.value) if isinstance(value, SequenceNode) else [value]
+    if wrong := [each for each in found if not isinstance(each, MappingNode)]:
+        raise _wrong("expected a mapping or list of mappings for merging", wrong[0])
+    return found
+
+
+def _scalar(node: Any) -> Any:
+    tag = node.tag.removeprefix(_TAG)
+    if not isinstance(node, ScalarNode) or tag not in _MADE:
+        raise _wrong(f"could not determine a constructor for the tag {node.tag!r}", node)
+    try:
+        return _MADE[tag](node.value)
+    except (ValueError, KeyError) as error:
+        raise _wrong(f"this is no {tag}: {error}", node) from error
+
+
+def _wrong(problem: str, node: Any) -> MarkedYAMLError:
+    return MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

@@ -1,20 +1,19 @@
-"""Validation errors in words: file, field, what is wrong, the value, what to do."""
+"""Validation errors in words: file and line, field, what is wrong, the value, what to do."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.dialect import Lines, Place
 from quorate.shared.config.fields import Node, dotted, root, suggest, suggest_choice
 from quorate.shared.config.texts import Name, Sha256
-
-Path = tuple[str | int, ...]
 
 _PATTERNS = {
     Name.__metadata__[0].pattern: "1 to 64 letters, digits, `_`, `.` or `-`, with a letter or digit in front",  # type: ignore[attr-defined]
@@ -25,37 +24,70 @@ _SECTIONS = ("model_type", "model_attributes_type", "dict_type", "mapping_type")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an error stands: its path as people write it, what may stand there, and whether it is a key."""
+class _Problem:
+    """One of pydantic's errors with its place: the path as people write it, and what may stand there.
 
-    path: Path
+    Args:
+        details: what pydantic says.
+        path: its location without the tags of unions.
+        node: what may stand there; None for a field that there is not.
+        section: what it stands in.
+    """
+
+    details: ErrorDetails
+    path: Place
     node: Node | None
-    parent: Node
-    is_key: bool
-    union: Path | None
-    """Path of the union (`a number or a list`) whose alternative this error comes from."""
+    section: Node
+
+    @classmethod
+    def locate(cls, top: Node, details: ErrorDetails) -> _Problem:
+        """Follow pydantic's location down the schema; after a union it names the alternative by its tag."""
+        path: Place = ()
+        node: Node | None = top
+        inner, section = node, top
+        for part in details["loc"]:
+            if part == "[key]" and details["type"] != "extra_forbidden":
+                break
+            if inner is not None and inner.kinds:
+                inner = inner.kinds[str(part)]
+                continue
+            path, section = (*path, part), section if inner is None else inner
+            node = inner = None if inner is None else inner.child(part)
+        return cls(details, path, node, section)
 
 
 def explain(
-    error: ValidationError, model: type[ConfigModel], where: str, overridden: Collection[Path] = ()
+    error: ValidationError,
+    model: type[ConfigModel],
+    where: str,
+    lines: Lines,
+    overridden: Collection[Place] = (),
 ) -> str:
-    """Return every problem, a line each: `file: field: what is wrong (value ...); remedy`.
+    """Return every problem, a line each: `file:line: field: what is wrong (value ...); remedy`.
 
     Args:
         error: from the validation.
         model: what was validated.
         where: the file, as the reader knows it.
+        lines: of the file, as `dialect.read_mapping` found them.
         overridden: paths that were set on the command line.
     """
     top = root(model)
-    located = [(_locate(top, each["loc"]), each) for each in error.errors(include_url=False)]
-    lines: list[str] = []
-    for place, details in _telling(located):
-        path, text = _problem(top, place, details)
-        origin = " (set on the command line)" if any(path[: len(key)] == key for key in overridden) else ""
-        field = f"{dotted(path)}{origin}: " if path else ""
-        lines.append(_printable(f"{where}: {field}{text}"))
-    return "\n".join(dict.fromkeys(lines))
+    problems = [_Problem.locate(top, details) for details in error.errors(include_url=False)]
+    sections = {problem.path[:-1] for problem in problems}
+    said: list[str] = []
+    for problem in problems:
+        # A list whose entries are wrong is reported as too short as well.
+        if problem.details["type"] == "too_short" and problem.path in sections:
+            continue
+        path, text = _words(top, problem)
+        place = max(path, problem.path, key=len)
+        known = (lines[place[:length]] for length in range(len(place), 0, -1) if place[:length] in lines)
+        field, line = dotted(path), next(known, None)
+        if any(path[: len(key)] == key for key in overridden):
+            field, line = f"{field} (set on the command line)", None
+        said.append(f"{where}{f':{line}' if line else ''}: {f'{field}: ' if path else ''}{text}")
+    return "\n".join(_printable(line) for line in dict.fromkeys(said))
 
 
 def _printable(text: str) -> str:
@@ -63,111 +95,41 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _telling(located: list[tuple[_Place, ErrorDetails]]) -> list[tuple[_Place, ErrorDetails]]:
-    """Leave out what only follows from another error.
-
-    A union reports every alternative: those that looked inside the value tell, else one stands for all. A
-    list whose entries are wrong is reported as too short as well.
-    """
-    unions: dict[Path, list[tuple[_Place, ErrorDetails]]] = {}
-    for place, details in located:
-        if place.union is not None:
-            unions.setdefault(place.union, []).append((place, details))
-    kept = []
-    for place, details in located:
-        group = unions.get(place.union, []) if place.union is not None else []
-        inside = [each for each in group if len(each[0].path) > len(each[0].union or ())]
-        best = inside or [each for each in group if each[1]["type"] == "value_error"] or group[:1]
-        deeper = any(other.path[:-1] == place.path for other, _ in located)
-        if (not group or (place, details) in best) and not (details["type"] == "too_short" and deeper):
-            kept.append((place, details))
-    return kept
-
-
-def _locate(top: Node, loc: Iterable[str | int]) -> _Place:
-    """Walk pydantic's location along the schema, dropping the parts that name a union's alternative."""
-    path: Path = ()
-    parent, union, is_key = top, None, False
-    node: Node | None = top
-    union_node = None
-    for part in loc:
-        if part == "[key]":
-            is_key = True
-        elif node is None:
-            path = (*path, part)
-        elif (branch := _branch(node, part)) is not None:
-            if not branch.fields:
-                union, union_node = path, node
-            parent = node = branch
-        else:
-            parent, node = node, node.child(part)
-            path = (*path, part)
-    if union is not None and path == union:
-        node = union_node
-    return _Place(path, node, parent, is_key, union)
-
-
-def _branch(node: Node, part: str | int) -> Node | None:
-    """Return the alternative that `part` names, if `node` is a union, whose alternatives are so named."""
-    if len(node.branches) < 2 or not isinstance(part, str):
-        return None
-    for branch in node.branches:
-        tags = branch.fields[node.tag_field].choices if node.tag_field else []
-        title = branch.resolved.get("title")
-        if part in tags or (branch.fields and title and title in part):
-            return branch
-    lists = [branch for branch in node.branches if branch.resolved.get("type") == "array"]
-    return lists[0] if lists and ("tuple[" in part or "list[" in part) else Node({}, {})
-
-
-def _problem(top: Node, place: _Place, details: ErrorDetails) -> tuple[Path, str]:
+def _words(top: Node, problem: _Problem) -> tuple[Place, str]:
     """Return the path that people should look at, and the problem there in words."""
-    kind, path, node, value = details["type"], place.path, place.node, details["input"]
-    context: dict[str, Any] = details.get("ctx", {})
-    if place.is_key or kind == "invalid_key":
-        return path[:-1], f"key {_show(path[-1])} must be {_key_rule(context)}."
-    if kind == "extra_forbidden":
-        return path, f"there is no such field; {suggest(top, path, list(place.parent.fields))}"
-    if kind == "missing":
-        wanted = f" ({node.description.rstrip('.')})" if node and node.description else ""
-        return path, f"is missing{wanted}; add it: {_rule(node, context)}."
-    if kind in ("union_tag_not_found", "union_tag_invalid") and node is not None:
-        return _wrong_tag(node, path, context)
-    if kind in ("value_error", "assertion_error"):
-        return path, f"{str(context['error']).rstrip('.')}."
-    remedy = _remedy(kind, place, value)
-    return path, f"must be {_rule(node, context)} (value {_show(value)})" + (f"; {remedy}" if remedy else ".")
+    details, path, node = problem.details, problem.path, problem.node
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    fits = _PATTERNS.get(context.get("pattern", "")) or (node.rule() if node else "left out")
+    match kind:
+        case "extra_forbidden":
+            return path, f"there is no such field; {suggest(top, path, list(problem.section.fields))}"
+        case "missing":
+            wanted = f" ({node.description.rstrip('.')})" if node and node.description else ""
+            return path, f"is missing{wanted}; add it: {fits}."
+        case "value_error" | "assertion_error":
+            return path, f"{str(context['error']).rstrip('.')}."
+        case "union_tag_not_found" | "union_tag_invalid" if node and node.tag_field:
+            path, value = (*path, node.tag_field), context.get("tag")
+            fits = f"one of {', '.join(node.kinds)}"
+            if value is None:
+                return path, f"is missing; add it: {fits}."
+            remedy = suggest_choice(value, list(node.kinds))
+        case _ if kind == "invalid_key" or details["loc"][-1:] == ("[key]",):
+            rule = _PATTERNS.get(context.get("pattern", ""), "text: put it in quotes")
+            return path[:-1], f"key {_show(path[-1])} must be {rule}."
+        case _:
+            remedy = _remedy(problem)
+    return path, f"must be {fits} (value {_show(value)})" + (f"; {remedy}" if remedy else ".")
 
 
-def _wrong_tag(node: Node, path: Path, context: dict[str, Any]) -> tuple[Path, str]:
-    field, tag = node.tag_field or "", context.get("tag")
-    allowed = ", ".join(node.tags)
-    if tag is None:
-        return (*path, field), f"is missing; add it: one of {allowed}."
-    remedy = suggest_choice(tag, node.tags)
-    return (*path, field), f"must be one of {allowed} (value {_show(tag)})" + (
-        f"; {remedy}" if remedy else "."
-    )
-
-
-def _rule(node: Node | None, context: dict[str, Any]) -> str:
-    if context.get("pattern") in _PATTERNS:
-        return _PATTERNS[context["pattern"]]
-    return node.rule() if node else "left out"
-
-
-def _key_rule(context: dict[str, Any]) -> str:
-    return _PATTERNS.get(context.get("pattern", ""), "text: put it in quotes")
-
-
-def _remedy(kind: str, place: _Place, value: Any) -> str | None:
+def _remedy(problem: _Problem) -> str | None:
     """Say what to write instead, where the rule alone does not."""
-    node, path = place.node, place.path
+    kind, value, path, node = problem.details["type"], problem.details["input"], problem.path, problem.node
     if kind == "finite_number":
         return "infinity and NaN are not allowed."
     if node and node.choices:
         return suggest_choice(value, node.choices)
-    if place.union == path or not path:
+    if not path or (node and node.kinds and not node.tag_field):
         return None
     if kind == "string_type" and (
         isinstance(value, (bool, int, float)) or (value is None and isinstance(path[-1], int))
@@ -180,16 +142,11 @@ def _remedy(kind: str, place: _Place, value: Any) -> str | None:
         entries = value.split(",") if isinstance(value, str) else [value]
         return f"write {path[-1]}: [{', '.join(str(entry).strip() for entry in entries)}]."
     if kind in _SECTIONS and node and node.tag_field and isinstance(value, str):
-        return f"write {dotted((*path, node.tag_field))}: {value}, one of {', '.join(node.tags)}."
+        return f"write {dotted((*path, node.tag_field))}: {value}, one of {', '.join(node.kinds)}."
     return None
 
 
 def _show(value: Any) -> str:
     """Write a value briefly, as in the file; sections are named, not quoted."""
-    if isinstance(value, (dict, BaseModel)):
-        return "a section"
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = str(value)
+    text = "a section" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core.core_schema import TaggedUnionSchema
 
 Schema = Mapping[str, Any]
 _WORDS = {
@@ -20,6 +21,27 @@ _WORDS = {
     "array": "a list",
     "object": "a section of `field: value` lines",
 }
+_BOUNDS = {
+    "exclusiveMinimum": "above {:.15g}",
+    "minimum": "of at least {:.15g}",
+    "exclusiveMaximum": "below {:.15g}",
+    "maximum": "of at most {:.15g}",
+    "minItems": "of at least {} entries",
+    "minLength": "of at least {} characters",
+    "maxLength": "of at most {} characters",
+}
+
+
+class _WithTags(GenerateJsonSchema):
+    """JSON schema that says, by tag, what the alternatives of a union are: locations of errors hold tags."""
+
+    def tagged_union_schema(self, schema: TaggedUnionSchema) -> dict[str, Any]:
+        tags = {str(tag): self.generate_inner(kind) for tag, kind in schema["choices"].items()}
+        return {**super().tagged_union_schema(schema), "tags": tags}
+
+    def sort(self, value: Any, parent_key: str | None = None) -> Any:
+        """Keep the order in which fields and alternatives are written."""
+        return value
 
 
 @dataclass(frozen=True)
@@ -34,73 +56,40 @@ class Node:
 
     @property
     def resolved(self) -> Schema:
-        """The schema with its reference followed."""
-        reference = self.schema.get("$ref")
-        return self.definitions[reference.rpartition("/")[2]] if reference else self.schema
+        """The schema with its reference followed and null left out; every other union has tags."""
+        schema = self.schema
+        if "anyOf" in schema:
+            (schema,) = (part for part in schema["anyOf"] if part != {"type": "null"})
+        return self.definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
     @property
-    def branches(self) -> list[Node]:
-        """The alternatives of a union, null left out; the node itself when it is none."""
-        schema = self.resolved
-        parts = schema.get("anyOf") or schema.get("oneOf")
-        if parts is None:
-            return [self]
-        nodes = [self._at(part) for part in parts if part.get("type") != "null"]
-        return [branch for node in nodes for branch in node.branches]
+    def kinds(self) -> dict[str, Node]:
+        """The alternatives of a union, by pydantic's tags; none where it is no union."""
+        return {tag: self._at(kind) for tag, kind in self.resolved.get("tags", {}).items()}
 
     @property
     def tag_field(self) -> str | None:
-        """The field that says which kind of section this is (`name` of a rule), if there is one.
+        """The field that says which kind of section this is (`name` of a rule), if there is one."""
+        name = self.resolved.get("discriminator", {}).get("propertyName")
+        return None if name is None else str(name)
 
-        A kind may go by several names (`unit: record` and `unit: group`), but no two kinds by the same.
-        """
-        branches = self.branches
-        for name in self.fields:
-            if all(name in b.fields and "const" in b.fields[name].resolved for b in branches):
-                return name
-            tags = [b.fields[name].choices if name in b.fields else [] for b in branches]
-            if len(branches) > 1 and all(tags) and len(set(chain(*tags))) == sum(map(len, tags)):
-                return name
-        return None
+    @property
+    def _branches(self) -> list[Schema]:
+        return [kind.resolved for kind in self.kinds.values()] or [self.resolved]
 
     @property
     def fields(self) -> dict[str, Node]:
         """Name -> node of each named field, over all alternatives."""
         found: dict[str, Node] = {}
-        for branch in self.branches:
-            for name, schema in branch.resolved.get("properties", {}).items():
+        for branch in self._branches:
+            for name, schema in branch.get("properties", {}).items():
                 found.setdefault(name, self._at(schema))
         return found
 
     @property
-    def values(self) -> Node | None:
-        """The node of each value, where any key may stand (a mapping by name)."""
-        for branch in self.branches:
-            schema = branch.resolved
-            found = [*schema.get("patternProperties", {}).values(), schema.get("additionalProperties")]
-            if isinstance(found[0], dict):
-                return self._at(found[0])
-        return None
-
-    @property
     def choices(self) -> list[Any]:
         """The values of a field that takes one of a few."""
-        found: list[Any] = []
-        for branch in self.branches:
-            schema = branch.resolved
-            found += [schema["const"]] if "const" in schema else schema.get("enum", [])
-        return found
-
-    @property
-    def tags(self) -> list[str]:
-        """The kinds of section there are, by what stands in `tag_field`."""
-        name = self.tag_field
-        return [str(tag) for branch in self.branches for tag in branch.fields[name].choices] if name else []
-
-    @property
-    def required(self) -> list[str]:
-        """Fields without a default."""
-        return [str(name) for branch in self.branches[:1] for name in branch.resolved.get("required", ())]
+        return [value for branch in self._branches for value in _choices(branch)]
 
     @property
     def description(self) -> str:
@@ -109,37 +98,33 @@ class Node:
 
     def child(self, part: str | int) -> Node | None:
         """Return the node of a field, of a mapping's value or of a list's entry."""
-        if isinstance(part, str) and part in self.fields:
-            return self.fields[part]
-        if isinstance(part, int):
-            for branch in self.branches:
-                if "items" in branch.resolved:
-                    return self._at(branch.resolved["items"])
-        return self.values
+        schema = self.resolved
+        found = (
+            [schema.get("items")]
+            if isinstance(part, int)
+            else [
+                schema.get("properties", {}).get(part),
+                *schema.get("patternProperties", {}).values(),
+                schema.get("additionalProperties"),
+            ]
+        )
+        return next((self._at(each) for each in found if isinstance(each, Mapping)), None)
 
     def rule(self) -> str:
         """Say in words what may stand here: `a whole number of at least 1`."""
-        words: list[str] = []
-        for branch in self.branches:
-            said = _rule(branch.resolved)
-            if said not in words:
-                words.append(said)
-        return " or ".join(words)
+        return " or ".join(dict.fromkeys(_rule(branch) for branch in self._branches))
 
 
 @cache
 def root(model: type[BaseModel]) -> Node:
     """Return the node of a whole configuration file."""
-    schema = model.model_json_schema()
+    schema = model.model_json_schema(schema_generator=_WithTags)
     return Node(schema, schema.get("$defs", {}))
 
 
 def dotted(path: Sequence[str | int]) -> str:
     """Write a path as people write it: `training.learning_rate`, `sites[2].name`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def suggest(top: Node, path: Sequence[str | int], siblings: Sequence[str]) -> str:
@@ -174,35 +159,19 @@ def _keys(node: Node, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         yield from _keys(child, (*path, name))
 
 
+def _choices(schema: Schema) -> list[Any]:
+    return [schema["const"]] if "const" in schema else list(schema.get("enum", ()))
+
+
 def _rule(schema: Schema) -> str:
-    if "const" in schema or "enum" in schema:
-        choices = [schema["const"]] if "const" in schema else schema["enum"]
-        return ("one of " if len(choices) > 1 else "") + ", ".join(str(choice) for choice in choices)
-    words = _WORDS.get(schema.get("type", ""), "another kind of value")
+    if choices := _choices(schema):
+        return ("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices))
     if schema.get("type") == "object" and (required := schema.get("required")):
         return f"a section with {', '.join(required)}"
-    bounds = [
-        f"{said} {_number(schema[key])}"
-        for key, said in (
-            ("exclusiveMinimum", "above"),
-            ("minimum", "of at least"),
-            ("exclusiveMaximum", "below"),
-            ("maximum", "of at most"),
-        )
-        if key in schema
-    ]
-    if "minItems" in schema:
-        bounds.append(f"of at least {schema['minItems']} entr{'y' if schema['minItems'] == 1 else 'ies'}")
-    if schema.get("minLength", 0) > 1:
-        bounds.append(f"of at least {schema['minLength']} characters")
-    if "maxLength" in schema:
-        bounds.append(f"of at most {schema['maxLength']} characters")
+    bounds = [said.format(schema[key]) for key, said in _BOUNDS.items() if key in schema]
+    words = _WORDS.get(schema.get("type", ""), "another kind of value")
     if schema.get("minLength") == 1:
+        bounds.remove("of at least 1 characters")
         words = "text that is not empty" + ("," if bounds else "")
-    return " and ".join(
-        [" ".join([words, *bounds[:1]]), *(bound.removeprefix("of ") for bound in bounds[1:])]
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:g}" if abs(value) < 1e6 else f"{value:.0f}"
+    said = [" ".join([words, *bounds[:1]]), *(bound.removeprefix("of ") for bound in bounds[1:])]
+    return " and ".join(said).replace(" 1 entries", " 1 entry")

@@ -6,7 +6,6 @@ it, and validates the whole. `read.dump_yaml` writes the resolved configuration,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             (`task.labels=[a, b]`); they replace what the file says.
     Raises: ConfigError: one error that lists every problem, a line each.
     """
-    content = read_mapping(path)
+    content, lines = read_mapping(path)
     changed, problems = [], []
     for override in overrides:
         try:
@@ -38,7 +37,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-    return validate(RunConfig, content, str(path), changed)
+    return validate(RunConfig, content, str(path), lines, changed)
 
 
 def load_sites_file(path: Path) -> SitesConfig:
@@ -82,9 +81,8 @@ def _apply(content: dict[Any, Any], override: str) -> tuple[str, ...]:
                 f"command line: {key}: {part} is no section in the file; "
                 f"mend it there, or set it whole: {part}={{...}}."
             )
-        # A copy: an alias in the file (*name) shares one mapping between several sections.
-        section[part] = copy.copy(inner)
-        section = section[part]
+        section[part] = inner
+        section = inner
     section[path[-1]] = value
     return path
 

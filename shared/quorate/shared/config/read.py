@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from quorate.shared.config.config_model import ConfigModel
-from quorate.shared.config.dialect import read_mapping, write_mapping
+from quorate.shared.config.dialect import Lines, Place, read_mapping, write_mapping
 from quorate.shared.config.explain import explain
 from quorate.shared.errors import ConfigError
 
@@ -21,7 +21,8 @@ def load_file(model: type[_M], path: Path) -> _M:
 
     Raises: ConfigError: one error that lists every problem, a line each.
     """
-    return validate(model, read_mapping(path), str(path))
+    content, lines = read_mapping(path)
+    return validate(model, content, str(path), lines)
 
 
 def dump_yaml(model: ConfigModel) -> str:
@@ -30,7 +31,11 @@ def dump_yaml(model: ConfigModel) -> str:
 
 
 def validate(
-    model: type[_M], content: dict[Any, Any], where: str, overridden: Collection[tuple[str, ...]] = ()
+    model: type[_M],
+    content: dict[Any, Any],
+    where: str,
+    lines: Lines,
+    overridden: Collection[Place] = (),
 ) -> _M:
     """Return the configuration that `content` makes.
 
@@ -38,12 +43,11 @@ def validate(
         model: what it is to be.
         content: as read.
         where: the file, for messages.
+        lines: of the file.
         overridden: paths of fields that the command line set.
     Raises: ConfigError: one error that lists every problem, a line each.
     """
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(explain(error, model, where, overridden)) from error
-    except RecursionError as error:
-        raise ConfigError(f"{where}: an anchor (&) contains itself; write the values out.") from error
+        raise ConfigError(explain(error, model, where, lines, overridden)) from error

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 
 from quorate.shared.adapters.patterns import MOST, check_regular
 from quorate.shared.aggregation import AggregationRule, FedAvg
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel
 from quorate.shared.config.evaluation_config import EvaluationConfig
 from quorate.shared.config.privacy_config import ClientPrivacy, PrivacyConfig
 from quorate.shared.config.privacy_rules import check_sound
@@ -73,7 +73,9 @@ class AdapterConfig(ConfigModel):
     """Scaling numerator: the update is lora_alpha / r * B A (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input, drawn from a generator per site."""
-    target_modules: tuple[str, ...] | str | None = None
+    target_modules: Annotated[Annotated[tuple[str, ...], LIST] | Annotated[str, ONE], ONE_OR_LIST] | None = (
+        None
+    )
     """Module name endings, or one regular expression; PEFT's default for the architecture when left out."""
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained whole besides the task's head, such as a pooler that the base model's files lack."""

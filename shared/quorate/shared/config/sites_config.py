@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel
 from quorate.shared.config.template import TextTemplate
 from quorate.shared.config.texts import Name
 
@@ -22,7 +22,9 @@ def _unique_names(names: int | tuple[str, ...] | None) -> int | tuple[str, ...] 
 
 
 SiteNames = Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_unique_names)]
-NumberOrNames = Annotated[int, Field(ge=1, le=100_000)] | SiteNames
+NumberOrNames = Annotated[
+    Annotated[int, Field(ge=1, le=100_000), ONE] | Annotated[SiteNames, LIST], ONE_OR_LIST
+]
 
 
 class SplitConfig(ConfigModel):

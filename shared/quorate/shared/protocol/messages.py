@@ -106,8 +106,9 @@ class SiteDescription(ConfigModel):
     """SHA-256 of each file of the base model that the site uses."""
     model_sha256: str
     """SHA-256 of the base model's weights, as in the run file."""
-    start_hash: str
-    """Content hash of the adapter's seeded start; the arrays themselves are asked of one site (start)."""
+    start_hash: str = ""
+    """Content hash of the adapter's seeded start; the arrays themselves are asked of one site (start). Empty
+    in records of releases before it alone."""
     versions: dict[str, Release]
     """Versions of quorate, torch, transformers, peft."""
     notes: tuple[str, ...] = ()

@@ -12,12 +12,14 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST
 from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.metrics.intervals import MeanOfRatios
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks.task import Batch, Example, Metrics, Row, TargetTask
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class Classification(TargetTask):
@@ -32,7 +34,9 @@ class Classification(TargetTask):
         "single_label_classification"
     )
     """One label per row, or any number of them."""
-    class_weights: Literal["none", "balanced"] | tuple[Annotated[float, Field(ge=0)], ...] = "none"
+    class_weights: Annotated[
+        Annotated[Literal["none", "balanced"], ONE] | Annotated[tuple[Weight, ...], LIST], ONE_OR_LIST
+    ] = "none"
     """Loss weight per label: none; balanced, from the site's own label counts; or a list in label order.
     For several labels at once, the weight of a label's presence against its absence."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

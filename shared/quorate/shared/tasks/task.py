@@ -97,6 +97,8 @@ class Task(ConfigModel, ABC):
     """Whether `num_tokens` counts something."""
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     """Metrics of which a smaller value is the better one."""
+    sequences: ClassVar[int] = 1
+    """Sequences that `collate` makes of a row, one after the other: two for a pair to compare."""
     largest_loss: ClassVar[float] = 1e6
     """Largest loss of a row or token [nats] that a model gives which is of any use; no loss is negative."""
     counted: ClassVar[str] = "rows"

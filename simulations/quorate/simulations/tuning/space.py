@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.fields import root, suggest
@@ -18,7 +18,18 @@ from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.seeds import rng
 
-Value = bool | int | float | str | None
+Value = (
+    Annotated[
+        Annotated[bool, Tag("bool")]
+        | Annotated[int, Tag("int")]
+        | Annotated[float, Tag("float")]
+        | Annotated[str, Tag("str")],
+        Discriminator(
+            lambda value: next((t.__name__ for t in (bool, int, float) if type(value) is t), "str")
+        ),
+    ]
+    | None
+)
 _FIXED = {
     "name": "it changes nothing",
     "seed": "a seed is chance, and the luckiest one is no better model; see `quorate compare`",

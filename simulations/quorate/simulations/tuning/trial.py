@@ -15,12 +15,11 @@ from quorate.client.site.data_source import SiteRows
 from quorate.client.site.engine import Engine
 from quorate.server.rounds.evaluation import scalars
 from quorate.server.rounds.run import Run
-from quorate.server.tracking.records import Exclusion, RoundMetrics, RoundRecord, Summary
+from quorate.server.tracking.events import Event, RoundDone, Tracker, telling_warnings
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError, ModelDiverged, QuorumNotMet
 from quorate.shared.progress import OnStep, ignore_step
-from quorate.shared.protocol.messages import SiteDescription
 from quorate.simulations.in_process_grid import InProcessGrid
 from quorate.simulations.provenance import Origin
 from quorate.simulations.runner import serve
@@ -115,45 +114,21 @@ def suggest(trial: Trial, key: str, parameter: FloatRange | IntRange | Choices) 
     return trial.suggest_int(key, parameter.low, parameter.high, log=parameter.log, step=parameter.step)
 
 
-@dataclass
-class _Watch:
-    """A tracker that reports every round to Optuna, and stops the run that it gives up on."""
+def _watch(trial: Trial, metric: str, rounds: int) -> Tracker:
+    """Return a tracker that reports every round to Optuna, and stops the run that it gives up on."""
 
-    trial: Trial
-    metric: str
-    rounds: int = 0
-
-    def refused(self, sites: Mapping[str, Exclusion]) -> None:
-        """A trial goes on without them."""
-
-    def start(
-        self,
-        run: RunConfig,
-        run_id: str,
-        output_dir: Path,
-        sites: Mapping[str, SiteDescription],
-        resumed_from: int,
-    ) -> None:
-        """Learn how many rounds there are."""
-        self.rounds = run.federation.rounds
-
-    def waiting(self, sites: Mapping[str, float]) -> None:
-        """Sites in this process keep nobody waiting."""
-
-    def phase(self, round: int, name: str) -> None:
-        """Nothing to report yet."""
-
-    def round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
-        """Report the round's pooled validation metric."""
-        value = scalars(metrics.validation.pooled).get(self.metric) if metrics.validation else None
+    def report(event: Event) -> None:
+        """Report a round's pooled validation metric."""
+        if not isinstance(event, RoundDone) or event.metrics.validation is None:
+            return
+        value = scalars(event.metrics.validation.pooled).get(metric)
         if value is None or not math.isfinite(value):
             return
-        self.trial.report(value, record.round)
-        if record.round < self.rounds and self.trial.should_prune():
+        trial.report(value, event.record.round)
+        if event.record.round < rounds and trial.should_prune():
             raise Pruned
 
-    def finish(self, summary: Summary) -> None:
-        """A trial has no summary."""
+    return report
 
 
 def objective(trial: Trial, search: Search, engine: Engine) -> float:
@@ -163,10 +138,10 @@ def objective(trial: Trial, search: Search, engine: Engine) -> float:
     started = time.monotonic()
     values = {key: suggest(trial, key, each) for key, each in search.space.space.items()}
     config = engine.prepare(search.config(values))
-    run = Run.open(
-        config, trial_dir(search.output_dir, trial.number), trackers=[_Watch(trial, search.metric)]
-    )
-    result = serve(InProcessGrid(engine, list(search.rows)), run)
+    watch = _watch(trial, search.metric, config.federation.rounds)
+    run = Run.open(config, trial_dir(search.output_dir, trial.number), trackers=[watch])
+    with telling_warnings(run.output_dir, run.trackers):
+        result = serve(InProcessGrid(engine, list(search.rows)), run)
     for folder in run.output_dir.glob("checkpoint-*"):  # the adapters of trials that nobody will use
         shutil.rmtree(folder)
     trial.set_user_attr(SECONDS, round(time.monotonic() - started, 1))

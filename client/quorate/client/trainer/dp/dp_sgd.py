@@ -10,7 +10,7 @@ mechanism's own.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,6 @@ from quorate.client.trainer.schedule import lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.privacy.secure_random import SecretSource, secret_source
 from quorate.shared.progress import OnStep, StepEvent, between_passes
 
@@ -53,7 +52,6 @@ class _Member:
 
 
 def fit_privately(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     round: int,
@@ -64,23 +62,23 @@ def fit_privately(
     """Train the sites of one stack for one round with record- or group-level privacy.
 
     Args:
-        model: the base the stack was installed on.
+        stack: installed on the base model.
         round: from 1; decides the place in the learning-rate schedule.
         trainable: arrays that move; a unit's gradient is clipped over all of them together.
     Returns: one result per site, in order; their metrics depend on no row.
     Raises: ModelError: rows of this model cannot be told apart. ConfigError: see `private_plan`.
     """
-    lengths = [check_rows_apart(model, stack, run, site.site, site.examples) for site in sites]
+    lengths = [check_rows_apart(stack, run, site.site, site.examples) for site in sites]
     length = max((each for each in lengths if each is not None), default=None)
     stack.load([site.start for site in sites], trainable)
     members = [_member(stack, run, round, position, site) for position, site in enumerate(sites)]
-    with training_mode(model, stack, run, seed=None):
-        check_batch_statistics(model)
+    with training_mode(stack, run, seed=None):
+        check_batch_statistics(stack.model)
         for step in range(max(member.plan.steps_per_round for member in members)):
-            live = [i for i, member in enumerate(members) if step < member.plan.steps_per_round]
-            names = tuple(members[i].task.site for i in live)
-            taken = StepEvent(names, round, step + 1, members[live[0]].plan.steps_per_round, None)
-            _step(model, stack, run, members, live, step, length, between_passes(on_step, taken))
+            live = {i: each for i, each in enumerate(members) if step < each.plan.steps_per_round}
+            names, first = tuple(each.task.site for each in live.values()), next(iter(live.values()))
+            taken = StepEvent(names, round, step + 1, first.plan.steps_per_round, None)
+            _step(stack, run, live, step, length, between_passes(on_step, taken))
             on_step(taken)
     return [
         Fitted(
@@ -149,11 +147,9 @@ def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site
 
 
 def _step(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
-    members: list[_Member],
-    live: list[int],
+    live: Mapping[int, _Member],
     step: int,
     length: int | None,
     between: Callable[[], None],
@@ -161,29 +157,35 @@ def _step(
     """Take one private step with every site that has steps left, each on a batch of its own.
 
     Args:
+        live: these sites, by their position in the stack.
         length: see `row_losses`.
         between: called between two passes.
     """
     size = run.training.per_device_train_batch_size
-    passes = {i: list(_passes(_drawn(members[i]), size)) for i in live}
-    sums = {i: _empty_sum(members[i]) for i in live}
+    passes = {i: list(_passes(_drawn(member), size)) for i, member in live.items()}
+    sums = {i: _empty_sum(member) for i, member in live.items()}
     for number in range(max(map(len, passes.values()))):
         if number:
             between()
         present = [i for i in live if number < len(passes[i])]
-        shares = []
-        for i in present:
-            member = members[i]
-            rows = [member.task.examples[row] for _, row in passes[i][number][0]]
-            shares.append(Share(i, run.task.augment(rows, member.augment, model.processor), member.dropout))
-        kept = backward_by_row(model, stack, run, shares, length)
+        shares = [_share(stack, run, i, live[i], passes[i][number][0]) for i in present]
+        kept = backward_by_row(stack, run, shares, length)
         for at, i in enumerate(present):
             pairs, goes_on = passes[i][number]
             gradients = kept.of_site(stack.arrays, at, len(pairs))
             sums[i].add(gradients, [unit for unit, _ in pairs], goes_on=goes_on)
-    for i in live:
-        _add_canaries(members[i], sums[i], size)
-        _update(run, members[i], sums[i], step)
+    for i, member in live.items():
+        _add_canaries(member, sums[i], size)
+        _update(run, member, sums[i], step)
+
+
+def _share(
+    stack: AdapterStack, run: RunConfig, position: int, member: _Member, drawn: list[tuple[int, int]]
+) -> Share:
+    """Return a site's (unit, row) pairs of a pass as rows, augmented."""
+    rows = [member.task.examples[row] for _, row in drawn]
+    augmented = run.task.augment(rows, member.augment, stack.model.processor)
+    return Share(position, augmented, member.dropout)
 
 
 def _add_canaries(member: _Member, total: ClippedSum, size: int) -> None:

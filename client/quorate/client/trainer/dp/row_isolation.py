@@ -53,7 +53,7 @@ def check_batch_statistics(model: LoadedModel) -> None:
 
 
 def check_rows_apart(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, site: str, examples: Sequence[Example]
+    stack: AdapterStack, run: RunConfig, site: str, examples: Sequence[Example]
 ) -> int | None:
     """Hold the gradients of a site's rows in one batch against plain autograd's of each row alone.
 
@@ -78,24 +78,24 @@ def check_rows_apart(
     run = run.model_copy(update={"adapter": adapter, "training": training})
     full = run.task.length(rows[-1]) if run.task.longest(rows[-1]) is not None else None
     length = None
-    distance = _least_distance(model, stack, run, rows, length)
+    distance = _least_distance(stack, run, rows, length)
     if distance > _TOLERANCE and full is not None:
         length, short = full, distance
-        distance = _least_distance(model, stack, run, rows, length)
+        distance = _least_distance(stack, run, rows, length)
         if distance <= _TOLERANCE:
             log.warning(
                 "site %s: in %s the gradient of a row changes with the length of its batch (by %.2g of its "
                 "norm), so for differential privacy every row is padded to %d tokens",
                 site,
-                _name(model),
+                _name(stack.model),
                 short,
                 full,
             )
     if distance > _TOLERANCE:
         raise ModelError(
-            f"differential privacy: in {_name(model)} the gradient of a row changes with the other rows of "
-            f"its batch (by {distance:.2g} of its norm), so clipping row by row bounds nothing; choose "
-            "another base model or other adapter.target_modules."
+            f"differential privacy: in {_name(stack.model)} the gradient of a row changes with the other "
+            f"rows of its batch (by {distance:.2g} of its norm), so clipping row by row bounds nothing; "
+            "choose another base model or other adapter.target_modules."
         )
     stack.rows_apart[site] = RowsApart(tuple(rows[:2]), checkpointed, length)
     return length
@@ -116,21 +116,20 @@ def _same(some: Sequence[Example], others: Sequence[Example]) -> bool:
 
 
 def _least_distance(
-    model: LoadedModel, stack: AdapterStack, run: RunConfig, rows: Sequence[Example], length: int | None
+    stack: AdapterStack, run: RunConfig, rows: Sequence[Example], length: int | None
 ) -> float:
     """Return the smallest of the distances from several starts, the first that is within the tolerance."""
     # The last bit may decide on which side of a ReLU's kink a number is, and so a gradient: what differs for
     # that reason does so from one start, and what mixes rows does so from every one.
     least = math.inf
     for attempt in range(_ATTEMPTS):
-        least = min(least, _distance(model, stack, run, rows, length, attempt))
+        least = min(least, _distance(stack, run, rows, length, attempt))
         if least <= _TOLERANCE:
             break
     return least
 
 
 def _distance(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     rows: Sequence[Example],
@@ -139,16 +138,18 @@ def _distance(
 ) -> float:
     """Return the largest relative difference of a row's gradient, beside another row against alone."""
     draw = rng(run.seed, "row-check", attempt)
-    moved = model.initial.map(lambda _, a: (a + 0.01 * draw.standard_normal(a.shape)).astype(np.float32))
+    moved = stack.model.initial.map(
+        lambda _, a: (a + 0.01 * draw.standard_normal(a.shape)).astype(np.float32)
+    )
     stack.load([moved], stack.arrays)
     largest = 0.0
-    with training_mode(model, stack, run, seed=0), _full_precision(model):
-        check_batch_statistics(model)
-        alone = [summed_gradient(model, stack, run, [each], length) for each in rows]
+    with training_mode(stack, run, seed=0), _full_precision(stack.model):
+        check_batch_statistics(stack.model)
+        alone = [summed_gradient(stack, run, [each], length) for each in rows]
         norms = [_norm(each) for each in alone]
         least = max(_LEAST_NORM * max(norms), 1e-30)
         for pair in permutations(range(len(rows)), 2):
-            together = row_gradients(model, stack, run, [rows[index] for index in pair], length)
+            together = row_gradients(stack, run, [rows[index] for index in pair], length)
             for at, index in enumerate(pair):
                 apart = _norm({name: each[at] - alone[index][name] for name, each in together.items()})
                 largest = max(largest, apart / max(norms[index], least))
@@ -175,7 +176,6 @@ def _name(model: LoadedModel) -> str:
 
 
 def row_gradients(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     examples: Sequence[Example],
@@ -186,13 +186,12 @@ def row_gradients(
     Args:
         length: see `row_losses`.
     """
-    share = Share(0, examples, torch.Generator(model.peft.device))
-    kept = backward_by_row(model, stack, run, [share], length)
+    share = Share(0, examples, torch.Generator(stack.model.peft.device))
+    kept = backward_by_row(stack, run, [share], length)
     return kept.of_site(stack.arrays, 0, len(examples))
 
 
 def backward_by_row(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     shares: Sequence[Share],
@@ -205,13 +204,9 @@ def backward_by_row(
     Raises: ModelError: an array was trained outside of the layers that keep them apart.
     """
     kept = PerSample(max(len(share.rows) for share in shares))
-    stack.layout.per_sample = kept
-    try:
-        each, real = row_losses(model, stack, run, shares, length)
+    with row_losses(stack, run, shares, length, kept) as (each, real):
         (each * real).sum().backward()  # type: ignore[no-untyped-call]
-    finally:
-        stack.layout.per_sample = None
-    for name, parameter in model.peft.named_parameters():
+    for name, parameter in stack.model.peft.named_parameters():
         if parameter.grad is not None:
             raise ModelError(
                 f"differential privacy: the gradient of {name} was summed over the rows of a batch, so no "
@@ -221,7 +216,6 @@ def backward_by_row(
 
 
 def summed_gradient(
-    model: LoadedModel,
     stack: AdapterStack,
     run: RunConfig,
     examples: Sequence[Example],
@@ -233,11 +227,11 @@ def summed_gradient(
         length: see `row_losses`.
     """
     wanted = {name: array for name, array in stack.arrays.items() if array.requires_grad}
-    share = Share(0, examples, torch.Generator(model.peft.device))
-    each, _ = row_losses(model, stack, run, [share], length)
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        each.sum(), list(wanted.values()), allow_unused=True
-    )
+    share = Share(0, examples, torch.Generator(stack.model.peft.device))
+    with row_losses(stack, run, [share], length) as (each, _):
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            each.sum(), list(wanted.values()), allow_unused=True
+        )
     return {
         name: torch.zeros_like(array[0]) if gradient is None else gradient[0]
         for (name, array), gradient in zip(wanted.items(), found, strict=True)

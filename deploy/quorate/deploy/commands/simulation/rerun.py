@@ -52,9 +52,15 @@ def rerun(
 
     config, rows, origin = reopen(directory)
     tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
-    trackers = [tracker, *configured_trackers(config)]
     try:
-        summary = simulate(config, rows, output_dir, trackers=trackers, on_step=tracker.step, origin=origin)
+        summary = simulate(
+            config,
+            rows,
+            output_dir,
+            trackers=[tracker, *configured_trackers(config)],
+            on_step=tracker.step,
+            origin=origin,
+        )
     finally:
         tracker.close()
     private = config.privacy is not None

@@ -57,7 +57,6 @@ def simulate(
 
     rows = load_rows(sites_config, sites_path, config)
     tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
-    trackers = [tracker, *configured_trackers(config)]
     origin = Origin.of(config, sites_config, sites_path.parent, rows)
     try:
         run_simulation(
@@ -66,7 +65,7 @@ def simulate(
             output_dir,
             resume=resume,
             samples=sites_config.samples,
-            trackers=trackers,
+            trackers=[tracker, *configured_trackers(config)],
             on_step=tracker.step,
             origin=origin,
         )

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quorate.client.trainer.dp.clipping import ClippedSum
+from quorate.client.trainer.dp.clipping import ClippedGradientSum
 from quorate.client.trainer.dp.row_isolation import backward_by_row
 from quorate.client.trainer.optimizers import make_optimizer
 from quorate.client.trainer.passes import Share, row_losses, training_mode
@@ -110,7 +110,7 @@ def private_step(run: RunConfig, *, secure: bool) -> Step:
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def step(examples: list[Example]) -> None:
-        total = ClippedSum(shapes, NORM, model.peft.device)
+        total = ClippedGradientSum(shapes, NORM, model.peft.device)
         with training_mode(stack, run, seed=0):
             kept = backward_by_row(stack, run, [Share(0, examples, torch.Generator())])
         total.add(kept.of_site(stack.arrays, 0, len(examples)), range(len(examples)))

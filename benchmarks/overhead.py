@@ -23,7 +23,7 @@ import torch
 
 from quorate.client.site.data_source import SiteRows
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
-from quorate.client.trainer.schedule import Plan, lr_factor
+from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.config.run_config import RunConfig
@@ -100,7 +100,7 @@ def train_site(
     model.write_adapter(start)
     parameters = {name: p for name, p in model.peft.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(run.training, parameters)
-    plan = Plan(len(examples), run.training, run.seed, site)
+    plan = BatchPlan(len(examples), run.training, run.seed, site)
     total = run.federation.rounds * plan.steps_per_round
     for step, micro_batches in enumerate(plan.steps(round)):
         optimizer.zero_grad()

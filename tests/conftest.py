@@ -150,7 +150,7 @@ def plain_peft_loop() -> Callable[..., Any]:
     import torch
 
     from quorate.client.trainer.optimizers import make_optimizer
-    from quorate.client.trainer.schedule import Plan, lr_factor
+    from quorate.client.trainer.schedule import BatchPlan, lr_factor
     from quorate.shared.model.lora_model import load_model
 
     def loop(run: Any, rows: list[Any], start: Any, round: int, optimizer: Any = None) -> Any:
@@ -161,7 +161,7 @@ def plain_peft_loop() -> Callable[..., Any]:
         make = optimizer or (lambda named: make_optimizer(run.training, named))
         optimizer = make(parameters)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        plan = Plan(len(rows), run.training, run.seed, "north")
+        plan = BatchPlan(len(rows), run.training, run.seed, "north")
         total = run.federation.rounds * plan.steps_per_round
         for step, micro_batches in enumerate(plan.steps(round)):
             optimizer.zero_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quorate.deploy.server.flower_programs import ONLINE, UNREGISTERED
+from quorate.deploy.server.flower_internals import ONLINE, UNREGISTERED
 from quorate.deploy.server.nginx import CALLS
 from quorate.shared.process import heartbeat
 

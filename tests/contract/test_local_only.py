@@ -16,7 +16,7 @@ from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
-from quorate.server.federation.nodes import Node, Nodes
+from quorate.server.federation.nodes import Nodes, SiteNode
 from quorate.server.report import write_report
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.records import Summary
@@ -61,7 +61,8 @@ def federated(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytes
         config = site.prepare(make_run(**changes))
         (run_dir / "run.yaml").write_text(dump_yaml(config))
         nodes = {
-            FIRST_SITE_NODE + index: Node(site=each, key="0" * 64) for index, each in enumerate(site.names)
+            FIRST_SITE_NODE + index: SiteNode(site=each, key="0" * 64)
+            for index, each in enumerate(site.names)
         }
         Nodes(nodes=nodes).write(folder)
         monkeypatch.setenv(FEDERATION, str(folder.path))

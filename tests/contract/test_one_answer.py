@@ -31,7 +31,8 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.nodestate import NodeStateFactory
 
-from quorate.client.flower.one_answer import LOOP, LOST, REPLACED, OneAnswer
+from quorate.client.flower.flower_internals import LOOP
+from quorate.client.flower.one_answer import LOST, REPLACED, OneAnswer
 from quorate.client.node.names import CONTACT
 from quorate.shared.errors import QuorateError
 

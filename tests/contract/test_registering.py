@@ -25,7 +25,7 @@ from quorate.deploy.server.server_paths import ServerPaths
 from quorate.deploy.server.server_start import admit_site
 from quorate.deploy.server.server_status import _sites
 from quorate.server.federation.folder import FederationFolder
-from quorate.server.federation.nodes import Node, Nodes
+from quorate.server.federation.nodes import Nodes, SiteNode
 from quorate.shared.errors import ConfigError
 from quorate.shared.process.loopback import write_loopback_pair
 from quorate.shared.process.supervised import read_status
@@ -113,17 +113,17 @@ def test_a_key_that_flower_refuses_keeps_no_other_site_out(paths: ServerPaths, t
 def test_a_site_is_told_to_connect_once_its_own_key_is_registered(paths: ServerPaths, tmp_path: Path) -> None:
     folder = paths.folder
     sent, renewed = new_key(tmp_path), new_key(tmp_path)
-    other = Node(site="north", key="0" * 64)
+    other = SiteNode(site="north", key="0" * 64)
 
     def register(after: set[str]) -> None:
         """A registration of the earlier keys was going on; the next one takes the new key over."""
         before = admitted_key(folder, "west")
         wait_for(lambda: admitted_key(folder, "west") not in (None, before), "no key was admitted")
-        old = {2: Node(site="west", key=fingerprint_of(before))} if before else {}
+        old = {2: SiteNode(site="west", key=fingerprint_of(before))} if before else {}
         Nodes(nodes={1: other, **old}).write(folder)
         time.sleep(1)
         after.add(fingerprint(folder, "west"))
-        Nodes(nodes={1: other, 3: Node(site="west", key=fingerprint(folder, "west"))}).write(folder)
+        Nodes(nodes={1: other, 3: SiteNode(site="west", key=fingerprint(folder, "west"))}).write(folder)
 
     for key, renew in ((sent, False), (renewed, True)):
         done: set[str] = set()

@@ -17,8 +17,8 @@ from quorate.client.process.handler import connect
 from quorate.client.site.site import Site
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
-from quorate.server.federation.nodes import Node, Nodes
-from quorate.server.rounds.run import alone_in
+from quorate.server.federation.nodes import Nodes, SiteNode
+from quorate.server.rounds.run import locked_output
 from quorate.server.tracking.events import EVENTS_FILE, Event, EventsReader, PhaseBegan
 from quorate.server.tracking.run_status import RunStatus
 from quorate.shared.config.read import dump_yaml
@@ -59,7 +59,8 @@ def submit(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.M
         config = site.prepare(make_run(**changes))
         (submitted.run_dir / "run.yaml").write_text(dump_yaml(config))
         nodes = {
-            FIRST_SITE_NODE + index: Node(site=each, key="0" * 64) for index, each in enumerate(site.names)
+            FIRST_SITE_NODE + index: SiteNode(site=each, key="0" * 64)
+            for index, each in enumerate(site.names)
         }
         Nodes(nodes=nodes).write(submitted.folder)
         monkeypatch.setenv(FEDERATION, str(submitted.folder.path))
@@ -179,7 +180,7 @@ def test_without_its_superexec_it_ends_by_flowers_handler_and_stays_running(
         signal.signal(signal.SIGINT, before)
     status = RunStatus.read(submitted.run_dir)
     assert status is not None and (status.state, status.exit_code) == ("running", None)
-    with alone_in(submitted.run_dir):  # nobody is in the folder: a new submission can go on
+    with locked_output(submitted.run_dir):  # nobody is in the folder: a new submission can go on
         pass
 
 

@@ -19,8 +19,9 @@ import pytest
 from flwr.common.args import try_obtain_flwr_app_token
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
+from quorate.client.flower.flower_internals import EXECUTOR
 from quorate.client.node.permissions import Access
-from quorate.client.node.users import Account
+from quorate.client.node.users import SystemUser
 from quorate.shared.errors import QuorateError
 from quorate.shared.process import heartbeat, task_token
 
@@ -36,7 +37,7 @@ exec sleep 60
 
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = importlib.import_module(task_token.EXECUTOR)
+    module = importlib.import_module(EXECUTOR)
     monkeypatch.setattr(module, "subprocess", module.subprocess)  # given back after the test
     task_token.install(module)
     return module
@@ -98,7 +99,7 @@ def test_nobody_else_can_open_what_the_argument_names(started: tuple[int, list[s
     assert path.read_text() == TOKEN and path.stat().st_mode & 0o777 == 0o600
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
-    assert Access(Account.named("nobody")).reads([path, Path(f"/proc/{pid}/cmdline")]) == [False, True]
+    assert Access(SystemUser.named("nobody")).reads([path, Path(f"/proc/{pid}/cmdline")]) == [False, True]
 
 
 def test_nothing_of_the_token_stays_open_in_the_superexec(started: tuple[int, list[str]]) -> None:
@@ -172,7 +173,7 @@ def test_the_early_heartbeat_carries_the_token_of_the_file() -> None:
 
 
 def test_both_sides_start_a_superexec_that_hides_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module(task_token.EXECUTOR)
+    module = importlib.import_module(EXECUTOR)
     monkeypatch.setattr(module, "subprocess", module.subprocess)
     from quorate.deploy.server import flower_main
 

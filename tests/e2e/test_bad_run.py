@@ -26,7 +26,7 @@ from bad_input import (
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.server.rounds import loop
-from quorate.server.rounds.run import alone_in
+from quorate.server.rounds.run import locked_output
 from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.records import Summary
 from quorate.shared.adapters.adapter import Adapter
@@ -160,7 +160,7 @@ def test_a_site_of_one_row_takes_part(folder: Path) -> None:
 
 
 def test_two_processes_do_not_run_into_one_folder(folder: Path) -> None:
-    with alone_in(folder / "out"):
+    with locked_output(folder / "out"):
         said = command("simulate", "tiny.yaml", "-o", "out")
     assert said.code == 2 and not list((folder / "out").iterdir())
     assert_one_error(said.err, "OutputError: another process is running into out; | (-o)")

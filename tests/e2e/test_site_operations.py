@@ -23,7 +23,7 @@ from other_users import interpreter
 from plain_flower import PlainServer, free_port, wait_until
 
 from quorate.client.node.permissions import Access
-from quorate.client.node.users import Account
+from quorate.client.node.users import SystemUser
 from quorate.shared.protocol.bundle import bundle_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -45,7 +45,7 @@ class Site:
     server: PlainServer
     env: dict[str, str]
     proxy_log: Path
-    users: tuple[Account, Account] | None
+    users: tuple[SystemUser, SystemUser] | None
 
     def quorate(self, *arguments: str, code: int = 0) -> str:
         command = [self.python, "-P", "-c", "from quorate.deploy.cli import main; main()", *arguments]
@@ -71,7 +71,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def two_users() -> Iterator[tuple[Account, Account] | None]:
+def two_users() -> Iterator[tuple[SystemUser, SystemUser] | None]:
     if os.geteuid() != 0 or shutil.which("useradd") is None:
         yield None
         return
@@ -79,7 +79,7 @@ def two_users() -> Iterator[tuple[Account, Account] | None]:
     try:
         for name in names:
             subprocess.run(["useradd", "--system", "--no-create-home", "--user-group", name], check=True)
-        yield Account.named(names[0]), Account.named(names[1])
+        yield SystemUser.named(names[0]), SystemUser.named(names[1])
     finally:
         for name in names:
             subprocess.run(["userdel", name], capture_output=True)

@@ -10,7 +10,7 @@ import dp_accounting
 import numpy as np
 import pytest
 
-from quorate.server.privacy.released import Ledger
+from quorate.server.privacy.released import ReleaseLedger
 from quorate.server.rounds.run import RECORD_FILE, read_jsonl
 from quorate.server.tracking.records import ClientClaim, RoundRecord
 from quorate.simulations.runner import simulate
@@ -69,4 +69,4 @@ def test_a_thousand_sites_train_and_epsilon_is_dp_accountings(
     assert 0.995 * 2.0 < claim.epsilon <= 2.0 < rdp < 1.5 * claim.epsilon
     assert claim.noise_multiplier == pytest.approx(z)
     assert claim.noise_on_mean == pytest.approx(multipliers[0] * math.sqrt(claim.values) / COHORT)
-    assert Ledger.read(tmp_path / "out").releases == ROUNDS
+    assert ReleaseLedger.read(tmp_path / "out").releases == ROUNDS

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from quorate.client.node.permissions import Access
-from quorate.client.node.users import Account
+from quorate.client.node.users import SystemUser
 
 
-def interpreter(folder: Path, users: tuple[Account, Account]) -> str | None:
+def interpreter(folder: Path, users: tuple[SystemUser, SystemUser]) -> str | None:
     """A Python that other users may run, with the libraries of this one; None where there is none.
 
     Args:

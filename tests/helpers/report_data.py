@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quorate.server.rounds.evaluation import summarise, worth
+from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.tracking.records import (
     Evaluation,
     Exclusion,
@@ -209,7 +209,9 @@ def make_summary(
             theirs = _tested(run, shape, alone, 13 + len(local))
             local[site] = Measured(round=10, test=_evaluation(run, shape, theirs))
             if ours[site].rows:
-                gains[site] = worth(run.task, metric, ours[site], theirs[site], intervals=shape.intervals)
+                gains[site] = local_gain(
+                    run.task, metric, ours[site], theirs[site], intervals=shape.intervals
+                )
     if "centralised" in shape.references and shape.status == "done":
         better = {site: value + 0.012 for site, value in level.items()}
         central = Measured(round=11, test=_evaluation(run, shape, _tested(run, shape, better, 17)))

@@ -59,7 +59,7 @@ def test_clipping_that_is_off_is_refuted(
         for name, gradient in gradients.items():
             self.total[name] += gradient.sum(dim=0)
 
-    monkeypatch.setattr(dp_sgd.ClippedSum, "_clip", unclipped)
+    monkeypatch.setattr(dp_sgd.ClippedGradientSum, "_clip", unclipped)
     assert audited(private_run(make_run), make_sites).refuted
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from quorate.server.rounds.evaluation import intervals_of, summarise, worth
+from quorate.server.rounds.evaluation import intervals_of, local_gain, summarise
 from quorate.shared.errors import ProtocolError
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks import SequenceClassification, Task, TokenClassification
@@ -174,7 +174,7 @@ def test_the_interval_of_a_gain_covers_it(rows: int) -> None:
         right = np.arange(rows + 1)
         gains = [
             [
-                worth(TWO, "accuracy", hits(a, rows), hits(b, rows), intervals=True).interval
+                local_gain(TWO, "accuracy", hits(a, rows), hits(b, rows), intervals=True).interval
                 for b in right.tolist()
             ]
             for a in right.tolist()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from quorate.server.rounds.evaluation import summarise, worth
+from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks import SequenceClassification
 
@@ -61,12 +61,12 @@ def test_a_summary_pools_rows_and_averages_sites() -> None:
 
 
 def test_worth_is_federated_less_local() -> None:
-    gain = worth(TASK, "accuracy", hits(90, 100), hits(60, 100), intervals=True)
+    gain = local_gain(TASK, "accuracy", hits(90, 100), hits(60, 100), intervals=True)
     assert gain.gain == pytest.approx(0.3) and gain.federated == 0.9 and gain.local_only == 0.6
     assert gain.interval is not None and 0 < gain.interval[0] < 0.3 < gain.interval[1] < 0.5
-    loss = worth(TASK, "accuracy", hits(60, 100), hits(90, 100), intervals=True)
+    loss = local_gain(TASK, "accuracy", hits(60, 100), hits(90, 100), intervals=True)
     assert loss.gain == pytest.approx(-0.3) and loss.interval is not None and loss.interval[1] < 0
-    even = worth(TASK, "accuracy", hits(70, 100), hits(70, 100), intervals=True)
+    even = local_gain(TASK, "accuracy", hits(70, 100), hits(70, 100), intervals=True)
     assert even.gain == 0 and even.interval is not None and even.interval[0] < 0 < even.interval[1]
-    bare = worth(TASK, "accuracy", hits(1, 2), hits(1, 2), intervals=False)
+    bare = local_gain(TASK, "accuracy", hits(1, 2), hits(1, 2), intervals=False)
     assert bare.interval is None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from row_gradients import kept, noisy
 
 from quorate.client.trainer.dp import dp_sgd
-from quorate.client.trainer.dp.clipping import ClippedSum
+from quorate.client.trainer.dp.clipping import ClippedGradientSum
 from quorate.client.trainer.dp.dp_sgd import draw_batch, units_of
 from quorate.client.trainer.dp.noise import secret_generator, with_noise
 from quorate.client.trainer.dp.plan import private_plan
@@ -165,7 +165,7 @@ def clipped(
 ) -> dict[str, torch.Tensor]:
     """The sum over the chosen rows, cut into passes as the private step cuts a batch."""
     shapes = {name: tuple(each.shape[1:]) for name, each in rows.items()}
-    total = ClippedSum(shapes, norm, CPU)
+    total = ClippedGradientSum(shapes, norm, CPU)
     for pairs, goes_on in dp_sgd._passes([(units[row], row) for row in chosen], size):
         part = {name: each[[row for _, row in pairs]] for name, each in rows.items()}
         total.add(part, [unit for unit, _ in pairs], goes_on=goes_on)
@@ -191,7 +191,7 @@ def test_a_group_is_clipped_as_the_sum_of_its_rows(make_run: Any, make_sites: An
     rows = make_sites(a=6)["a"]["train"]
     start = noisy(load_model(run).initial, 0)
     (each,) = kept(run, [rows], [start])
-    whole = ClippedSum(start.schema, 1.0, CPU)
+    whole = ClippedGradientSum(start.schema, 1.0, CPU)
     whole.add(each, [0, 0, 0, 1, 1, 1])
     by_hand = (
         {name: g[:3].sum(dim=0) for name, g in each.items()},
@@ -223,7 +223,7 @@ def test_clipping_and_scaling_are_those_of_opacus(make_run: Any, make_sites: Any
     for name, parameter in parameters.items():
         parameter.grad_sample = each[name].clone()
     theirs.pre_step()
-    ours = ClippedSum(start.schema, norm, CPU)
+    ours = ClippedGradientSum(start.schema, norm, CPU)
     ours.add({name: g[:4] for name, g in each.items()}, [0, 1, 2, 3])
     ours.add({name: g[4:] for name, g in each.items()}, [4, 5, 6])
     for name, noisy_sum in ours.noised(SeededSource(), 0.0).items():

@@ -13,7 +13,7 @@ from quorate.client.site.site import Site
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.sampling import BalancedWalk, few_shot
-from quorate.client.trainer.schedule import Plan
+from quorate.client.trainer.schedule import BatchPlan
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.run_config import TrainingConfig
 from quorate.shared.model.lora_model import load_model
@@ -26,12 +26,12 @@ from quorate.simulations.runner import simulate
 LABELS = [(0,)] * 7 + [(1,)] * 2 + [(2,)]
 
 
-def plan(labels: list[tuple[int, ...]] = LABELS, site: str = "a", **training: Any) -> Plan:
+def plan(labels: list[tuple[int, ...]] = LABELS, site: str = "a", **training: Any) -> BatchPlan:
     config = TrainingConfig(sampling="balanced", per_device_train_batch_size=4, **training)
-    return Plan(len(labels), config, 1, site, labels)
+    return BatchPlan(len(labels), config, 1, site, labels)
 
 
-def seen(plan: Plan, rounds: int) -> list[int]:
+def seen(plan: BatchPlan, rounds: int) -> list[int]:
     return [
         row for round in range(1, rounds + 1) for step in plan.steps(round) for micro in step for row in micro
     ]

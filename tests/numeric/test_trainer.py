@@ -12,7 +12,7 @@ from transformers import TrainingArguments, get_scheduler
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
-from quorate.client.trainer.schedule import Plan, lr_factor
+from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import TrainingConfig
@@ -225,13 +225,13 @@ def test_a_warmup_is_said_once_and_in_whole_steps() -> None:
 
 def test_the_walk_through_a_sites_rows_covers_every_epoch_and_continues_across_rounds() -> None:
     config = TrainingConfig(max_steps=2, per_device_train_batch_size=5)
-    plan = Plan(rows=7, training=config, seed=1, site="a")
+    plan = BatchPlan(rows=7, training=config, seed=1, site="a")
     seen = [row for round in range(1, 8) for step in plan.steps(round) for micro in step for row in micro]
     epochs = [seen[i : i + 7] for i in range(0, len(seen), 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1, "epochs are reshuffled"
-    assert plan.steps(3) == Plan(7, config, 1, "a").steps(3)
-    assert plan.steps(1) != Plan(7, config, 1, "b").steps(1)
+    assert plan.steps(3) == BatchPlan(7, config, 1, "a").steps(3)
+    assert plan.steps(1) != BatchPlan(7, config, 1, "b").steps(1)
 
 
 def test_handle_answers_one_request_as_it_answers_the_cohort(make_run: Any, make_sites: Any) -> None:

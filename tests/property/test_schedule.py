@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quorate.client.trainer.schedule import Plan, lr_factor
+from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.shared.config.run_config import TrainingConfig
 
 training = st.fixed_dictionaries(
@@ -30,7 +30,7 @@ def test_a_run_takes_the_steps_that_its_schedule_counts(
     rows: int, how: dict[str, Any], how_long: dict[str, int], rounds: int, curve: str
 ) -> None:
     config = TrainingConfig.model_validate({**how, **how_long, "lr_scheduler_type": curve})
-    plan = Plan(rows, config, 1, "a", [(row % 3,) for row in range(rows)])
+    plan = BatchPlan(rows, config, 1, "a", [(row % 3,) for row in range(rows)])
     total = rounds * plan.steps_per_round
     taken = []
     for round in range(1, rounds + 1):
@@ -52,7 +52,7 @@ def test_balanced_epochs_take_as_many_steps_as_shuffled_ones(rows: int, batch: i
         config = TrainingConfig.model_validate(
             {"per_device_train_batch_size": batch, "num_train_epochs": epochs, "sampling": sampling}
         )
-        return [micro for step in Plan(rows, config, 1, "a", [(0,)] * rows).steps(1) for micro in step]
+        return [micro for step in BatchPlan(rows, config, 1, "a", [(0,)] * rows).steps(1) for micro in step]
 
     balanced = steps("balanced")
     assert list(map(len, balanced)) == list(map(len, steps("shuffle")))

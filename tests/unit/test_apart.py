@@ -20,7 +20,7 @@ from quorate.client.health.site_check import _models_are_readable
 from quorate.client.node.enrolment import enrol
 from quorate.client.node.names import SOCKET
 from quorate.client.node.split_start import NodeFolder, supernode_programs
-from quorate.client.node.users import Account
+from quorate.client.node.users import SystemUser
 from quorate.shared.errors import ConfigError, ModelError
 from quorate.shared.process.supervised import read_status
 
@@ -82,7 +82,7 @@ def python() -> Iterator[list[str]]:
     own, other = users()
     with tempfile.TemporaryDirectory(prefix="quorate-", dir="/tmp") as name:
         Path(name).chmod(0o755)
-        found = interpreter(Path(name) / "venv", (Account.named(own), Account.named(other)))
+        found = interpreter(Path(name) / "venv", (SystemUser.named(own), SystemUser.named(other)))
         if found is None:
             pytest.skip("there is no Python here that other users may run, or the checkout is not for them")
         yield [found, "-P"]
@@ -93,7 +93,7 @@ def as_user(name: str, *command: str) -> list[str]:
 
 
 def test_a_base_model_that_the_sites_user_cannot_read_is_said(tiny_bert: Path) -> None:
-    own = Account.named(users()[0])
+    own = SystemUser.named(users()[0])
     with tempfile.TemporaryDirectory(prefix="quorate-", dir="/tmp") as name:
         Path(name).chmod(0o755)
         model = Path(name) / "model"

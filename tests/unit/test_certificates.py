@@ -24,7 +24,7 @@ from quorate.deploy.provision.node_keys import admit_key, admitted_key, restore_
 from quorate.deploy.provision.provisioning import provision
 from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import ConfigError, OutputError
-from quorate.shared.process.files import alone
+from quorate.shared.process.files import locked
 
 
 @pytest.fixture(autouse=True)
@@ -401,7 +401,7 @@ def test_two_commands_do_not_write_at_once(
     federation: tuple[FederationFolder, Authority], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = federation
-    with alone(folder.path):
+    with locked(folder.path):
         with pytest.raises(OutputError, match="another command works in this folder"):
             provision(write_config(tmp_path, mutual_tls=True), folder.path)
         assert run(["certificates", "revoke", "north", "--federation", str(folder.path)]) == 2

@@ -20,7 +20,7 @@ from quorate.client.site.delivered import report
 from quorate.client.site.site import Site
 from quorate.server.privacy.central_plan import useless
 from quorate.server.privacy.clipped_sum import ClippedSum
-from quorate.server.privacy.released import LEDGER_FILE, ClientPlan, Ledger
+from quorate.server.privacy.released import LEDGER_FILE, ClientPlan, ReleaseLedger
 from quorate.server.report import write_report
 from quorate.server.results.deliver import delivery
 from quorate.server.results.outputs import measure, write_outputs
@@ -166,7 +166,7 @@ def test_adaptive_clipping_goes_on_where_it_was_after_a_resume(privately: Any) -
     for record in records:
         multiplier = record.noise.deviation / record.noise.clipping_norm
         assert multiplier**-2 + (2 * 3 / 20) ** -2 == pytest.approx(0.1**-2)
-    assert Ledger.read(run.output_dir).releases == 6 and result.claim.releases == 6
+    assert ReleaseLedger.read(run.output_dir).releases == 6 and result.claim.releases == 6
 
 
 def test_a_round_that_was_released_is_not_noised_again(privately: Any) -> None:

@@ -31,7 +31,7 @@ from quorate.deploy.control.follower import Follower, joining_table
 from quorate.deploy.control.run_controller import Controller
 from quorate.deploy.control.run_list import RunFolder, find_run_folder
 from quorate.server.federation.folder import FederationFolder
-from quorate.server.rounds.run import alone_in
+from quorate.server.rounds.run import locked_output
 from quorate.server.tracking.events import (
     EVENTS_FILE,
     Event,
@@ -122,7 +122,7 @@ class Forks(Flower):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         run_dir: Path = self.__dict__["run_dir"]
         events = EventsTracker(run_dir / EVENTS_FILE)
-        with alone_in(run_dir):
+        with locked_output(run_dir):
             RunStatus(state="running", flower_run_id=number).write(run_dir)
             try:
                 events(

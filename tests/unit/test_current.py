@@ -13,7 +13,7 @@ from site_folder import RUN_ID, request, sha256_of, write_folder
 from whole_site import WholeSite
 
 from quorate.client.health.site_check import check
-from quorate.client.health.site_file import standing
+from quorate.client.health.site_file import site_file_state
 from quorate.client.health.site_status import site_status
 from quorate.client.policy.approvals import approve
 from quorate.client.process import reload
@@ -200,11 +200,11 @@ def test_what_waits_for_a_start_is_said(site: Any, pinned: Any, caplog: Any) -> 
     lock = (site.folder.state / "site.lock").open("w")
     take_lock(lock.fileno())  # as the process that listens has it
     try:
-        assert standing(site.folder).state == "in use"
+        assert site_file_state(site.folder).state == "in use"
         site.configure(max_rank=5)
-        assert standing(site.folder).state == "changed"
+        assert site_file_state(site.folder).state == "changed"
         site.ask(request(pinned()))
-        assert standing(site.folder).state == "in use"
+        assert site_file_state(site.folder).state == "in use"
         site.rewrite(lambda content: content.update(device="auto", anchor="elsewhere"))
         assert site.ask(request(pinned(), round=2)).header.error is None
         assert "site.yaml: device, anchor changed" in caplog.text
@@ -213,10 +213,10 @@ def test_what_waits_for_a_start_is_said(site: Any, pinned: Any, caplog: Any) -> 
         (line,) = [line for line in check(site.folder.path) if line.what == "site process"]
         assert not line.ok and "device, anchor" in line.found
         site.restart()
-        assert standing(site.folder).state == "in use"
+        assert site_file_state(site.folder).state == "in use"
     finally:
         lock.close()
-    assert standing(site.folder) is None
+    assert site_file_state(site.folder) is None
     assert json.loads((site.folder.state / "site-file.json").read_text())["at_start"] == []
 
 

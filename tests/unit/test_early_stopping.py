@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.best_round import BestRound
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, read_jsonl
 from quorate.server.tracking.records import Evaluation, RoundMetrics, RoundRecord
 from quorate.shared.errors import ConfigError
@@ -22,9 +22,9 @@ def scored(value: float | None, metric: str = "macro_f1") -> Evaluation:
     return Evaluation(split="validation", pooled=pooled, mean={}, sites={}, rows={})
 
 
-def play(run: Any, values: list[float | None], metric: str = "macro_f1") -> tuple[Standing, int]:
+def play(run: Any, values: list[float | None], metric: str = "macro_f1") -> tuple[BestRound, int]:
     """The standing, and the round after which the run stops (the last one where it does not)."""
-    standing = Standing()
+    standing = BestRound()
     for round, value in enumerate(values, start=1):
         standing = standing.after(run, round, scored(value, metric))
         if standing.stops(run, round):

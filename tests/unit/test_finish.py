@@ -19,7 +19,7 @@ from quorate.server.results.deliver import deliver, delivery
 from quorate.server.results.outputs import measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import Run
-from quorate.server.tracking.records import Evaluation, Measured, Summary, Worth
+from quorate.server.tracking.records import Evaluation, LocalGain, Measured, Summary
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.privacy.rounding import at_most
 from quorate.shared.protocol.messages import Delivery, RoundRequest
@@ -192,7 +192,7 @@ def test_a_site_is_told_pooled_figures_and_its_own_and_two_sites_no_pooled_ones(
 
 
 def test_the_report_says_what_the_federation_brought(make_run: Any) -> None:
-    worth = Worth(metric="accuracy", federated=0.2, local_only=0.15, gain=0.05, interval=(-0.01, 0.11))
+    worth = LocalGain(metric="accuracy", federated=0.2, local_only=0.15, gain=0.05, interval=(-0.01, 0.11))
     told = delivery(summary_of("a", "b", worth={"b": worth}), "b")
     text = report(make_run(), "0" * 16, "b", told)
     assert "on the rows of b alone: accuracy 0.1500" in text

@@ -12,7 +12,7 @@ import pytest
 from tampered import SIZES, Tampered, only, spoiled, untouched
 
 from quorate.client.site.site import Site
-from quorate.server.results.complete import finish
+from quorate.server.results.complete import complete_run
 from quorate.server.rounds import loop
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import Run
@@ -58,7 +58,7 @@ def test_what_others_may_read_does_not_say_who_was_drawn(
     site = Site(make_sites(**SIZES))
     run = Run.open(site.prepare(config), out, trackers=[TensorboardTracker()])
     grid = Tampered(site, untouched)
-    finish(grid, run, run_rounds(grid, run))
+    complete_run(grid, run, run_rounds(grid, run))
     assert kept and set(kept) == {0o600}
     found = {path.name: path for path in out.rglob("*") if path.is_file()}
     assert (found.keys() & SECRET) == SECRET - {"round.json"}
@@ -97,7 +97,7 @@ def test_a_summary_names_nobody_who_was_drawn(make_run: Any, make_sites: Any, tm
     result = run_rounds(grid, run)
     assert result.status == "quorum-not-met" and "south" in str(result.stopped)
     with pytest.raises(QuorumNotMet):
-        finish(grid, run, result)
+        complete_run(grid, run, result)
     summary = (tmp_path / "out" / "summary.json").read_text()
     assert '"excluded": {}' in summary and "gave a good update" not in summary
     assert "gave a good update" not in (tmp_path / "out" / "report.html").read_text()
@@ -111,7 +111,7 @@ def test_without_that_claim_files_are_as_the_umask_says(
     site = Site(make_sites(**SIZES))
     run = Run.open(site.prepare(config), tmp_path / "out")
     grid = Tampered(site, untouched)
-    finish(grid, run, run_rounds(grid, run))
+    complete_run(grid, run, run_rounds(grid, run))
     assert mode(tmp_path / "out" / "record.jsonl") == 0o644
 
 

@@ -15,7 +15,7 @@ from tampered import NAMES, Tampered, described, edited
 
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
-from quorate.server.results.complete import finish
+from quorate.server.results.complete import complete_run
 from quorate.server.rounds import screening
 from quorate.server.rounds.checkpoint import list_checkpoints
 from quorate.server.rounds.loop import run_rounds
@@ -23,7 +23,7 @@ from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, SUMMARY_FILE, R
 from quorate.server.rounds.screening import FEWEST, WIDEST, Passed, Screen, largest_weight, room
 from quorate.server.tracking.records import RoundMetrics, RoundRecord, Summary
 from quorate.shared.adapters.adapter import Adapter
-from quorate.shared.config.run_config import FederationConfig
+from quorate.shared.config.run_config import RoundsConfig
 from quorate.shared.errors import ModelDiverged
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
@@ -268,7 +268,7 @@ def test_a_model_that_diverged_between_evaluations_falls_back_to_the_last_measur
     grid = Tampered(site, fails)
     result = run_rounds(grid, run)
     with pytest.raises(ModelDiverged):
-        finish(grid, run, result)
+        complete_run(grid, run, result)
     summary = Summary.model_validate(json.loads((out / SUMMARY_FILE).read_text()))
     assert summary.status == "diverged" and not summary.bytes and not summary.seconds
     page = (out / "report.html").read_text()
@@ -300,7 +300,7 @@ def test_what_counts_does_not_depend_on_when_it_came(
     norms: dict[str, float], rows: list[int], draw: Any
 ) -> None:
     """Passed on early, as soon as that is safe, or after all have come: the same sites, weights and order."""
-    federation = FederationConfig(rounds=1)
+    federation = RoundsConfig(rounds=1)
     order = sorted(norms)
     weights = dict(zip(order, map(float, rows), strict=False))
 
@@ -346,7 +346,7 @@ def test_updates_are_passed_on_before_the_last_has_come() -> None:
             come.append(site)
             yield Passed(site, update_of(site), Adapter({}), 1.0, 1.0)
 
-    passed = Screen(FederationConfig(rounds=1), 20, 1.0, []).passed(arriving())
+    passed = Screen(RoundsConfig(rounds=1), 20, 1.0, []).passed(arriving())
     next(passed)
     assert len(come) == 10
 

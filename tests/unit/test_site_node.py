@@ -13,7 +13,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from quorate.client.flower.admitted_bundle import BundleRefused, check_bundle, check_overrides, own_bundle
 from quorate.client.flower.allowed_commands import GUARDED, REFUSING, write_commands
-from quorate.client.node.connection_state import SILENT_SECONDS, Contact, silent, standing
+from quorate.client.node.connection_state import SILENT_SECONDS, Contact, read_connection_state, silent
 from quorate.client.node.folder import SiteFolder
 from quorate.client.node.names import CONTACT, SOCKET
 from quorate.client.node.programs import Ports, flower_environment, flower_programs, site_program
@@ -198,7 +198,7 @@ def test_programs_come_back_from_their_file_as_they_were(site: SiteFolder, tmp_p
 
 def test_contact_keeps_when_a_state_began(tmp_path: Path) -> None:
     path = tmp_path / "contact.json"
-    assert standing(path) is None
+    assert read_connection_state(path) is None
     contact, now = Contact(path), time.time()
     for state, detail, at in [
         ("connected", "", now - 60),
@@ -206,13 +206,13 @@ def test_contact_keeps_when_a_state_began(tmp_path: Path) -> None:
         ("unreachable", "ConnectError", now),
     ]:
         contact.note(state, detail, at)  # type: ignore[arg-type]
-        found = standing(path)
+        found = read_connection_state(path)
         assert found is not None and (found.state, found.detail) == (state, detail)
         assert found.since == (now if state == "unreachable" else now - 60)
         assert found.last == pytest.approx(at, abs=1e-3)
     assert not silent(now) and silent(now - SILENT_SECONDS - 1)
     path.write_text("{")
-    assert standing(path) is None
+    assert read_connection_state(path) is None
 
 
 # Withdrawal

@@ -21,7 +21,7 @@ from whole_site import WholeSite
 from quorate.client.policy.approvals import approval, approve, is_approved, rejoin, withdraw, withdrawal
 from quorate.client.process import reload
 from quorate.client.runs import run_history, runs_report
-from quorate.client.runs.run_history import DATABASE, Asked, Left, RunsBook
+from quorate.client.runs.run_history import DATABASE, Asked, Left, RunHistory
 from quorate.client.runs.runs_report import RunAtSite, runs_of
 from quorate.deploy.cli import run as quorate
 from quorate.shared.errors import OutputError
@@ -206,15 +206,15 @@ def test_the_book_is_the_sites_alone_and_reading_leaves_nothing(site: Any, pinne
 def test_a_damaged_book_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / DATABASE).write_bytes(b"no database" * 100)
     with pytest.raises(OutputError, match="move it away"):
-        RunsBook(tmp_path / DATABASE)
+        RunHistory(tmp_path / DATABASE)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from quorate.client.runs.run_history import Asked, Left, RunsBook
+from quorate.client.runs.run_history import Asked, Left, RunHistory
 
-book = RunsBook(Path(sys.argv[1]))
+book = RunHistory(Path(sys.argv[1]))
 asked = Asked("a" * 16, "c", "run", "trial", "localhost:1", "t", "notes", None, None, 5)
 book.begin(asked, "join", 0)
 book.end(asked, "join", 0, Left({"description": 10}, rows=58))
@@ -241,7 +241,7 @@ def test_a_kill_loses_nothing_that_was_written(tmp_path: Path, tiny_bert: Path, 
     (found,) = runs_of(folder)
     assert (found.name, found.rows, found.answered, found.left) == ("run", 58, 1, {"description": 10})
     assert (found.state, found.in_hand) == ("open", None), "nobody works on it"
-    book = RunsBook(path)
+    book = RunHistory(path)
     book.settle()
     assert runs_of(folder)[0] == found
     book.close()
@@ -254,7 +254,7 @@ def test_what_is_kept_is_limited_and_who_is_refused_pushes_nobody_out(
     folder.state.mkdir()
     monkeypatch.setattr(run_history, "KEEP", 3)
     monkeypatch.setattr(run_history, "KEEP_REFUSED", 2)
-    book = RunsBook(folder.state / DATABASE)
+    book = RunHistory(folder.state / DATABASE)
 
     def one(number: int, left: Left | None) -> None:
         asked = Asked(f"{number:016x}", "c", "run", "trial", "localhost:1", "t", "notes", None, None, 5)

@@ -194,6 +194,38 @@ Supervisor(state, [
         assert process.wait(30) == 0
 
 
+STARTS = """
+import os, sys, time
+from pathlib import Path
+from quorate.shared.process.supervisor import Program, Supervisor
+state = Path(sys.argv[1])
+os.register_at_fork(after_in_child=lambda: (state / "forked").touch())  # where Python runs after a fork
+wish = "import ctypes, sys, time; wish = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(wish)); "
+wish += "print(wish.value, sys.argv[1:], flush=True); time.sleep(600)"
+look = 'grep SigIgn /proc/self/status; ls /proc/self/fd | wc -l; exec "$@"'
+command = ["sh", "-c", look, "sh", sys.executable, "-c", wish, "an argument", "--"]
+beside = lambda: time.sleep(600)
+Supervisor(state, [Program("looks", command, state / "looks.log")], beside).run()
+"""
+
+
+def test_beside_a_thread_a_program_starts_without_python_between_fork_and_exec(tmp_path: Path) -> None:
+    command, log = [sys.executable, "-c", STARTS, str(tmp_path)], tmp_path / "looks.log"
+
+    def said() -> list[str]:
+        return [line.split(" ", 2)[2] for line in log.read_text().splitlines()] if log.exists() else []
+
+    process = start_detached(command, tmp_path, tmp_path / "out.log", lambda: len(said()) == 3, 60)
+    try:
+        assert not (tmp_path / "forked").exists()
+        ignored, descriptors, rest = said()
+        assert int(ignored.split()[1], 16) == 0
+        assert int(descriptors) == 4  # the folder that `ls` reads, besides the usual three
+        assert rest == f"{int(signal.SIGTERM)} ['an argument', '--']"
+    finally:
+        assert stop(tmp_path) and process.wait(30) == 0
+
+
 def test_what_cannot_be_started_at_all_ends_the_supervisor(tmp_path: Path) -> None:
     program = Program("none", [str(tmp_path / "nothing")], tmp_path / "none.log")
     with pytest.raises(FileNotFoundError):

@@ -17,8 +17,8 @@ from tampered import NAMES, Tampered, edited, only
 from quorate.client.site.site import Site
 from quorate.deploy.console import ConsoleTracker
 from quorate.server.exchange.presence import FIRST_PAUSE, LONGEST_PAUSE
-from quorate.server.results.complete import finish
-from quorate.server.rounds.best_round import Standing
+from quorate.server.results.complete import complete_run
+from quorate.server.rounds.best_round import BestRound
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, Run, read_jsonl
 from quorate.server.tracking.events import EVENTS_FILE, EventsReader
@@ -102,7 +102,7 @@ def test_a_silent_site_costs_an_exchange_its_grace_and_not_its_timeout(
     )
     grid = Tampered(site, only("south", lambda _: None, phase))
     result = run_rounds(grid, run, NAMES)
-    summary = finish(grid, run, result)
+    summary = complete_run(grid, run, result)
     assert summary.status == "done"
     # Grace once, and what the site's rounds take in the reference; the rest find it away. An evaluation may
     # go on for longer, so the test waits once more; so may loading a base model. Delivery is refused by all
@@ -125,7 +125,7 @@ def test_figures_name_the_sites_that_were_not_measured(
 ) -> None:
     site, run = opened(make_run, make_sites, tmp_path)
     grid = Tampered(site, only("south", lambda _: None, "evaluate"))
-    summary = finish(grid, run, run_rounds(grid, run, NAMES))
+    summary = complete_run(grid, run, run_rounds(grid, run, NAMES))
     (metrics,) = read_jsonl(run.output_dir / METRICS_FILE, RoundMetrics)
     assert metrics.validation.missing["south"].code == "timeout"
     assert set(metrics.validation.sites) == {"north", "west"}
@@ -239,8 +239,8 @@ def scored(pooled: float, **sites: tuple[float, int]) -> Evaluation:
     )
 
 
-def best(run: Any, rounds: Mapping[int, Evaluation]) -> Standing:
-    standing = Standing()
+def best(run: Any, rounds: Mapping[int, Evaluation]) -> BestRound:
+    standing = BestRound()
     for number, evaluation in rounds.items():
         standing = standing.after(run, number, evaluation)
     return standing
@@ -281,7 +281,7 @@ def test_a_resumed_run_compares_as_the_uninterrupted_one(make_run: Any) -> None:
         ),
     }  # fmt: skip
     read = Progress.model_validate_json(Progress.model_validate(fields).model_dump_json())
-    assert read.standing == standing
+    assert read.best == standing
 
 
 def test_pauses_are_as_documented() -> None:
@@ -403,7 +403,7 @@ def test_with_everybody_away_what_the_run_can_do_without_ends_soon(
     result = run_rounds(grid, run, NAMES)
     gone, before = True, clock.waited
     result.members.presence.missed(dict.fromkeys(NAMES, 0.0), {})
-    assert finish(grid, run, result).status == "done"
+    assert complete_run(grid, run, result).status == "done"
     patience = FEDERATION["grace_seconds"] + FEDERATION["reask_seconds"]
     assert clock.waited - before <= 4 * (patience + 5)  # the test, its best round, the reference, delivery
 

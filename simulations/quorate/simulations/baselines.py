@@ -19,10 +19,10 @@ from quorate.client.site.request import Request
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.exchange.exchange import exclusion
 from quorate.server.exchange.join import request
-from quorate.server.rounds.evaluation import summarise, worth
+from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.events import PhaseBegan
-from quorate.server.tracking.records import Exclusion, Measured, References, Worth
+from quorate.server.tracking.records import Exclusion, LocalGain, Measured, References
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState
@@ -51,7 +51,7 @@ def run_references(
     engine: Engine,
     initial: Adapter,
     federated: Mapping[str, Outcomes],
-) -> tuple[References, dict[str, Worth]]:
+) -> tuple[References, dict[str, LocalGain]]:
     """Run the references that the configuration asks for.
 
     Args:
@@ -64,13 +64,13 @@ def run_references(
     config, wanted = run.config, run.config.evaluation.references
     alone, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
     local: dict[str, Measured] = {}
-    gains: dict[str, Worth] = {}
+    gains: dict[str, LocalGain] = {}
     if "local_only" in wanted:
         for name, (measured, outcomes) in alone.best(single(config), list(rows), "local only").items():
             local[name] = measured
             if federated.get(name, Outcomes()).rows:
                 intervals = config.evaluation.bootstrap_samples > 0
-                gains[name] = worth(
+                gains[name] = local_gain(
                     config.task, run.metric, federated[name], outcomes[name], intervals=intervals
                 )
     centralised = None

@@ -12,7 +12,7 @@ from quorate.client.privacy.forecast import Schema, peak_memory, seconds_a_step,
 from quorate.client.trainer.dp.plan import steps_a_round
 from quorate.client.trainer.stack import AdapterStack
 from quorate.server.privacy.central_plan import client_plan, most_releases, useless
-from quorate.server.privacy.released import ClientPlan, Ledger
+from quorate.server.privacy.released import ClientPlan, ReleaseLedger
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.config.run_config import RunConfig
@@ -138,7 +138,7 @@ def forecast_clients(
 
 def _shown(change: str, run: RunConfig, names: Collection[str], plan: ClientPlan) -> ClientPlanForecast:
     assert isinstance(run.privacy, ClientPrivacy), "as above"
-    releases = most_releases(run, Ledger(plan=plan), names, 1)
+    releases = most_releases(run, ReleaseLedger(plan=plan), names, 1)
     return ClientPlanForecast(
         change=change,
         rounds=run.federation.rounds,

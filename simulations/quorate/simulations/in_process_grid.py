@@ -1,7 +1,4 @@
-"""Flower's Grid inside one process: messages go to the sites here, and are answered when they are pulled.
-
-The only file that touches Flower's private names; `tests/contract/test_grids.py` fails loudly when they move.
-"""
+"""Flower's Grid inside one process: messages go to the sites here, and are answered when they are pulled."""
 
 from __future__ import annotations
 
@@ -12,12 +9,11 @@ from itertools import islice, tee
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from quorate.client.process.flower_app import SITE
 from quorate.client.process.flower_messages import unwrap, wrap
 from quorate.client.site.engine import Engine, in_stacks
+from quorate.server.exchange.flower_internals import FlowerRun, become_task, set_message_id
 from quorate.shared.protocol.messages import RoundRequest
 
 RUN_ID = 1
@@ -44,16 +40,14 @@ class InProcessGrid(Grid):
         self._sites = {FIRST_SITE_NODE + index: name for index, name in enumerate(sites)}
         self._pushed: dict[str, Message] = {}
         self._ids = itertools.count(1)
-        # Message() reads these process-wide names; one run per process.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE
-        self._run = Run.create_empty(RUN_ID)
+        self._run = become_task(RUN_ID, SERVER_NODE)
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: FlowerRun) -> None:
         """Take over Flower's description of the run."""
         self._run = run
 
     @property
-    def run(self) -> Run:
+    def run(self) -> FlowerRun:
         """Flower's description of the run."""
         return self._run
 
@@ -76,7 +70,7 @@ class InProcessGrid(Grid):
         """Keep the messages until their answers are asked for."""
         pushed = list(messages)
         for message in pushed:
-            message.metadata.__dict__["_message_id"] = f"message-{next(self._ids)}"
+            set_message_id(message, f"message-{next(self._ids)}")
         self._pushed.update({message.metadata.message_id: message for message in pushed})
         return [message.metadata.message_id for message in pushed]
 

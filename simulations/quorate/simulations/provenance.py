@@ -32,7 +32,7 @@ from quorate.shared.config.sites_config import SiteList, SitesConfig, SourceConf
 from quorate.shared.errors import DataError, OutputError
 from quorate.shared.model.base_model import default_device
 from quorate.shared.model.sources import PACKAGE, expand, is_hub_id
-from quorate.shared.process.files import write_file
+from quorate.shared.process.files import BY_UMASK, write_atomically
 from quorate.shared.protocol.messages import Split
 from quorate.shared.tasks.task import Kind, Row
 from quorate.simulations.simulated_sites import load_sites
@@ -129,8 +129,10 @@ class Origin:
         if (output_dir / ENVIRONMENT_FILE).exists():
             check_same(read_environment(output_dir), self.environment, output_dir)
             return
-        write_file(output_dir / SITES_FILE, dump_yaml(self.sites))
-        write_file(output_dir / ENVIRONMENT_FILE, self.environment.model_dump_json(indent=2) + "\n")
+        write_atomically(output_dir / SITES_FILE, dump_yaml(self.sites), BY_UMASK)
+        write_atomically(
+            output_dir / ENVIRONMENT_FILE, self.environment.model_dump_json(indent=2) + "\n", BY_UMASK
+        )
 
 
 def reopen(folder: Path) -> tuple[RunConfig, dict[str, dict[Split, list[Row]]], Origin]:

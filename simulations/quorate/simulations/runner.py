@@ -14,9 +14,9 @@ from quorate.client.site.site import Site
 from quorate.server.results.complete import all_the_same
 from quorate.server.results.outputs import best_state, measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
-from quorate.server.rounds.run import Run, alone_in
+from quorate.server.rounds.run import Run, locked_output
 from quorate.server.tracking.events import PhaseBegan, Tracker, telling_warnings
-from quorate.server.tracking.records import Answer, References, Summary, Worth
+from quorate.server.tracking.records import Answer, LocalGain, References, Summary
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
@@ -69,7 +69,7 @@ def simulate(
     pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
     engine = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = engine.prepare(config)
-    with alone_in(output_dir), telling_warnings(output_dir, trackers):
+    with locked_output(output_dir), telling_warnings(output_dir, trackers):
         run = Run.open(config, output_dir, resume=resume, trackers=trackers)
         if origin is not None:
             origin.keep(output_dir)
@@ -81,7 +81,7 @@ def _carry_out(run: Run, rows: Mapping[str, SiteRows], engine: Engine, samples: 
     grid = InProcessGrid(engine, list(rows))
     result = serve(grid, run)
 
-    def compare() -> tuple[References | None, dict[str, Worth]]:
+    def compare() -> tuple[References | None, dict[str, LocalGain]]:
         if not run.config.evaluation.references or result.stopped is not None:
             return None, {}
         return run_references(run, rows, engine, result.members.initial, outcomes)

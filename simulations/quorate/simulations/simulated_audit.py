@@ -13,7 +13,7 @@ from quorate.shared.config.load import load_run
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.audit.audit_record import AUDIT_FILE, AuditRecord
-from quorate.shared.process.files import write_file
+from quorate.shared.process.files import BY_UMASK, write_atomically
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.simulations.canary_sites import audit_clients
 from quorate.simulations.provenance import reopen
@@ -45,6 +45,6 @@ def audit(
         )
     record = audit_result(config, hashed, folder / ADAPTER_DIR, chosen, "simulation", options, on_step)
     record = record.model_copy(update={"client": client})
-    write_file(folder / AUDIT_FILE, record.model_dump_json(indent=2) + "\n")
+    write_atomically(folder / AUDIT_FILE, record.model_dump_json(indent=2) + "\n", BY_UMASK)
     write_report(folder)
     return record

@@ -13,7 +13,7 @@ from quorate.shared.adapters.peft_export import ADAPTER_DIR, RUN_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import OutputError
 from quorate.shared.privacy.audit.audit_record import AUDIT_FILE, AuditRecord
-from quorate.shared.process.files import write_file
+from quorate.shared.process.files import BY_UMASK, write_atomically
 
 
 def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
@@ -38,5 +38,5 @@ def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
     (site,) = held.names
     rows = {site: held.rows(run, site)}
     record = audit_result(held.at_hand(run), run.content_hash, adapter_dir, rows, "site", options)
-    write_file(received / run_id / AUDIT_FILE, record.model_dump_json(indent=2) + "\n")
+    write_atomically(received / run_id / AUDIT_FILE, record.model_dump_json(indent=2) + "\n", BY_UMASK)
     return record

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,8 +33,6 @@ EXAMPLES = 3
 """Rows that are named with a finding."""
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _PLACEHOLDERS = frozenset({"na", "n/a", "nan", "null", "none", "nil", "?", "-", "--", "unknown", "missing"})
-
-Level = Literal["error", "warning"]
 
 
 class Report(BaseModel):

@@ -26,7 +26,7 @@ from quorate.client.node.folder import CONNECTION_YAML, SiteFolder
 from quorate.client.privacy.ledger import DATABASE as LEDGER
 from quorate.client.privacy.ledger_verify import stored_rows
 from quorate.shared.errors import LedgerError, OutputError
-from quorate.shared.process.files import make_folder, sync_folder, write_atomically
+from quorate.shared.process.files import make_folder, sync, write_atomically
 from quorate.shared.protocol.messages import Split
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def open_splits(site: SiteFolder) -> SiteSplits:
             if anew.exists():
                 db.execute("INSERT INTO anew VALUES (?)", (time.time(),))
         made, empty = db.execute("SELECT fingerprint FROM key").fetchall(), _is_empty(db)
-    sync_folder(folder)
+    sync(folder)
     if made != [(placing.fingerprint,)]:
         raise LedgerError(
             f"{path} is not the key that {book.name} beside it was written with; put both back from one "

@@ -1,4 +1,4 @@
-"""Which Flower bundle and which run configuration a site admits. Imports flwr's builder."""
+"""Which Flower bundle and which run configuration a site admits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import zlib
 from collections.abc import Mapping
 from functools import cache
 
-from flwr.cli.build import build_fab_from_disk
-
+from quorate.client.flower.flower_internals import build_bundle
 from quorate.shared.errors import QuorateError
 from quorate.shared.protocol.bundle import RUN_KEY, bundle_dir
 
@@ -26,7 +25,7 @@ class BundleRefused(QuorateError):
 @cache
 def own_bundle() -> dict[str, bytes]:
     """Return the files of this installation's bundle, as Flower builds it: name -> content."""
-    return read_bundle(build_fab_from_disk(bundle_dir()), None)
+    return read_bundle(build_bundle(bundle_dir()), None)
 
 
 def read_bundle(fab: bytes, expected: Mapping[str, bytes] | None) -> dict[str, bytes]:

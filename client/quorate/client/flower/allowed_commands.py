@@ -11,6 +11,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from quorate.shared.process.files import write_atomically
+
 GUARDED = "flwr-clientapp"
 REFUSING = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 _LAUNCHER = "quorate.client.flower.bundle_guard_main"
@@ -37,5 +39,4 @@ def write_commands(folder: Path, python: str = sys.executable) -> None:
 
 
 def _write(path: Path, line: str) -> None:
-    path.write_text(f"#!/bin/sh\n# Written by quorate at each start.\n{line}\n", encoding="utf-8")
-    path.chmod(0o755)
+    write_atomically(path, f"#!/bin/sh\n# Written by quorate at each start.\n{line}\n", 0o755)

@@ -22,13 +22,13 @@ os.environ.update(QUIET)  # before flwr is imported, which reads it then
 from flwr.app import Context, Error, Message
 
 from quorate.client.flower.admitted_bundle import BundleRefused, check_bundle, check_overrides
+from quorate.client.flower.flower_internals import clientapp
 from quorate.shared.errors import QuorateError
 
 log = logging.getLogger(__name__)
 
 REPLACED = ("pull_task_input", "install_from_fab", "install_app_dependencies", "get_load_client_app_fn")
-"""Names in flwr.supernode.runtime.run_clientapp, which its function run_clientapp must call by name."""
-_RUNTIME, _COMMAND = "flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp"
+"""Names in the runtime of `clientapp`, which its function run_clientapp must call by name."""
 REFUSED = 1002
 """Flower error code of a refusal; the reason is our error code alone."""
 
@@ -88,8 +88,7 @@ def _install_nothing(*_: object, **__: object) -> None:
 
 def load() -> None:
     """Import all that an answer needs: this is what takes time."""
-    importlib.import_module(_RUNTIME)
-    importlib.import_module(_COMMAND)
+    clientapp()
     importlib.import_module("quorate.client.process.flower_app")
 
 
@@ -98,7 +97,6 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("quorate").setLevel(logging.INFO)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
-    runtime = importlib.import_module(_RUNTIME)
-    command = importlib.import_module(_COMMAND)
+    runtime, program = clientapp()
     Guard().install(runtime)
-    command.flwr_clientapp()
+    program()

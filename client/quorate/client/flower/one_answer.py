@@ -11,7 +11,7 @@ Here, what is left of an earlier message is gone before the next one is taken; o
 at hand is sent, when all of it is there; and where none can come any more, the server is told so, and asks
 again.
 
-Touches private names of Flower's; `tests/contract/test_one_answer.py` fails loudly when they move.
+`tests/contract/test_one_answer.py` fails loudly where Flower no longer works like this.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from types import ModuleType
 from typing import Any
 
 from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode, Status, SubStatus
-from flwr.supercore.constant import TaskType
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store.object_store import NoObjectInStoreError
 
+from quorate.client.flower.flower_internals import (
+    CLIENT_APP,
+    CRASHED,
+    FAILED,
+    FINISHED,
+    INSERT,
+    PULL,
+    PUSH,
+    is_whole,
+)
 from quorate.shared.errors import QuorateError
 
 log = logging.getLogger(__name__)
 
-LOOP = "flwr.supernode.start_client_internal"
-"""Flower's module with the SuperNode's loop."""
-REPLACED = {
-    "_pull_and_store_message": {"state", "object_store", "receive"},
-    "_push_messages": {"state", "object_store"},
-}
-"""Names in `LOOP` that its function start_client_internal must call by name, and arguments they must have."""
+REPLACED = {PULL: {"state", "object_store", "receive"}, PUSH: {"state", "object_store"}}
+"""Names in the module of the loop that the loop must call by name, and arguments they must have."""
 LOST = "unreachable"
 """Reason of the error that stands for a lost answer; the server asks again."""
 
@@ -55,7 +56,7 @@ class OneAnswer:
         """Replace Flower's names.
 
         Args:
-            loop: the module `LOOP`.
+            loop: Flower's module with the SuperNode's loop.
         Raises: QuorateError: this version of Flower works in another way.
         """
         called = set(loop.start_client_internal.__code__.co_names)
@@ -67,9 +68,9 @@ class OneAnswer:
                     f"this version of flwr no longer calls {name} as before, so a site could fall one answer "
                     "behind; install the version that quorate asks for."
                 )
-        pull, push, self._insert = loop._pull_and_store_message, loop._push_messages, loop._insert_message
-        loop.__dict__["_pull_and_store_message"] = lambda **given: self.pull(pull, **given)
-        loop.__dict__["_push_messages"] = lambda **given: self.push(push, **given)
+        pull, push, self._insert = (getattr(loop, name) for name in (PULL, PUSH, INSERT))
+        loop.__dict__[PULL] = lambda **given: self.pull(pull, **given)
+        loop.__dict__[PUSH] = lambda **given: self.push(push, **given)
 
     def pull(
         self, pull: Callable[..., int | None], *, state: Any, object_store: Any, receive: Any, **others: Any
@@ -111,7 +112,7 @@ class OneAnswer:
             for reply in state.get_messages_legacy(is_reply=True)
             if reply.metadata.reply_to_message_id == asked
         ]
-        if whole := [reply for reply in self._replies if _is_whole(store, reply.metadata.message_id)]:
+        if whole := [reply for reply in self._replies if is_whole(store, reply.metadata.message_id)]:
             return whole[:1]
         if not over:
             return []
@@ -122,7 +123,7 @@ class OneAnswer:
         state.store_message(message)  # Flower looks up how long it took, and forgets it when it has sent
         state.record_message_processing_start(asked)
         state.record_message_processing_end(asked)
-        lost = Message(Error(ErrorCode.CLIENT_APP_CRASHED, LOST), reply_to=message)
+        lost = Message(Error(CRASHED, LOST), reply_to=message)
         self._insert(lost, state, store)
         return [lost]
 
@@ -131,12 +132,12 @@ class OneAnswer:
         if self._task is None:
             return True
         tasks = state.get_tasks(task_ids=[self._task])
-        return not tasks or tasks[0].status.status == Status.FINISHED
+        return not tasks or tasks[0].status.status == FINISHED
 
     def _forget(self, state: Any, store: Any) -> None:
         """Drop all that is left of the message at hand, and keep its program from answering."""
         if self._task is not None:
-            state.finish_task(self._task, SubStatus.FAILED, LOST)  # its token is worth nothing from now on
+            state.finish_task(self._task, FAILED, LOST)  # its token is worth nothing from now on
         state.delete_messages()
         store.clear()
         self._message = self._task = None
@@ -154,7 +155,7 @@ class _Noting:
 
     def create_task(self, *, task_type: str, **named: Any) -> int | None:
         # The commands of every other type refuse to start (`guard`): one that waits for them waits for ever.
-        if task_type != TaskType.CLIENT_APP:
+        if task_type != CLIENT_APP:
             log.error("refused a message of type %s: a site answers ClientApp messages alone", task_type)
             return None
         return self._noted.created(self._state.create_task(task_type=task_type, **named))
@@ -172,12 +173,3 @@ class _Answering:
     def get_messages_legacy(self, *, is_reply: bool) -> Sequence[Message]:
         assert is_reply  # the one question of Flower's loop
         return self._noted.answers(self._state, self._store)
-
-
-def _is_whole(store: Any, message_id: str) -> bool:
-    """Return whether all objects of a message are there: a program hands them over one by one."""
-    try:
-        tree = store.get_object_tree(message_id)
-    except NoObjectInStoreError:
-        return False
-    return all(store.get(each.object_id) for each in iterate_object_tree(tree))

@@ -5,7 +5,6 @@ Run as a program in place of `flower-superexec`, with its arguments.
 
 from __future__ import annotations
 
-import importlib
 import os
 
 from quorate.client.node.names import QUIET
@@ -15,10 +14,11 @@ from quorate.shared.process import task_token
 def main() -> None:
     """Run the SuperExec until it ends."""
     os.environ.update(QUIET)  # before flwr is imported, which reads it then
-    task_token.install(importlib.import_module(task_token.EXECUTOR))
-    from flwr.supercore.cli import flower_superexec
+    from quorate.client.flower.flower_internals import superexec
 
-    flower_superexec()
+    executor, program = superexec()
+    task_token.install(executor)
+    program()
 
 
 if __name__ == "__main__":

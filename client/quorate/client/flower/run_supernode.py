@@ -6,7 +6,6 @@ Run as a program in place of `flower-supernode`, with its arguments.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
@@ -53,13 +52,13 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     server = sys.argv[sys.argv.index("--superlink") + 1]
     watch(server, Contact(Path(os.environ[CONTACT])))
-    from flwr.supernode.cli import flower_supernode
-
-    from quorate.client.flower import one_answer
+    from quorate.client.flower.flower_internals import supernode
+    from quorate.client.flower.one_answer import OneAnswer
 
     logging.getLogger("flwr").propagate = False  # it has a handler of its own
-    one_answer.OneAnswer().install(importlib.import_module(one_answer.LOOP))
-    flower_supernode()
+    loop, program = supernode()
+    OneAnswer().install(loop)
+    program()
     # The server gave an answer that Flower's loop does not outlive. Its other threads would, and the process
     # would be there and do nothing; the supervisor starts it again.
     log.error("the SuperNode's loop has ended")

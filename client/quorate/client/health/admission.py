@@ -2,14 +2,11 @@
 
 Flower tells that when a node is activated alone. It looks the key up first, then at the heartbeat that the
 node promises: one of 0 seconds is refused, and so nothing is activated.
-
-Touches private names of Flower's: its Fleet client and what signs for it.
-`tests/contract/test_flower_supernode.py` fails loudly when they move.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -32,28 +29,19 @@ def knock(site: SiteFolder, client: httpx.Client) -> httpx.Response:
         client: how the server is reached.
     Raises: ConfigError: the node key is none. httpx.TransportError.
     """
-    import httpx
-    from flwr.proto.fleet_pb2 import ActivateNodeRequest
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+    from quorate.client.flower.flower_internals import activate_without_heartbeat
 
     private = load_ssh_private_key(site.node_key.read_bytes(), None)
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise ConfigError(
             f"{site.node_key}: must be an ECDSA key; make one with `quorate site enrol --renew`."
         )
-    public = private.public_key()
-    signs: list[Any] = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(private, public)]
-    fleet = FleetHttpClient(f"https://{site.connection.server}", interceptors=signs)
-    fleet.close()  # its own client would know neither our certificate nor when no proxy is to be used
-    fleet._client = client
-    try:
-        fleet.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0))
-    except httpx.HTTPStatusError as error:
-        return error.response
-    raise ConfigError("this version of flwr activates a node without a heartbeat; install the one asked for.")
+    refusal = activate_without_heartbeat(site.connection.server, private, client)
+    if refusal is None:
+        raise ConfigError(
+            "this version of flwr activates a node without a heartbeat; install the one asked for."
+        )
+    return refusal
 
 
 def judge(site: SiteFolder, reply: httpx.Response) -> str:

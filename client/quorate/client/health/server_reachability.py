@@ -29,7 +29,7 @@ class Unreached(NotReady):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerReply:
     """What came back from the server.
 
     Args:
@@ -76,7 +76,7 @@ def server_lines(
     return lines
 
 
-def _ask(site: SiteFolder, *, signed: bool, seconds: float) -> Answer:
+def _ask(site: SiteFolder, *, signed: bool, seconds: float) -> ServerReply:
     """Shake hands with the server and ask what asks for nothing.
 
     Raises: NotReady: it cannot be reached, or its certificate has expired. ConfigError: it is not of this
@@ -111,7 +111,7 @@ def _ask(site: SiteFolder, *, signed: bool, seconds: float) -> Answer:
             f"{server}: does not answer{via} ({type(error).__name__}); is the server up, and does a firewall "
             "let this machine out to that port?"
         ) from error
-    return Answer(reply, x509.load_der_x509_certificate(shown[0]), via)
+    return ServerReply(reply, x509.load_der_x509_certificate(shown[0]), via)
 
 
 def _unreachable(server: str, via: str, error: Exception) -> QuorateError:
@@ -133,7 +133,7 @@ def _unreachable(server: str, via: str, error: Exception) -> QuorateError:
     )
 
 
-def _reached(site: SiteFolder, answer: Answer) -> str:
+def _reached(site: SiteFolder, answer: ServerReply) -> str:
     """Return that the server answers. Raises: NotReady: Flower does not, or the clocks differ too much."""
     server, reply = site.connection.server, answer.reply
     if reply.status_code in (502, 503, 504):

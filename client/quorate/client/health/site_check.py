@@ -12,7 +12,7 @@ from quorate.client.health.site_conditions import certificates, storage
 from quorate.client.health.site_file import check_process
 from quorate.client.node.folder import SITE_YAML, SiteFolder, local_data
 from quorate.client.node.permissions import Access
-from quorate.client.node.users import Account, accounts
+from quorate.client.node.users import SystemUser, accounts
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError, DataError, ModelError
 from quorate.shared.process.looks import Line, line
@@ -91,7 +91,7 @@ def _users(site: SiteFolder) -> str:
     return f"{own.name} for the data, {supernode.name} for Flower"
 
 
-def _models_are_readable(site: SiteFolder, own: Account) -> None:
+def _models_are_readable(site: SiteFolder, own: SystemUser) -> None:
     from quorate.client.models.base_models import find
 
     for model in site.config.models:

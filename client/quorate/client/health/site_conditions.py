@@ -26,7 +26,7 @@ def certificates(site: SiteFolder) -> list[Line]:
     return lines
 
 
-def holdings(site: SiteFolder) -> list[Line]:
+def models_and_data(site: SiteFolder) -> list[Line]:
     """Look whether models and data are where site.yaml says; `site check` reads them too."""
     from quorate.client.models.base_models import find
 

@@ -47,7 +47,7 @@ class SiteFileState(ConfigModel):
         return "the site process works by it as it is now"
 
 
-def standing(site: SiteFolder) -> SiteFileState | None:
+def site_file_state(site: SiteFolder) -> SiteFileState | None:
     """Compare site.yaml with what the running site process works by; None where no process runs."""
     if holder(site.socket.with_suffix(".lock")) is None:
         return None
@@ -66,7 +66,7 @@ def check_process(site: SiteFolder) -> str:
 
     Raises: ConfigError: some of it waits for a start.
     """
-    running = standing(site)
+    running = site_file_state(site)
     if running is not None and running.state == "restart":
         raise ConfigError(f"{SITE_YAML}: {running.said}.")
     return "none runs now" if running is None else running.said

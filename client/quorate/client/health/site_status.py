@@ -7,32 +7,18 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from quorate.client.health.server_reachability import server_lines
-from quorate.client.health.site_conditions import certificates, holdings, storage
-from quorate.client.health.site_file import SiteFileState
-from quorate.client.health.site_file import standing as standing_of_file
-from quorate.client.node.connection_state import silent, standing
+from quorate.client.health.site_conditions import certificates, models_and_data, storage
+from quorate.client.health.site_file import SiteFileState, site_file_state
+from quorate.client.node.connection_state import read_connection_state, silent
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy.approvals import waiting_runs, withdrawn_runs
 from quorate.client.process.grpc_server import MODEL, check_health
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.process.looks import Line
-from quorate.shared.process.supervised import Status, read_status
+from quorate.shared.process.supervised import ProgramState, Status, read_status
 
 _SECONDS = 5.0
 """Longest wait for the server: a person waits for this."""
-
-
-class ProgramState(ConfigModel):
-    """One program of the site."""
-
-    pid: int | None
-    """Process id; None between its death and its restart."""
-    restarts: int
-    """How often it was started again."""
-    since: datetime
-    """When it started, or died."""
-    problem: str | None
-    """What is wrong with it; None: it works."""
 
 
 class ServerContact(ConfigModel):
@@ -93,8 +79,8 @@ def site_status(site: SiteFolder) -> SiteStatus:
         programs=programs,
         server=server,
         base_model_loaded=status is not None and check_health(site.socket, name=MODEL),
-        site_file=standing_of_file(site),
-        checks=(*storage(site), *certificates(site), *holdings(site), *_way(site, server)),
+        site_file=site_file_state(site),
+        checks=(*storage(site), *certificates(site), *models_and_data(site), *_way(site, server)),
         waiting=tuple(waiting_runs(site.state)) if runs else (),
         withdrawn=tuple(withdrawn_runs(site.state)) if runs else (),
     )
@@ -113,13 +99,12 @@ def _programs(site: SiteFolder, status: Status | None) -> dict[str, ProgramState
             problem = f"{problem}; see {site.logs / f'{name}.log'}"
         elif name == "site" and not check_health(site.socket):
             problem = "does not answer (it is starting, or stopping)"
-        since = datetime.fromtimestamp(program.since, UTC)
-        found[name] = ProgramState(pid=program.pid, restarts=program.restarts, since=since, problem=problem)
+        found[name] = program.judged(problem)
     return found
 
 
 def _server(site: SiteFolder, *, running: bool) -> ServerContact:
-    address, found = site.connection.server, standing(site.contact)
+    address, found = site.connection.server, read_connection_state(site.contact)
     if not running or found is None:
         return ServerContact(address=address, state="unknown", detail="", since=None)
     if silent(found.last):

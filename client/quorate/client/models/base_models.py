@@ -17,7 +17,7 @@ from quorate.client.policy.site_config import SiteConfig
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError, ModelError
 from quorate.shared.model.sources import MODEL_FILES, resolve_local
-from quorate.shared.process.files import PUBLIC
+from quorate.shared.process.files import PUBLIC, put_folder
 
 _FOLDER = 0o755
 
@@ -119,7 +119,7 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
         for each in work.iterdir():
             each.chmod(PUBLIC)
         work.chmod(_FOLDER)
-        work.replace(folder)
+        put_folder(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Imported(folder.absolute(), found, left_out)

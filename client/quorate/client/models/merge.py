@@ -12,7 +12,7 @@ from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ModelError, OutputError
 from quorate.shared.model.base_model import hash_files, load_base
 from quorate.shared.model.weights import weights_sha256
-from quorate.shared.process.files import writing
+from quorate.shared.process.files import put_folder, unfinished
 
 _CARD = """\
 # {name}: base model and adapter in one
@@ -43,20 +43,12 @@ def merge(adapter_dir: Path, folder: Path) -> str:
     card = _CARD.format(
         name=run.name, base=run.model.model_name_or_path, sha256=base.sha256, auto_class=run.task.auto_class
     )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with writing(folder):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            merged.save_pretrained(temporary)
-            base.processor.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            shutil.copyfile(adapter_dir / RUN_FILE, temporary / RUN_FILE)
-            if folder.exists():
-                folder.rmdir()
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with unfinished(folder) as temporary:
+        merged.save_pretrained(temporary)
+        base.processor.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        shutil.copyfile(adapter_dir / RUN_FILE, temporary / RUN_FILE)
+        put_folder(temporary, folder)
     return weights_sha256(hash_files(folder), folder)
 
 

@@ -1,4 +1,4 @@
-"""How a SuperNode stands with the server: a small file that the SuperNode writes and `site status` reads."""
+"""Whether a SuperNode reaches the server: a small file that the SuperNode writes and `site status` reads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from quorate.shared.errors import OutputError
+from quorate.shared.process.files import BY_UMASK, write_atomically
+
 State = Literal["connected", "unreachable", "refused"]
 SILENT_SECONDS = 90.0
 """A SuperNode asks every 3 s, and sends a heartbeat every 30 s while a message is worked on."""
 
 
 @dataclass(frozen=True)
-class Standing:
+class ConnectionState:
     """What the file says.
 
     Args:
@@ -47,20 +50,19 @@ class Contact:
 
     def note(self, state: State, detail: str, at: float) -> None:
         """Note the outcome of a request. A file that cannot be written never stops the SuperNode."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError, OutputError):
             if self._now != (state, detail):
-                part = self._path.with_name(f".{self._path.name}.part")
-                part.write_text(json.dumps({"state": state, "detail": detail, "since": at}), encoding="utf-8")
-                part.replace(self._path)
+                said = json.dumps({"state": state, "detail": detail, "since": at})
+                write_atomically(self._path, said, BY_UMASK)
                 self._now = (state, detail)
             os.utime(self._path, (at, at))
 
 
-def standing(path: Path) -> Standing | None:
+def read_connection_state(path: Path) -> ConnectionState | None:
     """Return what the SuperNode noted last; None when it noted nothing yet."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Standing(content["state"], content["detail"], content["since"], path.stat().st_mtime)
+        return ConnectionState(content["state"], content["detail"], content["since"], path.stat().st_mtime)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -6,7 +6,6 @@ there is a second key pair, whose certificate the coordinator signs.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from quorate.client.policy.site_config import ConnectionConfig
 from quorate.shared.config.read import load_file
 from quorate.shared.errors import ConfigError
-from quorate.shared.process.files import PRIVATE, PUBLIC, alone, sync_folder, write_atomically, writing
+from quorate.shared.process.files import PRIVATE, PUBLIC, locked, put_aside, write_atomically
 
 CONNECTION = "connection.yaml"
 NODE_KEY, NODE_PUB = "node.key", "node.pub"
@@ -62,7 +61,7 @@ def enrol(folder: Path, *, renew: bool = False) -> Enrolment:
         )
     connection = load_file(ConnectionConfig, path)
     made: list[str] = []
-    with alone(folder):
+    with locked(folder):
         aside = _put_aside(folder, connection.mutual_tls) if renew else ()
         send = [_node_key(folder, connection, made)]
         if connection.mutual_tls:
@@ -163,9 +162,5 @@ def _put_aside(folder: Path, mutual_tls: bool) -> tuple[Path, ...]:
     for name in names:
         path = folder / name
         if path.exists():
-            aside = path.with_name(f"{name}.old-{stamp}")
-            with writing(path):
-                os.rename(path, aside)  # noqa: PTH104 - Path.rename says nothing more
-            moved.append(aside)
-    sync_folder(folder)
+            moved.append(put_aside(path, f"{name}.old-{stamp}"))
     return tuple(moved)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quorate.client.node.users import Account
+from quorate.client.node.users import SystemUser
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Access:
         account: the user.
     """
 
-    account: Account
+    account: SystemUser
 
     def reads(self, paths: Sequence[Path]) -> list[bool]:
         """Return for each file whether the user may read it; for each folder, whether it may list it."""

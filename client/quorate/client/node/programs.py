@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quorate.client.node.folder import SiteFolder
 from quorate.client.node.names import CONTACT, QUIET, SOCKET
-from quorate.client.node.users import Account, accounts
+from quorate.client.node.users import SystemUser, accounts
 from quorate.shared.process.loopback import HOST
 from quorate.shared.process.supervisor import Program
 
@@ -105,7 +105,7 @@ def flower_programs(
 
 
 def flower_environment(
-    site: SiteFolder, user: Account | None, inherited: Mapping[str, str]
+    site: SiteFolder, user: SystemUser | None, inherited: Mapping[str, str]
 ) -> dict[str, str]:
     """Return what the environment of Flower's programs has on top of the inherited one.
 
@@ -129,5 +129,5 @@ def flower_environment(
     return env
 
 
-def _identity(account: Account) -> dict[str, str]:
+def _identity(account: SystemUser) -> dict[str, str]:
     return {"HOME": str(account.home), "USER": account.name, "LOGNAME": account.name}

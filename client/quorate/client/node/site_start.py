@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from quorate.client.flower.allowed_commands import write_commands
-from quorate.client.node.connection_state import Standing, standing
+from quorate.client.node.connection_state import ConnectionState, read_connection_state
 from quorate.client.node.folder import SiteFolder
 from quorate.client.node.programs import site_program
 from quorate.client.node.supervise import become_supervisor
@@ -51,7 +51,7 @@ def run(site: SiteFolder) -> NoReturn:
     become_supervisor(site.supervisor, prepare(site))
 
 
-def start(site: SiteFolder, timeout: float = READY_SECONDS) -> Standing | None:
+def start(site: SiteFolder, timeout: float = READY_SECONDS) -> ConnectionState | None:
     """Start a site in the background; returns when its process takes requests and Flower runs.
 
     Returns: how it stands with the server; None when that is not known yet.
@@ -60,8 +60,8 @@ def start(site: SiteFolder, timeout: float = READY_SECONDS) -> Standing | None:
     prepare(site)  # here for its errors; the other process does it again
     begun = time.time()
 
-    def fresh() -> Standing | None:
-        found = standing(site.contact)
+    def fresh() -> ConnectionState | None:
+        found = read_connection_state(site.contact)
         return found if found is not None and found.last >= begun else None
 
     start_detached(

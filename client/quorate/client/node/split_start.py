@@ -11,25 +11,18 @@ STATE/site.sock.
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
 from quorate.client.flower.allowed_commands import GUARDED, write_commands
 from quorate.client.node.folder import SiteFolder, socket_of
+from quorate.client.node.names import Half
 from quorate.client.node.supervise import become_supervisor
 from quorate.client.node.tls_forwarder import connecting_programs
 from quorate.client.node.users import check_enrolled, prepare_folders, prepare_home
 from quorate.client.policy.site_config import UsersConfig
 from quorate.shared.errors import ConfigError
 from quorate.shared.process.supervisor import Program
-
-
-class Half(StrEnum):
-    """A half of a site."""
-
-    site = "site"
-    supernode = "supernode"
 
 
 class NodeFolder(SiteFolder):

@@ -13,10 +13,11 @@ from pathlib import Path
 from quorate.client.node.folder import CONNECTION_YAML, SITE_YAML, SiteFolder, local_data
 from quorate.client.policy.site_config import UsersConfig
 from quorate.shared.errors import ConfigError, OutputError
+from quorate.shared.process.files import write_atomically
 
 
 @dataclass(frozen=True)
-class Account:
+class SystemUser:
     """An operating-system user.
 
     Args:
@@ -32,7 +33,7 @@ class Account:
     home: Path
 
     @classmethod
-    def named(cls, name: str) -> Account:
+    def named(cls, name: str) -> SystemUser:
         """Look a user up.
 
         Raises: ConfigError: there is none.
@@ -47,14 +48,14 @@ class Account:
         return cls(name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
 
 
-def accounts(users: UsersConfig | None) -> tuple[Account, Account] | None:
+def accounts(users: UsersConfig | None) -> tuple[SystemUser, SystemUser] | None:
     """Return the users of the site process and of the SuperNode, when site.yaml names them.
 
     Raises: ConfigError: one is missing, they are the same, or this process may not become another user.
     """
     if users is None:
         return None
-    site, supernode = Account.named(users.site), Account.named(users.supernode)
+    site, supernode = SystemUser.named(users.site), SystemUser.named(users.supernode)
     if site.uid == supernode.uid or supernode.uid == 0:
         raise ConfigError(
             "users: site and supernode must be two users, and supernode not root, or one could read the "
@@ -133,7 +134,7 @@ def _prepare_for_one(site: SiteFolder) -> None:
             key.chmod(0o600)
 
 
-def _prepare_for_two(site: SiteFolder, own: Account, supernode: Account) -> None:
+def _prepare_for_two(site: SiteFolder, own: SystemUser, supernode: SystemUser) -> None:
     site.path.chmod(0o711)
     _folder(site.state, 0o2710, own.uid, supernode.gid)
     if site.default_anchor:
@@ -168,14 +169,14 @@ def _folder(path: Path, mode: int, uid: int = -1, gid: int = -1) -> None:
     path.chmod(mode)  # after chown, which may clear setgid
 
 
-def _own(path: Path, mode: int, account: Account) -> None:
+def _own(path: Path, mode: int, account: SystemUser) -> None:
     if path.is_symlink():
         raise ConfigError(f"{path}: must be a file, not a link; put the file itself there.")
     os.chown(path, account.uid, account.gid)
     path.chmod(mode)
 
 
-def _own_tree(path: Path, account: Account) -> None:
+def _own_tree(path: Path, account: SystemUser) -> None:
     """Give a file, or a folder and all in it, to one user alone; links stay as they are."""
     for folder, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
         for each in (Path(folder, name) for name in names):
@@ -185,7 +186,7 @@ def _own_tree(path: Path, account: Account) -> None:
             _own(Path(folder), 0o700, account)
 
 
-def _blocked(path: Path, account: Account) -> Path | None:
+def _blocked(path: Path, account: SystemUser) -> Path | None:
     """Return the folder on the way to `path`, or `path`, that a user cannot walk through."""
     for folder in reversed((path, *path.parents)):
         about = folder.stat()
@@ -196,9 +197,5 @@ def _blocked(path: Path, account: Account) -> Path | None:
     return None
 
 
-def _write_secret(path: Path, owner: Account | None) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(32))
-        if owner is not None:
-            os.fchown(file.fileno(), owner.uid, owner.gid)
+def _write_secret(path: Path, owner: SystemUser | None) -> None:
+    write_atomically(path, secrets.token_bytes(32), owner=(owner.uid, owner.gid) if owner else None)

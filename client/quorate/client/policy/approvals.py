@@ -14,7 +14,6 @@ import hashlib
 import os
 import pwd
 import re
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import ConfigError, RequestRefused
+from quorate.shared.process.files import write_atomically, writing
 
 RUN_ID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """A run's id, which is a file's name here."""
@@ -60,7 +60,7 @@ def approve(state: Path, run_id: str) -> Path:
         state: the site's state folder.
         run_id: as the site's log and `quorate runs list` show it.
     Returns: the configuration (JSON) that is approved now, for the person to read.
-    Raises: ConfigError: no such run has asked here, or the folder cannot be written.
+    Raises: ConfigError: no such run has asked here. OutputError: the folder cannot be written.
     """
     waiting = state / _WAITING / f"{run_id}.json"
     if not re.fullmatch(RUN_ID, run_id) or not waiting.is_file():
@@ -84,7 +84,7 @@ def withdraw(state: Path, run_id: str) -> None:
     Args:
         state: the site's state folder.
         run_id: as the site's log and `quorate runs list` show it.
-    Raises: ConfigError: that is no run id, or the folder cannot be written.
+    Raises: ConfigError: that is no run id. OutputError: the folder cannot be written.
     """
     if not re.fullmatch(RUN_ID, run_id):
         raise ConfigError(f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`.")
@@ -146,7 +146,7 @@ def is_approved(state: Path, run_id: str, config_hash: str) -> bool:
 def note_waiting(state: Path, run_id: str, run_config: str) -> None:
     """Keep what a run asked with first, for a person to read and approve.
 
-    Raises: RequestRefused: another configuration waits under this id, or too many runs wait. ConfigError: the
+    Raises: RequestRefused: another configuration waits under this id, or too many runs wait. OutputError: the
         state folder cannot be written.
     """
     path, content = state / _WAITING / f"{run_id}.json", run_config.encode()
@@ -195,20 +195,12 @@ def _user() -> str:
 
 def _write(state: Path, folder: str, name: str, content: bytes) -> None:
     """Write a file in one step, readable by the site process alone, whoever runs the command."""
-    try:
-        owner = state.stat()
-        place = state / folder
+    place = state / folder
+    with writing(place):
+        found = state.stat()
+        # Root alone can give files away, and only root needs to.
+        owner = (found.st_uid, found.st_gid) if os.geteuid() == 0 else None
         place.mkdir(mode=0o700, exist_ok=True)
-        new = place / f".{name}.{os.getpid()}"
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        with suppress(PermissionError):  # root alone can give files away, and only root needs to
-            for path in (place, new):
-                os.chown(path, owner.st_uid, owner.st_gid)
-        new.replace(place / name)
-    except OSError as error:
-        raise ConfigError(
-            f"{state / folder}: {error.strerror}; run this as the site process's user, or as root."
-        ) from error
+        if owner is not None:
+            os.chown(place, *owner)
+        write_atomically(place / name, content, owner=owner)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from quorate.client.policy.site_config import PolicyConfig
-from quorate.client.runs.run_history import RunsBook
+from quorate.client.runs.run_history import RunHistory
 from quorate.client.site.request import Handler, Request, failed
 from quorate.shared.errors import QuorateError, RequestRefused
 from quorate.shared.progress import StepEvent
@@ -33,7 +33,7 @@ class Limited:
     def __init__(
         self,
         policy: Callable[[], PolicyConfig],
-        book: RunsBook,
+        book: RunHistory,
         begins: Callable[[], None],
         inner: Handler,
     ) -> None:

@@ -33,7 +33,7 @@ from quorate.client.privacy.ledger_records import (
 from quorate.client.privacy.ledger_verify import Anchor, Verdict, against_heads, stored_rows, verify
 from quorate.shared.errors import ConfigError, LedgerError, OutputError
 from quorate.shared.privacy.privacy_event import PrivacyEvent
-from quorate.shared.process.files import alone, make_folder, sync_folder
+from quorate.shared.process.files import locked, make_folder, sync
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Ledger:
         make_folder(folder)
         with ExitStack() as held:
             held.enter_context(
-                alone(folder, f"{folder}: another process has the privacy ledger; stop that one first.")
+                locked(folder, f"{folder}: another process has the privacy ledger; stop that one first.")
             )
             check(verify(self.path, self._anchor).findings)
             if self._anchor.read().newest < 0:  # and so there are no rows
@@ -79,7 +79,7 @@ class Ledger:
                 # SQLite's own files take over its mode.
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
                 if made:
-                    sync_folder(folder)
+                    sync(folder)
                 # Made in one thread and used in another, but never in two at a time.
                 self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
                 held.callback(self._db.close)

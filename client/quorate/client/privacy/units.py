@@ -74,7 +74,7 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
         raise ConfigError(f"site {site}: {error}") from error
 
 
-def told_seconds(run: RunConfig, seconds: float) -> float:
+def reported_seconds(run: RunConfig, seconds: float) -> float:
     """Return how long a site says that it worked: under record- or group-level privacy nothing (0).
 
     One row of unusual length shows in it, to the microsecond.

@@ -20,7 +20,7 @@ from quorate.client.privacy.spending_gate import Accounted
 from quorate.client.process.reload import Current
 from quorate.client.runs.message_log import Recorded
 from quorate.client.runs.run_history import DATABASE as RUNS
-from quorate.client.runs.run_history import RunsBook
+from quorate.client.runs.run_history import RunHistory
 from quorate.client.site.engine import Engine, OneAtATime
 from quorate.client.site.site_data import AtSite
 from quorate.shared.errors import BadInput
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class Chain:
     """The links that somebody outside needs by name; `build_chain` says how they hang together."""
 
-    book: RunsBook
+    book: RunHistory
     recorded: Recorded
     limited: Limited
     accounted: Accounted
@@ -67,7 +67,7 @@ def build_chain(folder: SiteFolder, at_site: AtSite, engine: Engine) -> Chain:
         engine: trains.
     Raises: OutputError: the stored answers, or the book of runs, cannot be opened.
     """
-    book = RunsBook(folder.state / RUNS)
+    book = RunHistory(folder.state / RUNS)
     # 7  the engine: what came is held against the run and its base model, then rows are read and trained on.
     train = OneAtATime(engine)
     # 6  stored answers: what was answered once is answered the same, and nothing is trained twice; a new

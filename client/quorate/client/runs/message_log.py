@@ -8,7 +8,7 @@ import time
 
 from quorate.client.policy.approvals import RUN_ID
 from quorate.client.policy.site_config import ConnectionConfig
-from quorate.client.runs.run_history import Asked, Left, RunsBook
+from quorate.client.runs.run_history import Asked, Left, RunHistory
 from quorate.client.site.request import Failed, Handler, Request, failed
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.config.run_config import RunConfig
@@ -29,7 +29,7 @@ class Recorded:
         inner: answers.
     """
 
-    def __init__(self, book: RunsBook, connection: ConnectionConfig, inner: Handler) -> None:
+    def __init__(self, book: RunHistory, connection: ConnectionConfig, inner: Handler) -> None:
         self._book = book
         self._connection = connection
         self._inner = inner

@@ -79,7 +79,7 @@ class Left:
     claim: str | None = None
 
 
-class RunsBook:
+class RunHistory:
     """The book of one site process.
 
     Args:

@@ -12,7 +12,7 @@ from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
 from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.privacy.rounding import at_most, delta_shown
-from quorate.shared.process.files import write_file, write_folder, writing
+from quorate.shared.process.files import BY_UMASK, write_atomically, write_folder, writing
 from quorate.shared.protocol.messages import Delivery, RequestHeader
 
 RECEIVED = "received"
@@ -54,7 +54,9 @@ def keep_result(
         for each in (received, folder):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_folder(folder / ADAPTER_DIR, adapter_files(run, state))
-    write_file(folder / REPORT_FILE, report(run, header.run_id, header.site, header.delivery, claim))
+    write_atomically(
+        folder / REPORT_FILE, report(run, header.run_id, header.site, header.delivery, claim), BY_UMASK
+    )
     return folder
 
 

@@ -27,7 +27,7 @@ UNKNOWN = float("-inf")
 
 
 @dataclass(frozen=True)
-class Alone:
+class LocalBaseline:
     """What a site's own adapter is worth on the site's test rows.
 
     Args:
@@ -58,13 +58,13 @@ def value(config: RunConfig, outcomes: Outcomes | None) -> float:
     return config.task.sign(config.metric) * float(config.task.metrics(outcomes)[config.metric])
 
 
-def train_alone(
+def train_local_baseline(
     resident: Resident,
     task: SiteTask,
     validation: Sequence[Example],
     test: Sequence[Example],
     on_step: OnStep,
-) -> Alone:
+) -> LocalBaseline:
     """Train as many rounds of as many steps as in the federation, and measure the best of them.
 
     Args:
@@ -94,4 +94,4 @@ def train_alone(
         if best is None or scored > best[2] or scored == UNKNOWN:
             best = round, current, scored
     assert best is not None, "the last round is always measured"
-    return Alone(best[0], evaluate(stack, run, best[1], test) if test else Outcomes())
+    return LocalBaseline(best[0], evaluate(stack, run, best[1], test) if test else Outcomes())

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from quorate.client.privacy.units import check_shares_outcomes, groups_of, told_seconds
+from quorate.client.privacy.units import check_shares_outcomes, groups_of, reported_seconds
 from quorate.client.site.data_source import Holdings, InMemory, SiteRows
 from quorate.client.site.delivered import keep_result
 from quorate.client.site.device_errors import in_smaller_stacks, of_device
 from quorate.client.site.join import describe
 from quorate.client.site.loaded import Prepared, Resident
-from quorate.client.site.local_baseline import train_alone
+from quorate.client.site.local_baseline import train_local_baseline
 from quorate.client.site.request import Request, failed
 from quorate.client.site.request_checks import check_arrays, check_base_change, check_header
 from quorate.client.trainer.evaluate import evaluate
@@ -180,7 +180,7 @@ class Site:
             request,
             outcomes=outcomes,
             num_examples=len(examples),
-            seconds=told_seconds(resident.run, time.monotonic() - started),
+            seconds=reported_seconds(resident.run, time.monotonic() - started),
         )
 
     def _alone(self, resident: Resident, request: Request) -> Update:
@@ -196,7 +196,7 @@ class Site:
             self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
         )
         task = SiteTask(site, train, resident.model.initial)
-        done = train_alone(resident, task, validation, test, self._on_step)
+        done = train_local_baseline(resident, task, validation, test, self._on_step)
         return Update.reply(
             request,
             outcomes=done.outcomes,
@@ -223,7 +223,7 @@ class Site:
         ]
         trainable = moving(run, resident.model.initial, round)
         fitted = fit(resident.stack, run, round, tasks, trainable, self._on_step)
-        seconds = told_seconds(run, (time.monotonic() - started) / len(requests))
+        seconds = reported_seconds(run, (time.monotonic() - started) / len(requests))
         return [
             _uploaded(run, *answer, seconds) for answer in zip(requests, tasks, states, fitted, strict=True)
         ]

@@ -11,7 +11,7 @@ from torch import nn
 from quorate.client.trainer.dp.dp_sgd import fit_privately
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.passes import Fitted, Share, SiteTask, row_losses, training_mode
-from quorate.client.trainer.schedule import Plan, lr_factor
+from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
@@ -83,7 +83,7 @@ def fit(
 def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site: SiteTask) -> _Member:
     balanced = run.training.sampling == "balanced"
     labels = [run.task.labels_of(example) for example in site.examples] if balanced else ()
-    plan = Plan(len(site.examples), run.training, run.seed, site.site, labels)
+    plan = BatchPlan(len(site.examples), run.training, run.seed, site.site, labels)
     parameters = stack.site_parameters(position)
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device).manual_seed(derive_seed(run.seed, "dropout", site.site, round))

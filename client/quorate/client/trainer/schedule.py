@@ -30,7 +30,7 @@ def lr_factor(config: TrainingConfig, step: int, total: int) -> float:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Which rows a site trains on in one round: optimiser steps of micro-batches of row indices.
 
     The order is one endless walk through reshuffled epochs, a function of (seed, site) alone: round t starts

@@ -1,1 +1,1 @@
-"""The subcommands of `quorate`, a file each. Heavy imports stand in the handlers: help is quick."""
+"""The subcommands of `quorate`, a file each, with heavy imports in the handlers: help is quick."""

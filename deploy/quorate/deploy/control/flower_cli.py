@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from quorate.deploy.server.flower_internals import CLI
 from quorate.deploy.server.server_paths import ServerPaths
 from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import QuorateError
@@ -90,7 +91,7 @@ class Flower:
                 f"{self.home / CONFIG_FILE} is not there: the federation's server was never started; run "
                 "`quorate server start`."
             )
-        command = [sys.executable, "-m", "flwr.cli.app", *arguments, "--format", "json"]
+        command = [sys.executable, "-m", CLI, *arguments, "--format", "json"]
         bypass = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
         environment = {**os.environ, "FLWR_HOME": str(self.home), "NO_PROXY": bypass}
         try:

@@ -38,7 +38,7 @@ _SLACK = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Authority:
-    """The CA of one federation. Every method that writes expects the caller to hold the folder (`alone`).
+    """The CA of one federation. Every method that writes expects the caller to hold the folder (`locked`).
 
     Args:
         folder: the federation's folder.

@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from quorate.client.node.enrolment import NODE_PUB, node_public_bytes
 from quorate.server.federation.folder import FederationFolder
 from quorate.shared.errors import ConfigError
-from quorate.shared.process.files import PUBLIC, alone, make_folder, sync_folder, write_atomically, writing
+from quorate.shared.process.files import PUBLIC, locked, make_folder, put_aside, write_atomically
 
 REVOKED = "revoked"
 _MOST_BYTES = 16 * 2**10
@@ -61,12 +61,12 @@ def admit_key(folder: FederationFolder, site: str, pub: Path, *, renew: bool = F
             content = stream.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{pub}: cannot be read: {error.strerror}; check the path.") from error
-    with alone(folder.path):
+    with locked(folder.path):
         return admit(folder, site, content, str(pub), renew=renew)
 
 
 def admit(folder: FederationFolder, site: str, content: bytes, where: str, *, renew: bool = False) -> Path:
-    """Admit a node key given as bytes; `admit_key` says the rest. The caller holds the folder (`alone`)."""
+    """Admit a node key given as bytes; `admit_key` says the rest. The caller holds the folder (`locked`)."""
     known_site(folder, site)
     if revocation(folder, site):
         raise ConfigError(
@@ -155,7 +155,7 @@ def revocation(folder: FederationFolder, site: str) -> Revocation | None:
 def revoke_key(folder: FederationFolder, site: str) -> None:
     """Put a site out: mark it, then take its admitted key away. Given again, it completes what is missing.
 
-    The caller holds the folder (`alone`). Raises: ConfigError, OutputError.
+    The caller holds the folder (`locked`). Raises: ConfigError, OutputError.
     """
     marker, path = folder.site(site) / REVOKED, folder.site(site) / NODE_PUB
     found, key = revocation(folder, site), _stored_key(folder, site)
@@ -165,9 +165,7 @@ def revoke_key(folder: FederationFolder, site: str) -> None:
         content = Revocation(time=since, node_keys=tuple(sorted(keys))).model_dump_json(indent=1) + "\n"
         write_atomically(marker, content.encode(), PUBLIC)
     if key is not None:  # after the marker, which remembers the key
-        with writing(path):
-            path.rename(path.with_name(f"{NODE_PUB}.old-{stamp()}"))
-            sync_folder(path.parent)
+        put_aside(path, f"{NODE_PUB}.old-{stamp()}")
 
 
 def restore_site(folder: FederationFolder, site: str) -> None:
@@ -179,9 +177,7 @@ def restore_site(folder: FederationFolder, site: str) -> None:
     marker = folder.site(site) / REVOKED
     if revocation(folder, site) is None:
         raise ConfigError(f"{site} is not revoked; there is nothing to restore.")
-    with writing(marker):
-        marker.rename(marker.with_name(f"{REVOKED}.until-{stamp()}"))
-        sync_folder(marker.parent)
+    put_aside(marker, f"{REVOKED}.until-{stamp()}")
 
 
 def known_site(folder: FederationFolder, site: str) -> None:

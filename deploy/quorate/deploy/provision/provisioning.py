@@ -27,9 +27,9 @@ from quorate.shared.process.files import (
     PRIVATE,
     PRIVATE_FOLDER,
     PUBLIC,
-    alone,
+    locked,
     make_folder,
-    sync_folder,
+    sync,
     write_atomically,
     writing,
 )
@@ -78,7 +78,7 @@ def provision(
     fresh = not (folder.path / CONFIG).exists()
     make_folder(folder.path)
     done = Provisioned(folder, config)
-    with alone(folder.path):
+    with locked(folder.path):
         if fresh:
             with writing(folder.path):
                 folder.path.chmod(PRIVATE_FOLDER)
@@ -182,7 +182,7 @@ def _drop(trial: Path) -> None:
             for each in trial.iterdir():
                 each.unlink()
             trial.rmdir()
-            sync_folder(trial.parent)
+            sync(trial.parent)
 
 
 def _look_around(done: Provisioned, authority: Authority) -> None:

@@ -6,7 +6,6 @@ no task's token away in the arguments of what it starts.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,7 +26,9 @@ def load(name: str, arguments: list[str]) -> Callable[[], int | None]:
         if name == SERVERAPP:  # with all that a run needs: once Flower runs it, this takes its time as well
             import quorate.server.federation.flower_app  # noqa: F401
         if name == SUPEREXEC:
-            task_token.install(importlib.import_module(task_token.EXECUTOR))
+            from quorate.client.flower.flower_internals import superexec
+
+            task_token.install(superexec()[0])
     return program
 
 

@@ -1,8 +1,4 @@
-"""Flower's side of the server: the commands of its processes, and what the SuperLink knows of nodes.
-
-Touches private names of Flower's: its control client, and the messages of registering and listing nodes.
-`tests/contract/test_control.py` fails loudly when they move.
-"""
+"""Flower's side of the server: the commands of its processes, and what the SuperLink knows of nodes."""
 
 from __future__ import annotations
 
@@ -12,43 +8,21 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from quorate.deploy.server.admitted_keys import Admitted
+from quorate.deploy.server.flower_internals import UNREGISTERED, ControlClient, SuperNode
 from quorate.deploy.server.server_paths import SUPEREXEC, SUPERLINK, ServerPaths
-from quorate.server.federation.nodes import Node as RegisteredNode
-from quorate.server.federation.nodes import Nodes
+from quorate.server.federation.nodes import Nodes, SiteNode
 from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.process.files import PRIVATE_FOLDER, write_atomically
 from quorate.shared.process.loopback import HOST
 from quorate.shared.process.supervisor import Program
 
-if TYPE_CHECKING:
-    from flwr.supercore.control import ControlHttpClient
-
 FEDERATION = "QUORATE_FEDERATION"
 """Environment variable that tells `quorate.server.federation.flower_app` which federation it serves."""
 TASK_POLL_SECONDS = 0.5
 """How often a SuperExec asks for work; Flower's own default is 1 s. It is asked once per submitted run."""
-ONLINE, UNREGISTERED = "online", "unregistered"
-"""States of a node, in Flower's words."""
 _SERVERAPP = "flwr-serverapp"
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node that the SuperLink knows.
-
-    Args:
-        id: Flower's.
-        public_key: PEM.
-        state: registered, online, offline or unregistered.
-    """
-
-    id: int
-    public_key: bytes
-    state: str
 
 
 def flower_command(name: str) -> list[str]:
@@ -136,13 +110,13 @@ def write_flower_files(paths: ServerPaths) -> None:
     write_atomically(paths.commands / _SERVERAPP, script.encode(), PRIVATE_FOLDER)
 
 
-def nodes(paths: ServerPaths) -> list[Node]:
+def nodes(paths: ServerPaths) -> list[SuperNode]:
     """Return the nodes that the SuperLink knows, also those that were unregistered.
 
     Raises: QuorateError: it does not answer.
     """
     with _control(paths) as client:
-        return _nodes(client)
+        return client.nodes()
 
 
 def register(paths: ServerPaths, sites: list[Admitted]) -> Nodes:
@@ -152,28 +126,25 @@ def register(paths: ServerPaths, sites: list[Admitted]) -> Nodes:
 
     Raises: QuorateError: the SuperLink does not answer, or does not unregister a key.
     """
-    from flwr.proto.control_pb2 import UnregisterNodeRequest
-
     wanted = {each.public_key for each in sites}
     with _control(paths) as client:
-        known = {node.public_key: node for node in _nodes(client)}
+        known = {node.public_key: node for node in client.nodes()}
         for key, node in known.items():
             if key not in wanted and node.state != UNREGISTERED:
-                client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
+                client.unregister(node.id)
         taken, refused = {}, {}
         for each in sites:
             try:
                 taken[_id_of(client, each, known.get(each.public_key))] = each
             except ConfigError as error:
                 refused[each.fingerprint] = str(error)
-    nodes = {number: RegisteredNode(site=each.site, key=each.fingerprint) for number, each in taken.items()}
+    nodes = {number: SiteNode(site=each.site, key=each.fingerprint) for number, each in taken.items()}
     return Nodes(nodes=nodes, refused=refused)
 
 
-def _id_of(client: ControlHttpClient, each: Admitted, known: Node | None) -> int:
+def _id_of(client: ControlClient, each: Admitted, known: SuperNode | None) -> int:
     """Return a node's id, registering it where need be. Raises: ConfigError: Flower does not take the key."""
     import httpx
-    from flwr.proto.control_pb2 import RegisterNodeRequest
 
     remedy = f"have {each.site} make another with `quorate site enrol --renew`, and admit it with --renew."
     if known is not None:
@@ -183,7 +154,7 @@ def _id_of(client: ControlHttpClient, each: Admitted, known: Node | None) -> int
             )
         return known.id
     try:
-        return client.RegisterNode(RegisterNodeRequest(public_key=each.public_key, name=each.site)).node_id
+        return client.register(each.public_key, each.site)
     except httpx.HTTPStatusError as error:
         if not error.response.is_client_error:
             raise
@@ -192,25 +163,12 @@ def _id_of(client: ControlHttpClient, each: Admitted, known: Node | None) -> int
         ) from error
 
 
-def _nodes(client: ControlHttpClient) -> list[Node]:
-    from flwr.proto.control_pb2 import ListNodesRequest
-
-    listed = client.ListNodes(ListNodesRequest()).nodes_info
-    return [Node(each.node_id, each.public_key, each.status) for each in listed]
-
-
 @contextmanager
-def _control(paths: ServerPaths) -> Iterator[ControlHttpClient]:
+def _control(paths: ServerPaths) -> Iterator[ControlClient]:
     import httpx
-    from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-    client = ControlHttpClient.from_server_address(
-        server_address=f"{HOST}:{paths.folder.config.server.superlink_port}",
-        insecure=False,
-        root_certificates=paths.loopback_certificate.read_bytes(),
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="quorate")],
-    )
+    address = f"{HOST}:{paths.folder.config.server.superlink_port}"
+    client = ControlClient(address, paths.loopback_certificate.read_bytes())
     try:
         yield client
     except httpx.HTTPError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 from quorate.client.node.enrolment import CLIENT_CRT
 from quorate.deploy.provision.node_keys import revocation
 from quorate.deploy.server import flower_programs
 from quorate.deploy.server.admitted_keys import admitted, read_certificate
+from quorate.deploy.server.flower_internals import UNREGISTERED
 from quorate.deploy.server.health import problems
 from quorate.deploy.server.server_check import revocations_days_left
 from quorate.deploy.server.server_conditions import conditions
@@ -15,20 +16,7 @@ from quorate.deploy.server.server_paths import SUPERLINK, ServerPaths
 from quorate.server.federation.folder import FederationFolder
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.process.looks import Line, days_left
-from quorate.shared.process.supervised import read_status
-
-
-class ProgramState(ConfigModel):
-    """One program of the server."""
-
-    pid: int | None
-    """Process id; None while it does not run."""
-    restarts: int
-    """How often it was started again."""
-    since: datetime
-    """When it started, or died."""
-    problem: str | None
-    """What is wrong with it, found by asking it; None: it works."""
+from quorate.shared.process.supervised import ProgramState, read_status
 
 
 class SiteState(ConfigModel):
@@ -74,12 +62,7 @@ def server_status(folder: FederationFolder) -> ServerStatus:
     paths, status = ServerPaths(folder), read_status(ServerPaths(folder).supervisor)
     found = problems(paths) if status is not None else {}
     programs = {
-        name: ProgramState(
-            pid=program.pid,
-            restarts=program.restarts,
-            since=datetime.fromtimestamp(program.since, UTC),
-            problem=program.stopped or found.get(name),
-        )
+        name: program.judged(program.stopped or found.get(name))
         for name, program in (status.programs if status else {}).items()
     }
     answers = SUPERLINK in programs and programs[SUPERLINK].problem is None
@@ -116,7 +99,7 @@ def _sites(paths: ServerPaths, answers: bool) -> dict[str, SiteState]:
         key = keys.get(site)
         node = nodes.get(key) if key else None
         if node is not None:
-            state = "refused" if node.state == flower_programs.UNREGISTERED else node.state
+            state = "refused" if node.state == UNREGISTERED else node.state
             sites[site] = SiteState(admitted=True, node_id=str(node.id), state=state)
         elif (out := revocation(paths.folder, site)) is not None:
             sites[site] = SiteState(admitted=False, state="revoked", revoked=out.time)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from quorate.server.exchange.flower_internals import ObjectPushError
 from quorate.shared.errors import OutputError, ProtocolError
 from quorate.shared.protocol.messages import ARRAY, ERROR_CODE, RECORD, RoundRequest, Update
 from quorate.shared.protocol.phases import Phase

@@ -2,7 +2,6 @@
 
 A SuperExec starts a process with it for every submission. Nothing of a run but its id comes through Flower:
 `state/runs/RUN_ID/` of the federation holds run.yaml, and gets all that a simulation's output folder gets.
-Touches a private name of Flower's: `RunNotRunningException`.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from types import FrameType
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run as FlowerRun
-from flwr.supercore.run import RunNotRunningException
 
+from quorate.server.exchange.flower_internals import FlowerRun, RunNotRunningException
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Nodes
-from quorate.server.results.complete import finish
+from quorate.server.results.complete import complete_run
 from quorate.server.results.local_reference import left_out
 from quorate.server.rounds.loop import run_rounds
-from quorate.server.rounds.run import RUN_FILE, Run, alone_in
+from quorate.server.rounds.run import RUN_FILE, Run, locked_output
 from quorate.server.tracking.events import telling_warnings
 from quorate.server.tracking.run_status import RunStatus
 from quorate.server.tracking.trackers import configured_trackers
@@ -115,7 +113,7 @@ def main(grid: Grid, context: Context) -> None:
     run_dir = folder.runs / run_id
     status = partial(RunStatus, flower_run_id=context.run_id)
     logging_to = _logging_to(run_dir / LOG_FILE)  # this process has no terminal
-    with _alone_in(run_dir), logging_to, telling_warnings(run_dir), _interruptible():
+    with _locked_output(run_dir), logging_to, telling_warnings(run_dir), _interruptible():
         status(state="running").write(run_dir)
         try:
             carry_out(StoppableGrid(grid), folder, run_id)
@@ -153,7 +151,7 @@ def carry_out(grid: Grid, folder: FederationFolder, run_id: str) -> None:
     if why := left_out(config):
         log.warning("evaluation.references are left out: %s", why)
     result = run_rounds(grid, run, Nodes.read(folder).sites)
-    finish(grid, run, result)
+    complete_run(grid, run, result)
 
 
 def _asked_for(context: Context) -> tuple[FederationFolder, str]:
@@ -172,11 +170,11 @@ def _asked_for(context: Context) -> tuple[FederationFolder, str]:
 
 
 @contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Enter `alone_in`, once an earlier process of this run has left: it may still be writing."""
+def _locked_output(run_dir: Path) -> Iterator[None]:
+    """Enter `locked_output`, once an earlier process of this run has left: it may still be writing."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
-        lock = alone_in(run_dir)
+        lock = locked_output(run_dir)
         try:
             lock.__enter__()
             break

@@ -10,7 +10,7 @@ from quorate.shared.errors import ConfigError
 from quorate.shared.process.files import write_atomically
 
 
-class Node(ConfigModel):
+class SiteNode(ConfigModel):
     """A node that may connect."""
 
     site: str
@@ -22,7 +22,7 @@ class Node(ConfigModel):
 class Nodes(ConfigModel):
     """Content of `nodes.json`: what came of bringing the SuperLink's nodes to the admitted keys."""
 
-    nodes: dict[int, Node]
+    nodes: dict[int, SiteNode]
     """Flower's node id -> node."""
     refused: dict[str, str] = {}
     """SHA-256 of an admitted key that the SuperLink did not take -> why, and what to do."""

@@ -10,9 +10,9 @@ from quorate.server.privacy.central_plan import client_plan, most_releases, priv
 from quorate.server.privacy.clipped_sum import ClippedSum, next_norm
 from quorate.server.privacy.released import (
     ClientPlan,
-    Ledger,
     Pending,
     Released,
+    ReleaseLedger,
     drop_released,
     missing_ledger,
     read_released,
@@ -89,7 +89,7 @@ class CentralPrivacy:
 
     run: Run
     privacy: ClientPrivacy
-    ledger: Ledger
+    ledger: ReleaseLedger
     planned_epsilon: float
     pending: Pending | None = None
 
@@ -106,11 +106,11 @@ class CentralPrivacy:
         if not isinstance(privacy, ClientPrivacy):
             return None
         done = progress.round if progress else 0
-        ledger = Ledger.read(run.output_dir)
+        ledger = ReleaseLedger.read(run.output_dir)
         if ledger is None and done:
             raise missing_ledger(run.output_dir)
         if ledger is None:
-            ledger = Ledger(plan=client_plan(run.config, members.nodes, members.initial.schema))
+            ledger = ReleaseLedger(plan=client_plan(run.config, members.nodes, members.initial.schema))
             ledger.write(run.output_dir)
         pending = read_released(run.output_dir, done + 1, state.stored().content_hash)
         drop_released(run.output_dir, done + 1 if pending else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from quorate.server.privacy.released import ClientPlan, Ledger
+from quorate.server.privacy.released import ClientPlan, ReleaseLedger
 from quorate.server.rounds.cohort import poisson_cohort
 from quorate.server.tracking.records import USELESS
 from quorate.shared.adapters.adapter import num_values
@@ -46,7 +46,7 @@ def client_plan(run: RunConfig, names: Collection[str], schema: Mapping[str, tup
     z = privacy.noise_multiplier
     if z is None:
         assert privacy.target_epsilon is not None  # ClientPrivacy
-        (event,) = plan.events(most_releases(run, Ledger(plan=plan), names, 1))
+        (event,) = plan.events(most_releases(run, ReleaseLedger(plan=plan), names, 1))
         z = calibrate(privacy.target_epsilon, privacy.delta, event.sampling_probability, event.steps)
     if privacy.adaptive_quantile is None:
         return plan.model_copy(update={"noise_multiplier": z, "sum_multiplier": z})
@@ -60,7 +60,7 @@ def client_plan(run: RunConfig, names: Collection[str], schema: Mapping[str, tup
     )
 
 
-def most_releases(run: RunConfig, ledger: Ledger, names: Collection[str], first: int) -> int:
+def most_releases(run: RunConfig, ledger: ReleaseLedger, names: Collection[str], first: int) -> int:
     """Return the releases that the site with most of them is part of, by the last round.
 
     Args:

@@ -78,7 +78,7 @@ class ClientPlan(Record):
         return (event,) if releases else ()
 
 
-class Ledger(Record):
+class ReleaseLedger(Record):
     """What has been released (`privacy.json`)."""
 
     plan: ClientPlan
@@ -100,7 +100,7 @@ class Ledger(Record):
         most = self.releases if self.plan.amplified else max(self.asked.values(), default=0)
         return self.plan.events(most)
 
-    def after(self, released: Released) -> Ledger:
+    def after(self, released: Released) -> ReleaseLedger:
         """Return the ledger with this release in it, once."""
         if released.state_hash == self.last:
             return self
@@ -114,7 +114,7 @@ class Ledger(Record):
         write_atomically(output_dir / LEDGER_FILE, self.model_dump_json(indent=1).encode())
 
     @classmethod
-    def read(cls, output_dir: Path) -> Ledger | None:
+    def read(cls, output_dir: Path) -> ReleaseLedger | None:
         """Read `privacy.json`; None where no private run has begun.
 
         Raises: CheckpointError: it is not what was written.

@@ -1,8 +1,7 @@
-"""`report.html`: a run's result in one self-contained page, made from its output folder alone.
+"""`report.html`: a run's result in one self-contained page, made from its output folder alone."""
 
-The page asks nothing of the network, holds no script, follows light and dark mode, prints, and is the same
-byte for byte when made again from the same files.
-"""
+# The page asks nothing of the network, holds no script, follows light and dark mode, prints, and is the same
+# byte for byte when made again from the same files.
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from quorate.server.report.run_files import RunFiles
 from quorate.server.report.sections.answers import samples_section
 from quorate.server.report.sections.audit_findings import audit_section
 from quorate.server.report.sections.class_quality import quality_section
-from quorate.server.report.sections.comparison import worth_section
+from quorate.server.report.sections.comparison import comparison_section
 from quorate.server.report.sections.cost import cost_section
 from quorate.server.report.sections.detections import finds_section
 from quorate.server.report.sections.guarantee import privacy_section
@@ -22,13 +21,13 @@ from quorate.server.report.sections.headline import headline
 from quorate.server.report.sections.learning import data_section, learning_section
 from quorate.server.report.sections.participation import participation_section
 from quorate.server.report.sections.reproduction import limits_section, origin_section
-from quorate.shared.errors import OutputError
+from quorate.shared.process.files import BY_UMASK, write_atomically
 
 __all__ = ["REPORT_FILE", "render_page", "write_report"]
 
 REPORT_FILE = "report.html"
 _SECTIONS = (
-    worth_section,
+    comparison_section,
     learning_section,
     quality_section,
     finds_section,
@@ -54,16 +53,7 @@ def write_report(output_dir: Path) -> Path:
     """
     page = render(RunFiles.read(output_dir))
     path = output_dir / REPORT_FILE
-    temporary = path.with_name(f".{REPORT_FILE}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)  # half a page would take the room that others need
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}; free space or mend its rights, then make it again "
-            "with quorate report."
-        ) from error
+    write_atomically(path, page, BY_UMASK)
     return path
 
 

@@ -16,9 +16,6 @@ from quorate.server.tracking.records import Evaluation, Record, Summary
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import OutputError
 
-# Student's t, 97.5 %, for 1 to 9 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
 
 class Figure(Record):
     """One figure over several seeds."""
@@ -109,16 +106,11 @@ def _figure(values: Sequence[float]) -> Figure:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Figure(mean=mean, low=mean, high=mean, values=tuple(values))
-    half = _t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.stats import t
+
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Figure(mean=mean, low=mean - half, high=mean + half, values=tuple(values))
-
-
-def _t(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t; beyond the table by its expansion, to 0.003."""
-    if degrees <= len(_T):
-        return _T[degrees - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def _models(summary: Summary) -> dict[str, Evaluation]:

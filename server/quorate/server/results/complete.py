@@ -31,7 +31,7 @@ def all_the_same(result: Result, work: Callable[[], _T]) -> _T:
         return work()
 
 
-def finish(grid: Grid, run: Run, result: Result) -> Summary:
+def complete_run(grid: Grid, run: Run, result: Result) -> Summary:
     """Measure what the rounds gave, write it, and send the sites what is theirs of it.
 
     Raises: QuorumNotMet, ModelDiverged, KeyboardInterrupt: what ended the run early, once everything is

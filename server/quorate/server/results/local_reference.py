@@ -14,12 +14,12 @@ from flwr.serverapp import Grid
 
 from quorate.server.exchange.exchange import Answers
 from quorate.server.exchange.join import Members, answers_of, request
-from quorate.server.rounds.evaluation import summarise, worth
+from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.rounds.loop import Result
 from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
 from quorate.server.rounds.update_checks import check_measured
 from quorate.server.tracking.events import PhaseBegan
-from quorate.server.tracking.records import Measured, References, RoundRecord, Worth
+from quorate.server.tracking.records import LocalGain, Measured, References, RoundRecord
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ProtocolError
 from quorate.shared.metrics.outcomes import Outcomes
@@ -38,7 +38,7 @@ class Compared:
     """
 
     references: References | None = None
-    worth: dict[str, Worth] = field(default_factory=dict)
+    worth: dict[str, LocalGain] = field(default_factory=dict)
 
 
 def left_out(config: RunConfig) -> str | None:
@@ -72,7 +72,7 @@ def compare(grid: Grid, run: Run, result: Result, federated: Mapping[str, Outcom
         local[site] = Measured(round=round, test=test)
         theirs = federated.get(site, Outcomes())
         if theirs.rows and outcomes.rows:
-            gains[site] = worth(config.task, run.metric, theirs, outcomes, intervals=intervals)
+            gains[site] = local_gain(config.task, run.metric, theirs, outcomes, intervals=intervals)
     return Compared(References(local_only=local, failed=answers.excluded), gains)
 
 

@@ -22,18 +22,18 @@ from quorate.server.tracking.events import Finished, PhaseBegan
 from quorate.server.tracking.records import (
     Answer,
     Exclusion,
+    LocalGain,
     Measured,
     References,
     RoundRecord,
     Summary,
-    Worth,
 )
 from quorate.shared.adapters.peft_export import adapter_files
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ModelDiverged, QuorumNotMet
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.process.files import write_file, write_folder
+from quorate.shared.process.files import BY_UMASK, write_atomically, write_folder
 
 _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
 
@@ -115,7 +115,7 @@ def write_outputs(
     best: Measured | None,
     *,
     references: References | None = None,
-    worth: Mapping[str, Worth] | None = None,
+    worth: Mapping[str, LocalGain] | None = None,
     samples: Sequence[Answer] = (),
 ) -> Summary:
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
@@ -125,7 +125,7 @@ def write_outputs(
         shutil.rmtree(run.output_dir / ADAPTER_DIR, ignore_errors=True)
     else:
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
-    write_file(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
+    write_atomically(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n", BY_UMASK)
     write_report(run.output_dir)
     run.tell(Finished(summary=summary))
     return summary
@@ -143,7 +143,7 @@ def _summary(
     final: Measured | None,
     best: Measured | None,
     references: References | None,
-    worth: Mapping[str, Worth],
+    worth: Mapping[str, LocalGain],
     samples: Sequence[Answer],
 ) -> Summary:
     records = [

@@ -12,7 +12,7 @@ from quorate.shared.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
-class Standing:
+class BestRound:
     """The best round so far.
 
     Args:
@@ -27,7 +27,7 @@ class Standing:
     without: int = 0
     sites: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
-    def after(self, config: RunConfig, round: int, validation: Evaluation | None) -> Standing:
+    def after(self, config: RunConfig, round: int, validation: Evaluation | None) -> BestRound:
         """Return the standing after `round`; ties go to the earlier round.
 
         A round without validation figures changes nothing, nor does one that shares no measured site with the
@@ -42,13 +42,13 @@ class Standing:
             return replace(self, without=self.without + 1)
         sites = _by_site(validation, metric)
         if self.value is None:
-            return Standing(round, value, sites=sites)
+            return BestRound(round, value, sites=sites)
         difference = self._difference(value, sites)
         if difference is None:
             return self
         gain = config.task.sign(metric) * difference
         without = 0 if gain > config.evaluation.early_stopping_threshold else self.without + 1
-        return Standing(round, value, without, sites) if gain > 0 else replace(self, without=without)
+        return BestRound(round, value, without, sites) if gain > 0 else replace(self, without=without)
 
     def _difference(self, value: float, sites: Mapping[str, tuple[float, int]]) -> float | None:
         """Return how far a round's value lies above the best one's, like compared with like.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.best_round import BestRound
 from quorate.server.tracking.records import Exclusion, Record, RoundMetrics, RoundRecord
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.aggregation import GlobalState
@@ -55,9 +55,9 @@ class Progress(Record):
     """The round's figures, also a line of metrics.jsonl."""
 
     @property
-    def standing(self) -> Standing:
+    def best(self) -> BestRound:
         """The best round so far, to go on from."""
-        return Standing(self.best_round, self.best_value, self.rounds_without_improvement, self.best_sites)
+        return BestRound(self.best_round, self.best_value, self.rounds_without_improvement, self.best_sites)
 
 
 def save_checkpoint(

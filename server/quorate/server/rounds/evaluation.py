@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quorate.server.tracking.records import Evaluation, Worth
+from quorate.server.tracking.records import Evaluation, LocalGain
 from quorate.shared.metrics.intervals import Estimate, difference, estimate
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.protocol.messages import Split
@@ -65,7 +65,9 @@ def _estimates(task: Task, outcomes: Outcomes) -> dict[str, Estimate]:
     return {name: each for name, each in found.items() if each is not None}
 
 
-def worth(task: Task, metric: str, federated: Outcomes, local: Outcomes, *, intervals: bool) -> Worth:
+def local_gain(
+    task: Task, metric: str, federated: Outcomes, local: Outcomes, *, intervals: bool
+) -> LocalGain:
     """Return what the federation brought a site on its own test rows.
 
     The two models' figures are taken for independent: pairing them would need both predictions of each row,
@@ -78,4 +80,4 @@ def worth(task: Task, metric: str, federated: Outcomes, local: Outcomes, *, inte
     if intervals:
         a, b = (_estimates(task, each).get(metric) for each in (federated, local))
         bounds = difference(a, b) if a and b else None
-    return Worth(metric=metric, federated=ours, local_only=theirs, gain=gain, interval=bounds)
+    return LocalGain(metric=metric, federated=ours, local_only=theirs, gain=gain, interval=bounds)

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from quorate.server.exchange.join import Members, join, warn_of_changes
 from quorate.server.exchange.latecomers import Latecomers
 from quorate.server.privacy.central_dp import CentralPrivacy, NoisedAccumulator
-from quorate.server.rounds.best_round import Standing
+from quorate.server.rounds.best_round import BestRound
 from quorate.server.rounds.checkpoint import Progress, drop_checkpoints, save_checkpoint
 from quorate.server.rounds.cohort import choose_cohort
 from quorate.server.rounds.measuring import measure
@@ -194,7 +194,7 @@ def _checkpoint(
     """Step 9: checkpoint, then record."""
     started = time.monotonic()
     run, members, number = round.run, round.members, round.number
-    standing = before.standing if before else Standing()
+    standing = before.best if before else BestRound()
     if run.config.picks_best:
         standing = standing.after(run.config, number, validation)
     record = log.record(state.stored().content_hash, standing.stops(run.config, number))

@@ -19,7 +19,7 @@ from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import CheckpointError, OutputError
-from quorate.shared.process.files import alone, opened, write_file, writing
+from quorate.shared.process.files import BY_UMASK, PRIVATE, locked, opened, write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Run:
             raise CheckpointError(
                 f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml."
             )
-        write_file(output_dir / RUN_FILE, dump_yaml(config))
+        write_atomically(output_dir / RUN_FILE, dump_yaml(config), BY_UMASK)
         if resumed and config.privacy is not None:
             log.warning(
                 "differential privacy: the rounds to come draw new noise, so the run does not end bit for "
@@ -142,7 +142,7 @@ class Run:
             kept = [each for each in read_jsonl(path, kind) if each.round < last]
             kept += [line] if line else []
             lines = "".join(each.model_dump_json() + "\n" for each in kept)
-            write_file(path, lines, private=self.config.hides_participation)
+            write_atomically(path, lines, PRIVATE if self.config.hides_participation else BY_UMASK)
 
 
 def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list[RoundRecord | RoundMetrics]:
@@ -171,7 +171,7 @@ def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list
 
 
 @contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
+def locked_output(output_dir: Path) -> Iterator[None]:
     """Make the output folder and keep other processes from running into it at the same time.
 
     The lock is the system's and leaves no file: it is gone with the process, however that ends.
@@ -180,7 +180,7 @@ def alone_in(output_dir: Path) -> Iterator[None]:
     """
     _make_folder(output_dir)
     busy = f"another process is running into {output_dir}; wait for its end, or choose another folder (-o)."
-    with alone(output_dir, busy):
+    with locked(output_dir, busy):
         yield
 
 

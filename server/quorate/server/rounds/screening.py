@@ -24,7 +24,7 @@ import numpy as np
 from quorate.server.exchange.exchange import exclusion
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
-from quorate.shared.config.run_config import FederationConfig, TrainingConfig
+from quorate.shared.config.run_config import RoundsConfig, TrainingConfig
 from quorate.shared.protocol.messages import Update
 
 FEWEST = 3
@@ -73,7 +73,7 @@ class Screen:
         room: site -> how many times the others' bound its own is (see `room`); 1 where it is left out.
     """
 
-    federation: FederationConfig
+    federation: RoundsConfig
     asked: int
     start_norm: float
     before: Sequence[float]

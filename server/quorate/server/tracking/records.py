@@ -140,7 +140,7 @@ class References(Record):
         return any(each.test and len(each.test.sites) > 1 for each in self.local_only.values())
 
 
-class Worth(Record):
+class LocalGain(Record):
     """What the federation brought one site, on its own test rows."""
 
     metric: str
@@ -260,7 +260,7 @@ class Summary(Record):
     """The model of the best round by `metric` on pooled validation rows; this is what `adapter/` holds."""
     references: References | None = None
     """Reference runs, where asked for."""
-    worth: dict[str, Worth] = {}
+    worth: dict[str, LocalGain] = {}
     """Site -> what the federation brought it; empty without the local_only reference."""
     sites: dict[str, SiteDescription] = {}
     """What the sites said of themselves when they joined."""

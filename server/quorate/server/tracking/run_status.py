@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from quorate.server.tracking.records import Record
 from quorate.shared.errors import OutputError
-from quorate.shared.process.files import write_file
+from quorate.shared.process.files import write_atomically
 
 STATUS_FILE = "status.json"
 State = Literal["running", "done", "interrupted", "quorum-not-met", "diverged", "failed"]
@@ -18,8 +18,8 @@ State = Literal["running", "done", "interrupted", "quorum-not-met", "diverged", 
 class RunStatus(Record):
     """What `status.json` holds.
 
-    `running` with nobody in the folder (`quorate.server.rounds.run.alone_in` can be entered) means that the
-    ServerApp died: a run that is submitted again goes on from the last checkpoint.
+    `running` with nobody in the folder (`quorate.server.rounds.run.locked_output` can be entered) means that
+    the ServerApp died: a run that is submitted again goes on from the last checkpoint.
     """
 
     state: State
@@ -48,4 +48,4 @@ class RunStatus(Record):
 
     def write(self, run_dir: Path) -> None:
         """Write it, whole or not at all, for its owner alone (it may name sites). Raises: OutputError."""
-        write_file(run_dir / STATUS_FILE, self.model_dump_json(indent=2) + "\n", private=True)
+        write_atomically(run_dir / STATUS_FILE, self.model_dump_json(indent=2) + "\n")

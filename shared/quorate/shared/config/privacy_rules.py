@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from quorate.shared.config.run_config import RunConfig
 
 
-def check_sound(run: RunConfig) -> None:
+def check_privacy_rules(run: RunConfig) -> None:
     """Raise ValueError, with reason and remedy, for a setting under which the privacy would not hold."""
     privacy = run.privacy
     if privacy is None:

@@ -15,7 +15,7 @@ from quorate.shared.aggregation import AggregationRule, FedAvg
 from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel
 from quorate.shared.config.evaluation_config import EvaluationConfig
 from quorate.shared.config.privacy_config import ClientPrivacy, PrivacyConfig
-from quorate.shared.config.privacy_rules import check_sound
+from quorate.shared.config.privacy_rules import check_privacy_rules
 from quorate.shared.config.texts import Name, Sha256
 from quorate.shared.tasks import TaskConfig
 
@@ -173,7 +173,7 @@ class TrainingConfig(ConfigModel):
         return self
 
 
-class FederationConfig(ConfigModel):
+class RoundsConfig(ConfigModel):
     """Rounds, cohort and quorum."""
 
     rounds: int = Field(ge=1, le=10**6)
@@ -221,7 +221,7 @@ class RunConfig(ConfigModel):
     """The LoRA adapter."""
     training: TrainingConfig = TrainingConfig()
     """Training at the sites."""
-    federation: FederationConfig
+    federation: RoundsConfig
     """Rounds, cohort and quorum."""
     aggregation: AggregationRule = FedAvg()
     """How updates become the next global adapter."""
@@ -306,8 +306,8 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _privacy_is_sound(self) -> RunConfig:
-        check_sound(self)
+    def _privacy_rules_hold(self) -> RunConfig:
+        check_privacy_rules(self)
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,8 @@ matter, and how the units of several sites go together:
 
 - All events that touched the same units compose: pass them in one call. Epsilons must not be added, and a
   ledger must not be reset between rounds or jobs.
-- Sites with disjoint units compose in parallel: `of_disjoint_sites`.
+- Sites with disjoint units compose in parallel: their epsilon is the largest of theirs. A unit that may be at
+  two sites (a patient of two hospitals) is not covered by it; such sites' events belong in one call.
 """
 
 from __future__ import annotations
@@ -63,15 +64,6 @@ def grouped(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
         for (q, sigma), count in sorted(steps.items())
         if count
     )
-
-
-def of_disjoint_sites(epsilons: Iterable[float]) -> float:
-    """Return the epsilon of sites that share no unit: the largest of theirs (parallel composition).
-
-    A unit that may be at two sites (a patient of two hospitals) is not covered by it; such sites' events
-    compose, that is, belong in one call of `epsilon`.
-    """
-    return max(epsilons, default=0.0)
 
 
 def default_delta(units: int) -> float:

@@ -1,4 +1,4 @@
-"""The least noise that keeps a budget, and how many rounds a budget has left."""
+"""The least noise that keeps a budget."""
 
 from __future__ import annotations
 
@@ -66,27 +66,6 @@ def _calibrated(
     return found
 
 
-def rounds_left(
-    target_epsilon: float,
-    delta: float,
-    a_round: Sequence[PrivacyEvent],
-    spent: Sequence[PrivacyEvent] = (),
-    *,
-    at_most: int = 100_000,
-) -> int:
-    """Return how many more rounds, each doing `a_round`, keep `spent` and them within `target_epsilon`.
-
-    At most `at_most`, which is also the answer where rounds cost nothing. Raises: ConfigError: as `epsilon`.
-    """
-
-    def fits(rounds: int, accountant: Accountant) -> bool:
-        repeated = [event.model_copy(update={"steps": event.steps * rounds}) for event in a_round]
-        return epsilon([*spent, *repeated], delta, accountant) <= target_epsilon
-
-    surely = _most(lambda rounds: fits(rounds, "rdp"), at_most, start=0)
-    return _most(lambda rounds: fits(rounds, "pld"), at_most, start=surely)
-
-
 def _used_up(target: float, delta: float, used: float) -> ConfigError:
     if used == 0:
         return ConfigError(
@@ -130,19 +109,3 @@ def _smallest(cost: Callable[[float], float], target: float, *, start: float, st
     while cost(found) > target:  # Brent's method ends on either side of the root
         found *= 1 + _PRECISION / 2
     return found
-
-
-def _most(fits: Callable[[int], bool], at_most: int, *, start: int) -> int:
-    """Return the largest number up to `at_most` that fits, or 0; `fits` is true up to it.
-
-    `start` is a guess, best from below.
-    """
-    within, beyond = (start, at_most + 1) if fits(start) else (0, start)
-    stride = 1
-    while within + stride < beyond and fits(within + stride):
-        within, stride = within + stride, 2 * stride
-    beyond = min(beyond, within + stride)
-    while beyond - within > 1:
-        middle = (within + beyond) // 2
-        within, beyond = (middle, beyond) if fits(middle) else (within, middle)
-    return within

@@ -17,6 +17,8 @@ from quorate.shared.errors import OutputError
 
 PRIVATE, PUBLIC, PRIVATE_FOLDER = 0o600, 0o644, 0o700
 """Modes, whatever the umask: what only its owner may read, what anyone may, and a folder of the former."""
+BY_UMASK = None
+"""In place of a mode: what people made with their umask in mind, such as the results of a run."""
 
 log = logging.getLogger(__name__)
 
@@ -25,49 +27,89 @@ _RENAME = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def write_atomically(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+def write_atomically(
+    path: Path, content: bytes | str, mode: int | None = PRIVATE, owner: tuple[int, int] | None = None
+) -> None:
     """Write a file so that a reader, and a kill at any moment, sees all of it or none of it.
 
     It is on disk (fsync) before its name appears, and never readable by more than `mode` says. What a kill
-    leaves behind is `.NAME.tmp`, which the next call replaces.
+    leaves behind is `.NAME.tmp`, which the next call replaces. Two processes must not write one file at once.
 
+    Args:
+        path: an existing file is replaced.
+        content: a text is written as UTF-8.
+        mode: whatever the umask; `BY_UMASK`: as the umask says.
+        owner: user and group that it shall belong to, which only root can say.
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        try:
+            with opened(temporary, "wb", private=mode is not None) as stream:
+                if mode is not None:
+                    os.fchmod(stream.fileno(), mode)
+                if owner is not None:
+                    os.fchown(stream.fileno(), *owner)
+                stream.write(content.encode() if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:  # on a full disk it would take the room that the rest needs
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, private: bool = False) -> None:
-    """Write `files` (relative name -> content) as `folder`, atomically: readers see all of it or nothing.
+    """Write `files` (relative name -> content) as `folder`, as `put_folder` does.
+
+    Args:
+        private: for its owner alone, whatever the umask.
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
+    restore_folder(folder)
+    with unfinished(folder, PRIVATE_FOLDER if private else BY_UMASK) as temporary:
+        for name, content in files.items():
+            with opened(temporary / name, "wb", private=private) as stream:
+                stream.write(content)
+        put_folder(temporary, folder)
+
+
+@contextmanager
+def unfinished(folder: Path, mode: int | None = BY_UMASK) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, to be filled and `put_folder` there; it is gone afterwards.
+
+    Raises: OutputError: the disk is full, or the place cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with writing(folder):
+        try:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(0o777 if mode is None else mode)
+            yield temporary
+        finally:  # on a full disk it would take the room that the rest needs
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(temporary: Path, folder: Path) -> None:
+    """Give a complete folder its name: readers see all of it or what was there before.
 
     An existing folder is replaced. Everything is on disk (fsync) before the name appears. On a file system
     that cannot exchange two names in one step (NFS), a kill in between leaves the earlier folder as
     `.NAME.old`; `restore_folder` gives it its name back.
 
     Args:
-        private: for its owner alone, whatever the umask.
+        temporary: on the same file system; afterwards it is gone, or holds what was there before.
+        folder: its name from now on.
     Raises: OutputError: the disk is full, or the place cannot be written.
     """
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    restore_folder(folder)
+    old = folder.with_name(f".{folder.name}.old")
     with writing(folder):
+        for each in (*temporary.rglob("*"), temporary):
+            sync(each)
         try:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir(PRIVATE_FOLDER if private else 0o777)
-            for name, content in files.items():
-                _write_synced(temporary / name, content, private)
-            sync_folder(temporary)
             if not folder.exists():
                 temporary.rename(folder)
             elif not _exchange(temporary, folder):
@@ -75,12 +117,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, private: bool = Fa
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
                 temporary.rename(folder)
-            sync_folder(folder.parent)
+            sync(folder.parent)
         finally:
             if old.exists() and not folder.exists():
                 old.rename(folder)
-            for left in (temporary, old):  # on a full disk they would take the room that the rest needs
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_folder(folder: Path) -> None:
@@ -92,21 +133,7 @@ def restore_folder(folder: Path) -> None:
     if old.is_dir() and not folder.exists():
         with writing(folder):
             old.rename(folder)
-            sync_folder(folder.parent)
-
-
-def write_file(path: Path, content: str, *, private: bool = False) -> None:
-    """Write a text file atomically; `private` for its owner alone, whatever the umask.
-
-    Raises: OutputError: the disk is full, or the place cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            _write_synced(temporary, content.encode(), private)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            sync(folder.parent)
 
 
 def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
@@ -119,12 +146,20 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=PRIVATE_FOLDER)
             path.chmod(mode)
-            sync_folder(path.parent)
+            sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put names that appeared or went in `folder` on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def put_aside(path: Path, name: str) -> Path:
+    """Give a file another name in its folder; returns its path. Raises: OutputError."""
+    with writing(path):
+        aside = path.rename(path.with_name(name))
+        sync(path.parent)
+    return aside
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -132,7 +167,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path, busy: str | None = None) -> Iterator[None]:
+def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
     """Hold `folder` for this process, so that two commands do not write into it at once.
 
     The lock is the system's and leaves no file: it is gone with the process, however that ends.
@@ -159,7 +194,7 @@ def alone(folder: Path, busy: str | None = None) -> Iterator[None]:
 
 
 def held(path: Path) -> bool | None:
-    """Whether a process holds this file or folder as `alone` does; None where the file system has no locks.
+    """Whether a process holds this file or folder as `locked` does; None where the file system has no locks.
 
     Raises: OSError: it cannot be opened.
     """
@@ -238,10 +273,3 @@ def opened(path: Path, mode: Literal["ab", "wb"], *, private: bool) -> BinaryIO:
         path.unlink(missing_ok=True)  # what a kill left may be anybody's to read
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE if private else 0o666)
     return os.fdopen(descriptor, mode)
-
-
-def _write_synced(path: Path, content: bytes, private: bool) -> None:
-    with opened(path, "wb", private=private) as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())

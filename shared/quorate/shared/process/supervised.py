@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,6 +20,19 @@ STATUS_FILE, LOCK_FILE = "status.json", "supervisor.lock"
 OWN_LOG = "QUORATE_SUPERVISOR_LOG"
 """Environment variable of a supervisor in the background: where what it says itself goes."""
 _POLL_SECONDS = 0.2
+
+
+class ProgramState(ConfigModel):
+    """A program as people are told of it."""
+
+    pid: int | None
+    """Process id; None between its death and its restart."""
+    restarts: int
+    """How often it was started again."""
+    since: datetime
+    """When it started, or died."""
+    problem: str | None
+    """What is wrong with it, found by asking it; None: it works."""
 
 
 class ProgramStatus(ConfigModel):
@@ -41,6 +55,11 @@ class ProgramStatus(ConfigModel):
         if self.pid is not None:
             return None
         return f"cannot be started ({self.problem})" if self.problem else "does not run"
+
+    def judged(self, problem: str | None) -> ProgramState:
+        """Return it with what is wrong with it; None: nothing is."""
+        since = datetime.fromtimestamp(self.since, UTC)
+        return ProgramState(pid=self.pid, restarts=self.restarts, since=since, problem=problem)
 
 
 class Status(ConfigModel):

@@ -6,21 +6,21 @@ only: the kernel ends the programs when their supervisor dies, so that none is l
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from quorate.shared.errors import OutputError
-from quorate.shared.process.files import take_lock
+from quorate.shared.process import end_with_parent
+from quorate.shared.process.files import BY_UMASK, take_lock, write_atomically
 from quorate.shared.process.logs import Logs
 from quorate.shared.process.supervised import (
     LOCK_FILE,
@@ -40,9 +40,6 @@ STEADY_SECONDS = 60.0
 STOP_SECONDS = 20.0
 """What a program gets between SIGTERM and SIGKILL."""
 _POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
-# Loaded before any fork: between fork and exec nothing may import or take a lock.
-_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Supervisor:
         Raises: OutputError: another supervisor has this folder. OSError: a program cannot even be
             started once.
         """
-        with _alone(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
+        with _locked(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
             before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
             try:
                 if self._beside is not None:  # not earlier: what it says goes to the log too
@@ -122,13 +119,11 @@ class Supervisor:
 
     def _write(self) -> None:
         status = Status(pid=os.getpid(), programs={kept.program.name: kept.status for kept in self._kept})
-        part = self._state_dir / f".{STATUS_FILE}.part"
         try:
-            part.write_text(status.model_dump_json(indent=2), encoding="utf-8")
-            part.replace(self._state_dir / STATUS_FILE)
-        except OSError as error:  # a full disk is no reason to stop what runs; written once there is room
+            write_atomically(self._state_dir / STATUS_FILE, status.model_dump_json(indent=2), BY_UMASK)
+        except OutputError as error:  # a full disk is no reason to stop what runs; written once there is room
             if not self._failing:
-                log.error("%s cannot be written: %s", self._state_dir / STATUS_FILE, error.strerror)
+                log.error("%s", error)
             self._failing = True
         else:
             self._unwritten = self._failing = False
@@ -213,19 +208,7 @@ class _Kept:
 
     def _start(self, logs: Logs) -> None:
         program = self.program
-        self._process = subprocess.Popen(
-            list(program.command),
-            stdin=subprocess.DEVNULL,
-            stdout=logs.into(program.log),
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **program.env},
-            cwd=program.cwd,
-            user=program.user,
-            group=program.group or (_group_of(program.user) if program.user else None),
-            extra_groups=[] if program.user else None,
-            start_new_session=True,
-            preexec_fn=partial(_die_with, os.getpid()),
-        )
+        self._process = _started(program, logs.into(program.log))
         self._leaders.append(self._process.pid)
         self._starts += 1
         self._started, self._since, self._problem = time.monotonic(), time.time(), None
@@ -233,7 +216,7 @@ class _Kept:
 
 
 @contextmanager
-def _alone(state_dir: Path) -> Iterator[None]:
+def _locked(state_dir: Path) -> Iterator[None]:
     state_dir.mkdir(parents=True, exist_ok=True)
     # Not inherited by the programs (O_CLOEXEC is Python's default), so the lock ends with this process.
     with (state_dir / LOCK_FILE).open("a") as file:
@@ -258,11 +241,31 @@ def _logs(files: Sequence[Path]) -> Iterator[Logs]:
         logs.close()
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before exec: have the kernel send SIGTERM when the supervisor `parent` is gone."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
-        os._exit(1)
+def _started(program: Program, output: int) -> subprocess.Popen[bytes]:
+    """Start a program that ends with this process; returns when it runs. Raises: OSError: it cannot."""
+    helper = [sys.executable, "-I", "-S", end_with_parent.__file__]
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as failed:
+        try:
+            process = subprocess.Popen(
+                [*helper, str(os.getpid()), str(writing), *program.command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **program.env},
+                cwd=program.cwd,
+                user=program.user,
+                group=program.group or (_group_of(program.user) if program.user else None),
+                extra_groups=[] if program.user else None,
+                start_new_session=True,
+                pass_fds=[writing],
+            )
+        finally:
+            os.close(writing)
+        if number := failed.read():
+            process.wait()
+            raise OSError(int(number), os.strerror(int(number)), program.command[0])
+    return process
 
 
 def _group_of(user: str) -> int:

@@ -20,8 +20,6 @@ from typing import Any
 
 from quorate.shared.errors import QuorateError
 
-EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
-"""Flower's module that starts a process for a task; `install` replaces what it starts processes with."""
 TOKEN, TOKEN_FILE = "--token", "--token-file"
 """Options of all programs that Flower starts for a task."""
 _USED = ("subprocess", "Popen")
@@ -31,7 +29,7 @@ def install(executor: ModuleType) -> None:
     """Have Flower's executor start its programs without the token in their arguments.
 
     Args:
-        executor: the module `EXECUTOR`.
+        executor: Flower's module that starts a process for a task.
     Raises: QuorateError: this version of Flower starts programs in another way; it must not start any then.
     """
     launch = getattr(getattr(executor, "SubprocessExecutor", None), "launch", None)

@@ -39,7 +39,7 @@ class SearchSpending(Record):
         )
 
 
-def spent_by(rows: Mapping[str, SiteRows], trials: Sequence[RunConfig]) -> SearchSpending | None:
+def privacy_cost(rows: Mapping[str, SiteRows], trials: Sequence[RunConfig]) -> SearchSpending | None:
     """Return what these runs spend together; None where none has record- or group-level privacy.
 
     Args:

@@ -18,9 +18,9 @@ from quorate.server.rounds.run import RUN_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml, load_file
 from quorate.shared.errors import CheckpointError, ConfigError, DataError, OutputError
-from quorate.shared.process.files import write_file
+from quorate.shared.process.files import BY_UMASK, write_atomically
 from quorate.shared.seeds import derive_seed
-from quorate.simulations.tuning.privacy_cost import spent_by
+from quorate.simulations.tuning.privacy_cost import privacy_cost
 from quorate.simulations.tuning.space import SpaceConfig
 from quorate.simulations.tuning.trial import DIVERGED, RETRY_OF, Diverged, Search, objective, trial_dir
 
@@ -61,7 +61,7 @@ def tune(search: Search, *, resume: bool = False) -> Study:
         engine = Site(rows, on_step=search.on_step)
         grid = search.space.grid() if search.space.sampler == "grid" else []
         wanted = min(search.space.trials, len(grid)) if grid else search.space.trials
-        if (together := spent_by(search.rows, [search.base] * wanted)) is not None:
+        if (together := privacy_cost(search.rows, [search.base] * wanted)) is not None:
             search.say(f"With the run file's own settings: {together.sentence}")
         while (done := len(settled(study))) < wanted:
             waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
@@ -194,8 +194,8 @@ def _check_same(search: Search) -> None:
                 f"{folder} holds a search of another {'run' if same_space else 'space'}; resume it with the "
                 "same files (the number of trials may change), or start the new one in another folder (-o)."
             )
-    write_file(folder / BASE_FILE, dump_yaml(search.base))
-    write_file(folder / SPACE_FILE, dump_yaml(search.space))
+    write_atomically(folder / BASE_FILE, dump_yaml(search.base), BY_UMASK)
+    write_atomically(folder / SPACE_FILE, dump_yaml(search.space), BY_UMASK)
     if search.origin is not None:
         search.origin.keep(folder)
 

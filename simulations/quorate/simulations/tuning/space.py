@@ -61,7 +61,7 @@ class FloatRange(ConfigModel):
         return self
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def bounds(self) -> tuple[Value, ...]:
         """What must be allowed in a run for the whole range to be."""
         return self.low, self.high
 
@@ -94,7 +94,7 @@ class IntRange(ConfigModel):
         return self
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def bounds(self) -> tuple[Value, ...]:
         """What must be allowed in a run for the whole range to be."""
         return self.low, self.high
 
@@ -120,7 +120,7 @@ class Choices(ConfigModel):
         return self
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def bounds(self) -> tuple[Value, ...]:
         """What must be allowed in a run: every choice."""
         return self.choices
 
@@ -181,7 +181,7 @@ def load_space(path: Path, run_path: Path, overrides: Sequence[str] = ()) -> Spa
         if (wrong := _unknown(key)) is not None:
             problems.append(f"{path}: space: {key}: {wrong}")
             continue
-        for value in parameter.ends:
+        for value in parameter.bounds:
             try:
                 load_run(run_path, [*overrides, *as_overrides({key: value})])
             except ConfigError as error:

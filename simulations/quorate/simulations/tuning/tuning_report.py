@@ -27,8 +27,8 @@ from quorate.server.rounds.run import RUN_FILE
 from quorate.server.tracking.records import Figure, Record
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.process.files import write_file
-from quorate.simulations.tuning.privacy_cost import SearchSpending, spent_by
+from quorate.shared.process.files import BY_UMASK, write_atomically
+from quorate.simulations.tuning.privacy_cost import SearchSpending, privacy_cost
 from quorate.simulations.tuning.search import settled
 from quorate.simulations.tuning.space import Value
 from quorate.simulations.tuning.trial import BEST_ROUND, RETRY_OF, SECONDS, Search, trial_dir
@@ -91,12 +91,12 @@ def write_tuned(search: Search, study: Study) -> Tuned:
     folder = search.output_dir
     if result.best is not None:
         run_file = trial_dir(folder, result.best.number) / RUN_FILE
-        write_file(folder / BEST_FILE, run_file.read_text(encoding="utf-8"))
+        write_atomically(folder / BEST_FILE, run_file.read_text(encoding="utf-8"), BY_UMASK)
         if search.origin is not None:  # beside it, so that the best run needs no --sites
-            write_file(folder / BEST_SITES_FILE, dump_yaml(search.origin.sites))
-    write_file(folder / TABLE_FILE, _table_text(result, list(search.space.space)))
-    write_file(folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
-    write_file(folder / PAGE_FILE, _page(search, result))
+            write_atomically(folder / BEST_SITES_FILE, dump_yaml(search.origin.sites), BY_UMASK)
+    write_atomically(folder / TABLE_FILE, _table_text(result, list(search.space.space)), BY_UMASK)
+    write_atomically(folder / RESULT_FILE, result.model_dump_json(indent=2) + "\n", BY_UMASK)
+    write_atomically(folder / PAGE_FILE, _page(search, result), BY_UMASK)
     return result
 
 
@@ -124,7 +124,7 @@ def summarise(search: Search, study: Study) -> Tuned:
         best=done[study.best_trial.number] if done else None,
         importances=_importances(study, list(done.values())),
         trials=trials,
-        spent=spent_by(search.rows, _begun(search, study)),
+        spent=privacy_cost(search.rows, _begun(search, study)),
     )
 
 

@@ -1,8 +1,7 @@
-"""Readers: from a source to raw rows, split by split, with every row's origin.
+"""Readers: from a source to raw rows, split by split, with every row's origin."""
 
-A reader gives columns as the data have them; `quorate.client.data.splits` makes task columns of them.
-Messages name files, lines and columns, never the text of a row.
-"""
+# A reader gives columns as the data have them; `quorate.client.data.splits` makes task columns of them.
+# Messages name files, lines and columns, never the text of a row.
 
 from __future__ import annotations
 

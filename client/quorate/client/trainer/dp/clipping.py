@@ -14,7 +14,7 @@ _ABOVE_ZERO = 1e-6
 """Added to a norm before it divides, as in Opacus: rounding then leaves a clipped norm below its bound."""
 
 
-class ClippedSum:
+class ClippedGradientSum:
     """The sum over a batch's units of their clipped gradients; it moves by at most C for one unit.
 
     Args:

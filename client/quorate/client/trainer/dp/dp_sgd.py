@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quorate.client.trainer.dp.clipping import ClippedSum
+from quorate.client.trainer.dp.clipping import ClippedGradientSum
 from quorate.client.trainer.dp.noise import secret_generator
 from quorate.client.trainer.dp.plan import PrivatePlan, private_plan
 from quorate.client.trainer.dp.row_isolation import backward_by_row, check_batch_statistics, check_rows_apart
@@ -35,7 +35,7 @@ Unit = list[int]
 
 
 @dataclass
-class _Member:
+class _PrivateMember:
     """A site's own mechanism and optimiser while the stack trains."""
 
     task: SiteTask
@@ -126,13 +126,13 @@ def draw_batch(
     return batch
 
 
-def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site: SiteTask) -> _Member:
+def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site: SiteTask) -> _PrivateMember:
     privacy = run.privacy
     assert isinstance(privacy, SitePrivacy), "only called where it is"
     units = units_of(len(site.examples), site.groups if privacy.unit == "group" else None)
     plan = private_plan(run, len(units))
     parameters = stack.site_parameters(position)
-    return _Member(
+    return _PrivateMember(
         task=site,
         plan=plan,
         units=units,
@@ -149,7 +149,7 @@ def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site
 def _step(
     stack: AdapterStack,
     run: RunConfig,
-    live: Mapping[int, _Member],
+    live: Mapping[int, _PrivateMember],
     step: int,
     length: int | None,
     between: Callable[[], None],
@@ -180,7 +180,7 @@ def _step(
 
 
 def _share(
-    stack: AdapterStack, run: RunConfig, position: int, member: _Member, drawn: list[tuple[int, int]]
+    stack: AdapterStack, run: RunConfig, position: int, member: _PrivateMember, drawn: list[tuple[int, int]]
 ) -> Share:
     """Return a site's (unit, row) pairs of a pass as rows, augmented."""
     rows = [member.task.examples[row] for _, row in drawn]
@@ -188,7 +188,7 @@ def _share(
     return Share(position, augmented, member.dropout)
 
 
-def _add_canaries(member: _Member, total: ClippedSum, size: int) -> None:
+def _add_canaries(member: _PrivateMember, total: ClippedGradientSum, size: int) -> None:
     """Add the canaries of an audit that are drawn in this step, by coins and clipping of any other unit."""
     canaries, plan = member.task.canaries, member.plan
     if canaries is None:
@@ -200,7 +200,7 @@ def _add_canaries(member: _Member, total: ClippedSum, size: int) -> None:
         total.add(canaries.gradients(some, member.parameters, plan.clipping_norm), some.tolist())
 
 
-def _drawn(member: _Member) -> list[tuple[int, int]]:
+def _drawn(member: _PrivateMember) -> list[tuple[int, int]]:
     return draw_batch(member.units, member.plan.sampling_probability, member.most_rows, member.source)
 
 
@@ -211,13 +211,13 @@ def _passes(batch: list[tuple[int, int]], size: int) -> Iterator[tuple[list[tupl
         yield part, bool(rest) and rest[0][0] == part[-1][0]
 
 
-def _empty_sum(member: _Member) -> ClippedSum:
+def _empty_sum(member: _PrivateMember) -> ClippedGradientSum:
     shapes = {name: tuple(parameter.shape) for name, parameter in member.parameters.items()}
     device = next(iter(member.parameters.values())).device
-    return ClippedSum(shapes, member.plan.clipping_norm, device)
+    return ClippedGradientSum(shapes, member.plan.clipping_norm, device)
 
 
-def _update(run: RunConfig, member: _Member, total: ClippedSum, step: int) -> None:
+def _update(run: RunConfig, member: _PrivateMember, total: ClippedGradientSum, step: int) -> None:
     """Add the noise and apply one site's gradient with its own optimiser and learning rate."""
     plan = member.plan
     noisy = total.noised(member.source, plan.noise_multiplier)

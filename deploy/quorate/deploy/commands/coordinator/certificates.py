@@ -74,11 +74,11 @@ def renew(
     Example: quorate certificates renew --days 365
     """
     from quorate.deploy.provision.issuing import renew_server
-    from quorate.shared.process.files import alone
+    from quorate.shared.process.files import locked
     from quorate.shared.process.supervised import read_status
 
     folder, authority = _open(federation)
-    with alone(folder.path):
+    with locked(folder.path):
         issued = renew_server(folder, authority, new_key_too=new_key, days=days)
     typer.echo(f"{folder.server / 'server.crt'}: serial {issued.serial}, until {issued.not_after:%Y-%m-%d}")
     if read_status(folder.state) is not None:
@@ -102,10 +102,10 @@ def sign(
     Example: quorate certificates sign north client.csr
     """
     from quorate.deploy.provision.issuing import sign_site
-    from quorate.shared.process.files import alone
+    from quorate.shared.process.files import locked
 
     folder, authority = _open(federation)
-    with alone(folder.path):
+    with locked(folder.path):
         signed = sign_site(folder, authority, site, request, renew=renew, days=days)
     said = "signed" if signed.new else "was signed before"
     typer.echo(f"{site}: {said}: serial {signed.issued.serial}, until {signed.issued.not_after:%Y-%m-%d}")
@@ -137,10 +137,10 @@ def revoke(
     Example: quorate certificates revoke north
     """
     from quorate.deploy.provision.issuing import revoke_site
-    from quorate.shared.process.files import alone
+    from quorate.shared.process.files import locked
 
     folder, authority = _open(federation)
-    with alone(folder.path):
+    with locked(folder.path):
         revoked = revoke_site(folder, authority, site, serial)
     if serial is None:
         typer.echo(f"{site}: revoked; its node key is admitted no more")
@@ -155,10 +155,10 @@ def restore(site: SiteArgument, federation: FederationOption = None) -> None:
     Example: quorate certificates restore north
     """
     from quorate.deploy.provision.node_keys import restore_site
-    from quorate.shared.process.files import alone
+    from quorate.shared.process.files import locked
 
     folder, _ = _open(federation)
-    with alone(folder.path):
+    with locked(folder.path):
         restore_site(folder, site)
     typer.echo(f"{site}: may enrol again: quorate site enrol --renew there, then admit its new node.pub")
 

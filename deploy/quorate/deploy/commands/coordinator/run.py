@@ -74,7 +74,7 @@ def run(
     from quorate.deploy.control.follower import Follower
     from quorate.deploy.control.run_controller import Controller
     from quorate.deploy.terminal import stderr_console
-    from quorate.server.rounds.run import alone_in
+    from quorate.server.rounds.run import locked_output
     from quorate.shared.config.load import load_run
     from quorate.shared.errors import ConfigError
 
@@ -86,7 +86,7 @@ def run(
     output_dir = output or Path("runs") / config.name
     run_outputs.check_output(output_dir, config, resume=resume)
     run_outputs.check_room_for(folder, output_dir)
-    with alone_in(output_dir):  # one command per output folder, and so per run
+    with locked_output(output_dir):  # one command per output folder, and so per run
         target = (
             run_outputs.old_run(folder, config, output_dir, run_id)
             if resume

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quorate.client.node.names import Half
 from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
@@ -45,13 +45,6 @@ FolderArgument = Annotated[
 RunIdArgument = Annotated[
     str, typer.Argument(metavar="RUN_ID", help="The run, as this site's log and `quorate runs list` name it.")
 ]
-
-
-class Half(StrEnum):
-    """A half of a site, as `quorate.client.node.split_start` has them, which is heavy to import."""
-
-    site = "site"
-    supernode = "supernode"
 
 
 FolderOption = Annotated[
@@ -117,7 +110,7 @@ def start(
 
         if not foreground:
             raise typer.BadParameter("--only starts one half for systemd or a container: add --foreground.")
-        raise typer.Exit(split_start.run(folder, split_start.Half(only)))
+        raise typer.Exit(split_start.run(folder, only))
     from quorate.client.node import site_start as starting
 
     own = _find(folder)

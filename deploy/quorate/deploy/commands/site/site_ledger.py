@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -111,6 +110,8 @@ def export(
     """
     configure_logging(log_level)
     from quorate.client.privacy.account_report import json_line
+    from quorate.shared.errors import OutputError
+    from quorate.shared.process.files import write_atomically
 
     _, verdict = _verified(folder)
     text = "".join(f"{json_line(row)}\n" for row in verdict.stored)
@@ -118,24 +119,11 @@ def export(
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
-        _write_new(output, text)
+        if output.exists():
+            raise OutputError(f"{output} is there already; name another file.")
+        write_atomically(output, text)
         typer.echo(f"{len(verdict.stored)} rows in {output}, head {verdict.head}")
     _end(verdict)
-
-
-def _write_new(path: Path, text: str) -> None:
-    from quorate.shared.errors import OutputError
-    from quorate.shared.process.files import writing
-
-    with writing(path):
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise OutputError(f"{path} is there already; name another file.") from None
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 def _verified(folder: Path, head: str | None = None) -> tuple[SiteFolder, Verdict]:

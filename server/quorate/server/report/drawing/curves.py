@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One curve: (round, value) points."""
 
     label: str
@@ -27,7 +27,7 @@ class Line:
 
 
 def curves(
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     *,
     name: str,
     title: str,
@@ -73,7 +73,7 @@ def curves(
         return to_svg(figure, name, title, description)
 
 
-def _end_labels(axes: Axes, lines: Sequence[Line]) -> None:
+def _end_labels(axes: Axes, lines: Sequence[Curve]) -> None:
     """Write names to the right of the lines' ends, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     ends = sorted(((line.points[-1], line) for line in lines), key=lambda end: end[0][1])

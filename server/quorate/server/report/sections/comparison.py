@@ -8,7 +8,7 @@ from quorate.server.report.drawing.svg import CENTRALISED, FEDERATED, LOCAL, var
 from quorate.server.report.figures import metric_name, show, show_gain, show_interval
 from quorate.server.report.page import Cell, Chart, Section, Table, Tone
 from quorate.server.report.run_files import RunFiles, interval_of, value_of
-from quorate.server.report.sections.headline import why_no_reference, worths
+from quorate.server.report.sections.headline import local_gains, why_no_reference
 from quorate.server.tracking.records import Evaluation, References
 
 MOST_SITES = 24
@@ -18,7 +18,7 @@ MOST_COLUMNS = 8
 """Beyond this many sites the table of every adapter on every site's rows keeps the totals alone."""
 
 
-def worth_section(files: RunFiles) -> Section:
+def comparison_section(files: RunFiles) -> Section:
     """Compare the federated model with the references, on each site's own rows."""
     section = Section("worth", "Was it worth it for each site?")
     result, metric = files.result, files.metric
@@ -115,7 +115,7 @@ def _chart(files: RunFiles, result: Evaluation, references: References, sites: l
 
 
 def _table(files: RunFiles, result: Evaluation, references: References, sites: list[str]) -> Table:
-    metric, gains = files.metric, worths(files)
+    metric, gains = files.metric, local_gains(files)
     central = references.centralised.test if references.centralised else None
     columns = ["Site", f"{result.split.capitalize()} rows", "Federated"]
     columns += ["Local only", "Gain of federating"] if gains else []
@@ -151,7 +151,7 @@ def _measured(evaluation: Evaluation | None, metric: str, site: str | None, tone
 
 
 def _gain(files: RunFiles, site: str) -> Cell:
-    worth = worths(files).get(site)
+    worth = local_gains(files).get(site)
     if worth is None:
         return Cell(figures.DASH, "muted")
     interval = figures.bounds(worth.interval)

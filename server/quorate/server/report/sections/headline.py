@@ -8,7 +8,7 @@ from quorate.server.report import figures
 from quorate.server.report.figures import count, listed, metric_in_sentence, show, show_gain, show_interval
 from quorate.server.report.page import Headline, Tile
 from quorate.server.report.run_files import RunFiles, interval_of, value_of
-from quorate.server.tracking.records import USELESS, Evaluation, Measured, Worth
+from quorate.server.tracking.records import USELESS, Evaluation, LocalGain, Measured
 
 FEW_ROWS = 200
 """Below this many test rows the reader is told that the interval is wide."""
@@ -16,7 +16,7 @@ FEW_ROWS = 200
 
 def headline(files: RunFiles) -> Headline:
     """Say the result, what it compares to, and what to beware of."""
-    more = [_against_alone(files), _against_centralised(files), _against_guessing(files)]
+    more = [_against_local(files), _against_centralised(files), _against_guessing(files)]
     return Headline(
         text=_result(files),
         more=[sentence for sentence in more if sentence],
@@ -80,14 +80,14 @@ def evaluations(measured: Measured) -> list[Evaluation]:
     return [each for each in (measured.test, measured.validation) if each]
 
 
-def worths(files: RunFiles) -> dict[str, Worth]:
+def local_gains(files: RunFiles) -> dict[str, LocalGain]:
     """Return what the federation was worth to each site, where that is a number."""
     found = files.summary.worth if files.summary else {}
     return {site: found[site] for site in sorted(found) if figures.number(found[site].gain) is not None}
 
 
-def _against_alone(files: RunFiles) -> str:
-    found = worths(files)
+def _against_local(files: RunFiles) -> str:
+    found = local_gains(files)
     if not found:
         if files.result is None:
             return ""
@@ -125,7 +125,7 @@ def why_no_reference(files: RunFiles) -> str:
     )
 
 
-def _beyond_chance(found: Mapping[str, Worth], direction: int) -> str:
+def _beyond_chance(found: Mapping[str, LocalGain], direction: int) -> str:
     """Say for how many sites the whole interval of the gain lies above (1) or below (-1) zero."""
     intervals = [interval for each in found.values() if (interval := figures.bounds(each.interval))]
     if not intervals:
@@ -138,14 +138,14 @@ def _beyond_chance(found: Mapping[str, Worth], direction: int) -> str:
     )
 
 
-def _shortfall(worth: Worth) -> str:
+def _shortfall(worth: LocalGain) -> str:
     """Write a gain that is none, and whether that may be chance."""
     interval = figures.bounds(worth.interval)
     chance = interval is not None and interval[1] >= 0 and figures.sign(worth.metric, worth.gain) < 0
     return show_gain(worth.metric, worth.gain) + (", which may be chance" if chance else "")
 
 
-def best_alone(files: RunFiles, metric: str) -> tuple[str, float] | None:
+def best_local(files: RunFiles, metric: str) -> tuple[str, float] | None:
     """Return the site whose own adapter does best on everybody's rows, and how well."""
     references = files.summary.references if files.summary else None
     values = {
@@ -165,7 +165,7 @@ def _against_centralised(files: RunFiles) -> str:
         return ""
     if len(files.members) == 1:
         return ""
-    alone, sentences = best_alone(files, metric), []
+    alone, sentences = best_local(files, metric), []
     unit = metric_in_sentence(metric)
     if alone and references.tested_everywhere:
         sentences.append(
@@ -263,7 +263,7 @@ def _tiles(files: RunFiles) -> list[Tile]:
         tiles.append(
             Tile(show(metric, value_of(result, metric)), "Federated", _detail(metric, interval), strong=True)
         )
-    if alone := best_alone(files, metric):
+    if alone := best_local(files, metric):
         tiles.append(Tile(show(metric, alone[1]), "Best site alone", f"{alone[0]}, on all rows"))
     references = summary.references if summary else None
     central = references.centralised.test if references and references.centralised else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from quorate.server.report import figures
 from quorate.server.report.drawing import charts
-from quorate.server.report.drawing.curves import Line, curves
+from quorate.server.report.drawing.curves import Curve, curves
 from quorate.server.report.drawing.svg import FEDERATED, OTHER, SERIES, variable
 from quorate.server.report.figures import DASH, count, metric_name, show
 from quorate.server.report.page import Cell, Chart, Section, Table
@@ -65,12 +65,12 @@ def _colours(sites: list[str]) -> dict[str, str]:
     return dict(zip(sites, SERIES, strict=False))
 
 
-def _lines(points: Mapping[str, list[tuple[int, float]]]) -> list[Line]:
+def _lines(points: Mapping[str, list[tuple[int, float]]]) -> list[Curve]:
     colours = _colours(sorted(points))
-    return [Line(site, points[site], colours[site]) for site in sorted(points)]
+    return [Curve(site, points[site], colours[site]) for site in sorted(points)]
 
 
-def _grey(lines: list[Line], what: str) -> list[tuple[str, str]]:
+def _grey(lines: list[Curve], what: str) -> list[tuple[str, str]]:
     """Explain grey lines, which carry no names."""
     return [(variable(OTHER), what)] if any(line.colour == OTHER for line in lines) else []
 
@@ -90,7 +90,7 @@ def _validation_chart(files: RunFiles, validated: list[RoundMetrics]) -> Chart:
     kept = "best" if files.picks_best else "kept"
     mark = (files.best.round, f"{kept}: round {files.best.round}") if files.best and len(pooled) > 1 else None
     svg = curves(
-        [Line("all rows", pooled, FEDERATED, strong=True), *lines],
+        [Curve("all rows", pooled, FEDERATED, strong=True), *lines],
         name="validation",
         title=f"{metric_name(metric)} on validation rows, by round",
         description=f"All rows together: from {show(metric, pooled[0][1])} after round {pooled[0][0]} to "

@@ -1,1 +1,1 @@
-"""Empirical audits: attacks say how large epsilon is at least. They find bugs and prove no claim."""
+"""Empirical audits: attacks that say how large epsilon is at least, which finds bugs and proves no claim."""

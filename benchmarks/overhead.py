@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quorate.client.site.site import SiteRows
+from quorate.client.site.data_source import SiteRows
 from quorate.client.trainer.optimizers import make_optimizer, set_learning_rate
 from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.shared.adapters.adapter import Adapter

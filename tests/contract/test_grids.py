@@ -1,4 +1,5 @@
-"""One suite for every way a request reaches a site: the cohort at once, or a ClientApp per message.
+"""One suite for every way a request reaches a site: a stack at once, or a ClientApp per message; and for
+answers that arrive in any order.
 
 Also the place that fails loudly when Flower's private names, which the in-process grid uses, move.
 """
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from tampered import Shuffled
 
 from quorate.client.process.flower_app import app as client_app
 from quorate.client.process.handler import connect
+from quorate.client.site.engine import Engine
 from quorate.client.site.site import Site
 from quorate.server.exchange.exchange import Answers
 from quorate.server.exchange.flower_messages import Exchange, decode
@@ -28,13 +31,14 @@ from quorate.simulations.in_process_grid import InProcessGrid
 NOTHING = Adapter({})
 
 
-@pytest.fixture(params=["cohort", "client-app"])
+@pytest.fixture(params=["stacks", "client-app", "shuffled"])
 def grid_over(request: pytest.FixtureRequest) -> Any:
-    """Build a grid over a site, with messages handed over in one push or one by one."""
+    """Build a grid over an engine, with messages handed over in stacks or one by one."""
 
-    def make(site: Site) -> InProcessGrid:
-        connect(site)
-        return InProcessGrid(site, site.names, client_app if request.param == "client-app" else None)
+    def make(engine: Engine) -> InProcessGrid:
+        connect(engine)
+        kind = Shuffled if request.param == "shuffled" else InProcessGrid
+        return kind(engine, engine.names, client_app if request.param == "client-app" else None)
 
     yield make
     connect(None)
@@ -49,9 +53,17 @@ def opened(make_run: Any, make_sites: Any, tmp_path: Path) -> tuple[Site, Run]:
 def ask(grid: Any, run: Run, requests: dict[int, RoundRequest]) -> dict[int, Any]:
     exchange = Exchange(grid, ttl=60)
     exchange.send(requests)
-    answers = {node: decode(content) for node, content in exchange.pull()}
-    assert not exchange.waiting  # sites in this process answer at once
-    return answers
+    return {node: decode(content) for node, content in pull_all(exchange)}
+
+
+def pull_all(exchange: Exchange) -> list[tuple[int, bytes | str]]:
+    """Every reply; a site in this process answers some message at every pull."""
+    replies = []
+    while exchange.waiting:
+        before = len(replies)
+        replies += exchange.pull()
+        assert len(replies) > before
+    return replies
 
 
 def test_every_site_answers_for_itself(grid_over: Any, opened: Any) -> None:
@@ -111,8 +123,10 @@ def test_a_reply_is_handed_out_once_and_belongs_to_its_message(grid_over: Any, o
     exchange = Exchange(grid, ttl=60)
     nodes = list(grid.get_node_ids())
     exchange.send({node: request(run, 0, "join", "", NOTHING) for node in nodes})
-    first = [(node, decode(content)) for node, content in exchange.pull()]
-    assert [(node, update.header.site) for node, update in first] == list(zip(nodes, site.names, strict=True))
+    first = [(node, decode(content)) for node, content in pull_all(exchange)]
+    answered = [(node, update.header.site) for node, update in first]
+    assert sorted(answered) == list(zip(nodes, site.names, strict=True))
+    assert (answered == sorted(answered)) == (not isinstance(grid, Shuffled))
     assert not exchange.waiting and list(exchange.pull()) == []
 
 

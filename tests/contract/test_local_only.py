@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
 
-from quorate.client.process.handler import connect, failed
+from quorate.client.process.handler import connect
+from quorate.client.site.engine import answer_all
+from quorate.client.site.request import Request, failed
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
@@ -126,13 +129,13 @@ def test_a_site_that_cannot_is_left_out_and_named(federated: Any) -> None:
     class Withdrawn(Site):
         """People at one site have taken it out of the run after its rounds."""
 
-        def handle(self, requests: list[RoundRequest]) -> list[Update]:
+        def handle_many(self, requests: Sequence[Request]) -> list[Update]:
             return [answer for asked in requests for answer in self._one(asked)]
 
-        def _one(self, asked: RoundRequest) -> list[Update]:
+        def _one(self, asked: Request) -> list[Update]:
             if (asked.header.phase, asked.header.site) == ("alone", "south"):
                 return [failed(asked, RequestRefused("withdrawn", code="withdrawn"))]
-            return super().handle([asked])
+            return super().handle_many([asked])
 
     run_dir, _, _rows = federated(Withdrawn, evaluation={"references": ["local_only"]})
     found = summary_in(run_dir)
@@ -149,5 +152,5 @@ def test_training_alone_is_not_asked_of_a_private_run(make_run: Any, make_sites:
         aggregation={"name": "fedavg", "weighting": "uniform"},
     )
     run = Run(site.prepare(private), tmp_path, RUN_ID)
-    (answer,) = site.handle([request(run, 0, "alone", "north")])
+    (answer,) = answer_all(site, [request(run, 0, "alone", "north")])
     assert answer.header.error == "policy-privacy"

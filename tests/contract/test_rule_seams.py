@@ -5,7 +5,7 @@ It lives here alone, and shows that the rounds need nothing more than its own fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pytest
 
+from quorate.client.site.request import Request
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
 from quorate.server.tracking.records import RoundRecord
@@ -25,8 +26,9 @@ from quorate.shared.aggregation.rule import (
     RoundNotes,
     WeightedSum,
 )
+from quorate.shared.config import run_config
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.protocol.messages import RoundRequest, SiteDescription, Update
+from quorate.shared.protocol.messages import SiteDescription, Update
 from quorate.shared.protocol.phases import Phase
 from quorate.shared.protocol.versions import versions
 from quorate.simulations.in_process_grid import InProcessGrid
@@ -95,10 +97,16 @@ class ToySites:
         self.asked: list[tuple[int, str, str, tuple[int, ...]]] = []
         self.names = tuple(MOVES)
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+    def prepare(self, run: RunConfig) -> RunConfig:
+        return run
+
+    def handle_many(self, requests: Sequence[Request]) -> list[Update]:
         return [self.answer(each) for each in requests]
 
-    def answer(self, request: RoundRequest) -> Update:
+    def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
+        return [[] for _ in states]
+
+    def answer(self, request: Request) -> Update:
         header = request.header
         if header.phase == "join":
             description = SiteDescription(
@@ -119,7 +127,10 @@ class ToySites:
 
 
 @pytest.fixture
-def play(make_run: Any, tmp_path: Path) -> Any:
+def play(make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    # What reads a run file, at both ends, knows the rules that are listed there.
+    monkeypatch.setattr(run_config, "RunConfig", ToyRun)
+
     def run_it(
         out: str, rounds: Iterable[int], veto: str = ""
     ) -> tuple[Result, list[RoundRecord], list[tuple[int, str, str, tuple[int, ...]]]]:
@@ -130,7 +141,7 @@ def play(make_run: Any, tmp_path: Path) -> Any:
         config["aggregation"] = {"name": "toy", "veto": veto, "weighting": "uniform"}
         sites = ToySites()
         run = Run.open(ToyRun.model_validate(config), tmp_path / out)
-        result = run_rounds(InProcessGrid(sites, sites.names), run)  # type: ignore[arg-type]
+        result = run_rounds(InProcessGrid(sites, sites.names), run)
         return result, read_jsonl(run.output_dir / RECORD_FILE, RoundRecord), sites.asked
 
     return run_it

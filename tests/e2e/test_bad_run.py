@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from bad_input import (
     put,
 )
 
+from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.server.rounds import loop
 from quorate.server.rounds.run import locked_output
 from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.records import Summary
 from quorate.shared.adapters.adapter import Adapter
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import Update
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -46,9 +48,9 @@ def assert_finite(folder: Path) -> None:
 
 def spoil_updates(monkeypatch: pytest.MonkeyPatch, site: str, *bad_rounds: int) -> None:
     """Let one site answer with NaN in these rounds."""
-    real = Site.handle
+    real = Site.handle_many
 
-    def handle(self: Site, requests: list[RoundRequest]) -> list[Update]:
+    def handle_many(self: Site, requests: Sequence[Request]) -> list[Update]:
         updates = real(self, requests)
         for index, update in enumerate(updates):
             header = update.header
@@ -56,7 +58,7 @@ def spoil_updates(monkeypatch: pytest.MonkeyPatch, site: str, *bad_rounds: int) 
                 updates[index] = Update(header, update.arrays.map(lambda _, array: array * np.float32("nan")))
         return updates
 
-    monkeypatch.setattr(Site, "handle", handle)
+    monkeypatch.setattr(Site, "handle_many", handle_many)
 
 
 def test_nan_in_an_update_is_a_named_exclusion_and_the_others_go_on(

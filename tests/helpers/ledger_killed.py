@@ -34,11 +34,12 @@ from quorate.client.privacy.ledger import Ledger
 from quorate.client.privacy.ledger_records import Commit, Reservation
 from quorate.client.privacy.ledger_verify import Anchor, verify
 from quorate.client.privacy.spending_gate import Accounted
+from quorate.client.site.request import Request
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.privacy_event import PrivacyEvent
-from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
+from quorate.shared.protocol.messages import RequestHeader, Update
 
 DELTA = 1e-5
 ROUNDS_IN_REACH = 3
@@ -65,9 +66,9 @@ SITE = SiteConfig.model_validate(
 class Trainer:
     """Answers that nobody could make twice."""
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
+    def handle(self, request: Request) -> Update:
         numbers = np.frombuffer(os.urandom(32), np.uint8).astype(np.float32)
-        return [Update.reply(each, Adapter({"lora_A": numbers}), num_steps=EVENT.steps) for each in requests]
+        return Update.reply(request, Adapter({"lora_A": numbers}), num_steps=EVENT.steps)
 
 
 STEPS = (
@@ -80,7 +81,7 @@ STEPS = (
 """What an answer takes, one after the other."""
 
 
-def request(round: int) -> RoundRequest:
+def request(round: int) -> Request:
     header = RequestHeader(
         run_id="killed",
         round=round,
@@ -89,7 +90,7 @@ def request(round: int) -> RoundRequest:
         run_config=RUN.canonical_json(),
         config_hash=RUN.content_hash,
     )
-    return RoundRequest(header, Adapter({"lora_A": np.full(4, round, np.float32)}))
+    return Request(RUN, header, Adapter({"lora_A": np.full(4, round, np.float32)}))
 
 
 def crude(events: Sequence[PrivacyEvent], delta: float) -> float:
@@ -109,7 +110,7 @@ def work(place: Place, first: int, rounds: int, out: int) -> None:
         write_down=lambda run: None,  # there are no rows
     )
     for round in range(first, first + rounds):
-        (update,) = site.handle([request(round)])
+        update = site.handle(request(round))
         if update.header.error is not None:
             os.write(2, f"round {round}: {update.header.error}\n".encode())
             os._exit(9)

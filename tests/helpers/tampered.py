@@ -1,7 +1,8 @@
-"""A grid on which sites drop, delay or spoil what they send."""
+"""Grids on which answers arrive in any order, and on which sites drop, delay or spoil what they send."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flwr.app import Error, Message
 
 from quorate.client.process.flower_messages import unwrap, wrap
-from quorate.client.site.site import Site
+from quorate.client.site.engine import Engine
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.protocol.messages import RoundRequest, Update
 from quorate.simulations.in_process_grid import InProcessGrid
@@ -19,15 +20,26 @@ SIZES = {"north": 12, "south": 7, "west": 5}
 NAMES = {1001: "north", 1002: "south", 1003: "west"}
 
 
-class Tampered(InProcessGrid):
+class Shuffled(InProcessGrid):
+    """A grid whose sites all work at once, as in production: who answers first is chance (seeded)."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked, replies = list(message_ids), list[Message]()
+        while stack := list(super().pull_messages(asked)):
+            replies += stack
+        random.Random(len(replies)).shuffle(replies)
+        return replies
+
+
+class Tampered(Shuffled):
     """A grid on which `change` puts something in the place of each update, or nothing (None).
 
     Args:
         late: site -> pulls for which its updates to training are held back.
     """
 
-    def __init__(self, site: Site, change: Change, late: dict[str, int] | None = None) -> None:
-        super().__init__(site, site.names)
+    def __init__(self, engine: Engine, change: Change, late: dict[str, int] | None = None) -> None:
+        super().__init__(engine, engine.names)
         self.change, self.late = change, late or {}
         self.asked: dict[str, Message] = {}
         self.requests: list[RoundRequest] = []

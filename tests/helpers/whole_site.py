@@ -1,4 +1,4 @@
-"""All handlers of a site process, nested as `serve` nests them, without the socket."""
+"""A site process without its socket."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import yaml
 from site_folder import fix_splits
 
 from quorate.client.node.folder import SiteFolder
-from quorate.client.policy.answer_store import Answered
-from quorate.client.process import main
-from quorate.client.runs.run_history import DATABASE, RunHistory
+from quorate.client.process.chain import build_chain
+from quorate.client.site.delivered import RECEIVED
 from quorate.client.site.site import Site
+from quorate.client.site.site_data import AtSite
 from quorate.shared.protocol.messages import RoundRequest, Update
 
 
@@ -33,18 +33,14 @@ class WholeSite:
     def start(self) -> None:
         """Begin, as a new process does."""
         self.folder = SiteFolder.find(self.folder.path)
-        self.at_site = main.AtSite(self.folder)
-        site = Site(self.at_site, on_step=self._step, received=self.folder.state / main.RECEIVED)
-        self._answered = Answered(self.folder.state / main.ANSWERS_FILE, site)
-        self._accounted = main.account_for(self.folder, self.at_site, self._answered)
-        self._book = RunHistory(self.folder.state / DATABASE)
-        self._book.settle()
-        self._front, self._limited = main.front_of(self.folder, self.at_site, self._book, self._accounted)
+        self.at_site = AtSite(self.folder)
+        site = Site(self.at_site, on_step=self._step, received=self.folder.state / RECEIVED)
+        self.chain = build_chain(self.folder, self.at_site, site)
+        self.chain.book.settle()
 
     def stop(self) -> None:
         """End."""
-        for each in (self._accounted, self._answered, self._book):
-            each.close()
+        self.chain.close()
 
     def restart(self) -> None:
         """End, and begin again."""
@@ -67,11 +63,10 @@ class WholeSite:
 
     def ask(self, asked: RoundRequest) -> Update:
         """Answer one request as it comes from the socket."""
-        (update,) = self._front.handle([RoundRequest.decode(asked.encoded)])
-        return update
+        return self.chain.answer(RoundRequest.decode(asked.encoded))
 
     def _step(self, event: Any) -> None:
         self.passes += 1
         self.steps += event.taken
-        self._limited.on_step(event)
+        self.chain.on_step(event)
         self.on_step()

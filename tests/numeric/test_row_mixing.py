@@ -13,6 +13,7 @@ import tiny_lm
 import torch
 from row_gradients import noisy
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer import passes
 from quorate.client.trainer.dp.dp_sgd import fit_privately
@@ -161,9 +162,9 @@ def test_a_site_joins_and_trains_with_such_a_model(case: Any, tmp_path: Path) ->
     run, rows = case("fnet")
     site = Site({"north": {"train": rows, "validation": rows[:1], "test": rows[:1]}})
     opened = Run(site.prepare(run), tmp_path, "0" * 16)
-    (joined,) = site.handle([request(opened, 0, "join", "north")])
+    (joined,) = answer_all(site, [request(opened, 0, "join", "north")])
     assert joined.header.error is None
-    (fitted,) = site.handle([request(opened, 1, "fit", "north", joined.arrays)])
+    (fitted,) = answer_all(site, [request(opened, 1, "fit", "north", joined.arrays)])
     assert fitted.header.error is None and fitted.header.num_steps == 3
 
 

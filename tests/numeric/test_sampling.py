@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
@@ -141,9 +142,9 @@ def test_a_site_says_what_it_uses_and_weighs_by_it(make_run: Any, make_sites: An
         run_id="r", round=1, phase="fit", site="north",
         run_config=run.canonical_json(), config_hash=run.content_hash,
     )  # fmt: skip
-    (update,) = site.handle([RoundRequest(header, load_model(run).initial)])
+    (update,) = answer_all(site, [RoundRequest(header, load_model(run).initial)])
     assert update.header.num_examples == 6
     free = run.model_copy(update={"training": run.training.model_copy(update={"examples_per_class": None})})
     header = header.model_copy(update={"run_config": free.canonical_json(), "config_hash": free.content_hash})
-    (update,) = site.handle([RoundRequest(header, load_model(run).initial)])
+    (update,) = answer_all(site, [RoundRequest(header, load_model(run).initial)])
     assert update.header.num_examples == 40, "another run on the same base draws for itself"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.schedule import BatchPlan, lr_factor
@@ -248,8 +249,8 @@ def test_handle_answers_one_request_as_it_answers_the_cohort(make_run: Any, make
         )  # fmt: skip
         return RoundRequest(header, start)
 
-    together = site.handle([ask(name) for name in site.names])
+    together = answer_all(site, [ask(name) for name in site.names])
     for name, update in zip(site.names, together, strict=True):
-        (alone,) = site.handle([ask(name)])
+        (alone,) = answer_all(site, [ask(name)])
         assert update.header.error is None and update.header.site == name
         assert largest_difference(update.arrays, alone.arrays) < TOLERANCE

@@ -15,15 +15,16 @@ from site_folder import RUN_ID, request, sha256_of, write_folder
 
 from quorate.client.health.site_check import Line, check
 from quorate.client.node.folder import SiteFolder
-from quorate.client.policy.answer_store import Answered
+from quorate.client.policy.answer_store import ANSWERS_FILE
 from quorate.client.policy.gate import Gate
 from quorate.client.privacy.ledger import Ledger
 from quorate.client.privacy.ledger_records import Commit, Reservation
 from quorate.client.privacy.ledger_verify import Anchor, verify
-from quorate.client.privacy.spending_gate import Accounted
-from quorate.client.process.main import ANSWERS_FILE, AtSite, account_for
+from quorate.client.process.chain import build_chain
 from quorate.client.site.device_errors import OUT_OF_MEMORY
+from quorate.client.site.request import Request
 from quorate.client.site.site import Site
+from quorate.client.site.site_data import AtSite
 from quorate.server.exchange.exchange import REASONS
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.read import dump_yaml
@@ -53,13 +54,11 @@ class World:
     def start(self) -> None:
         at_site = AtSite(self.folder)
         self.site = Site(at_site, on_step=self._step)
-        self.answered = Answered(self.folder.state / ANSWERS_FILE, self.site)
-        self.accounted: Accounted = account_for(self.folder, at_site, self.answered)
-        self.gate = Gate(self.folder.config, self.folder.state, self.accounted)
+        self.chain = build_chain(self.folder, at_site, self.site)
+        self.gate = Gate(self.folder.config, self.folder.state, self.chain.accounted)
 
     def stop(self) -> None:
-        self.accounted.close()
-        self.answered.close()
+        self.chain.close()
 
     def restart(self) -> None:
         self.stop()
@@ -79,8 +78,7 @@ class World:
             self.on_step()
 
     def ask(self, asked: RoundRequest) -> Update:
-        (update,) = self.gate.handle([RoundRequest.decode(asked.encoded)])
-        return update
+        return self.gate.handle(Request.decode(asked.encoded))
 
     def rows(self) -> tuple[Reservation | Commit, ...]:
         """The ledger as somebody else sees it."""

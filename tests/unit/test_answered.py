@@ -12,6 +12,8 @@ from site_folder import RUN_ID, SITE, request
 
 from quorate.client.policy import answer_store
 from quorate.client.policy.answer_store import KEEP_ROUNDS, Answered
+from quorate.client.site.engine import OneAtATime
+from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import OutputError
@@ -24,7 +26,7 @@ class Counted:
     def __init__(self, path: Path, rows: Any) -> None:
         self.steps = 0
         self.path = path
-        self._site = Site(rows, on_step=self._step)
+        self._site = OneAtATime(Site(rows, on_step=self._step))
         self.store = Answered(path, self._site)
 
     def _step(self, _event: object) -> None:
@@ -36,8 +38,7 @@ class Counted:
         self.store = Answered(self.path, self._site)
 
     def ask(self, asked: RoundRequest) -> Update:
-        (update,) = self.store.handle([RoundRequest.decode(asked.encoded)])
-        return update
+        return self.store.handle(Request.decode(asked.encoded))
 
 
 @pytest.fixture
@@ -175,4 +176,4 @@ def test_an_answer_that_cannot_be_stored_does_not_leave(site: Any, run: Any) -> 
 def test_a_damaged_database_says_what_to_do(tmp_path: Path, make_sites: Any) -> None:
     (tmp_path / "answers.db").write_bytes(b"no database" * 100)
     with pytest.raises(OutputError, match="move it away"):
-        Answered(tmp_path / "answers.db", Site(make_sites(north=3)))
+        Answered(tmp_path / "answers.db", OneAtATime(Site(make_sites(north=3))))

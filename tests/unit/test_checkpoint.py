@@ -468,8 +468,8 @@ def test_sites_that_start_elsewhere_do_not_resume(
     class Elsewhere(Site):
         """A site process whose libraries draw another start from the same seed."""
 
-        def handle(self, requests: list[Any]) -> list[Any]:
-            return [self.moved(update) for update in super().handle(requests)]
+        def handle_many(self, requests: Any) -> list[Any]:
+            return [self.moved(update) for update in super().handle_many(requests)]
 
         def moved(self, update: Update) -> Update:
             start = load_model(run.config).initial.map(lambda _, array: array + np.float32(1))

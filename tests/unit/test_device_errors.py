@@ -19,13 +19,14 @@ from quorate.client.process.grpc_client import RemoteSite
 from quorate.client.process.grpc_server import SiteService
 from quorate.client.site import site as site_module
 from quorate.client.site.device_errors import LOST_EXIT, of_device
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange.exchange import REASONS
 from quorate.server.exchange.join import request as ask
 from quorate.server.rounds.run import Run
 from quorate.shared.errors import ModelError
 from quorate.shared.process.supervised import read_status
-from quorate.shared.protocol.messages import Update
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -76,14 +77,14 @@ def opened(make_run: Any, make_sites: Any, tmp_path: Path) -> Any:
     names = {name: 9 for name in ("east", "north", "south", "west")}
     site = Site(make_sites(**names))
     run = Run(site.prepare(make_run(training={"max_stack": 4})), tmp_path, "0" * 16)
-    (joined,) = site.handle([ask(run, 0, "join", "north")])
+    (joined,) = answer_all(site, [ask(run, 0, "join", "north")])
     return site, [ask(run, 1, "fit", name, joined.arrays) for name in names]
 
 
 def test_a_stack_without_memory_is_halved_and_answers_as_ever(opened: Any, monkeypatch: Any) -> None:
     """Two sites fit at a time; one of the four needs too much even alone."""
     site, asked = opened
-    expected = site.handle(asked)
+    expected = answer_all(site, asked)
     right, tried = site_module.fit, []
 
     def fit(stack: Any, run: Any, round: Any, tasks: Any, *more: Any) -> Any:
@@ -94,7 +95,7 @@ def test_a_stack_without_memory_is_halved_and_answers_as_ever(opened: Any, monke
         return right(stack, run, round, tasks, *more)
 
     monkeypatch.setattr(site_module, "fit", fit)
-    found = site.handle(asked)
+    found = answer_all(site, asked)
     assert tried == [
         ["east", "north", "south", "west"],
         ["east", "north"],
@@ -117,7 +118,7 @@ def test_a_lost_device_is_not_tried_again(opened: Any, monkeypatch: Any) -> None
         raise LOST
 
     monkeypatch.setattr(site_module, "fit", fit)
-    assert {update.header.error for update in site.handle(asked)} == {"device-lost"}
+    assert {update.header.error for update in answer_all(site, asked)} == {"device-lost"}
     assert len(tried) == 1
 
 
@@ -129,7 +130,11 @@ def test_the_service_answers_and_then_asks_to_end(
     monkeypatch.setattr(site_module, "fit", lambda *_: (_ for _ in ()).throw(LOST))
     socket = tmp_path_factory.mktemp("s") / "site.sock"
     lost = threading.Event()
-    service = SiteService(site, "north", socket, grid=lambda: 3600, on_lost=lost.set)
+
+    def answer(message: RoundRequest) -> Update:
+        return answer_all(site, [message])[0]
+
+    service = SiteService(answer, "north", socket, grid=lambda: 3600, on_lost=lost.set)
     service.start()
     with RemoteSite(socket) as remote:
         reply = Update.decode(remote.ask(asked[1].encoded, 60))

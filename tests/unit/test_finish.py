@@ -11,6 +11,7 @@ from flwr.app import Error, Message
 from quorate.client.process.flower_app import app as client_app
 from quorate.client.process.handler import connect
 from quorate.client.site.delivered import report
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import exchange
 from quorate.server.exchange.join import request
@@ -117,16 +118,17 @@ def test_a_site_that_is_away_at_the_end_is_asked_again(
     class Away(InProcessGrid):
         """Its first messages reach nobody, as while a SuperNode starts again."""
 
-        refused = 2
+        away = True
 
         def push_messages(self, messages: Any) -> Any:
-            pushed = list(messages)
-            ids = super().push_messages(pushed)
-            for message, each in zip(pushed, ids, strict=True):
-                if self.refused > 0:
-                    self.refused -= 1
-                    self._replies[each] = Message(Error(3, "node is not available"), reply_to=message)
-            return ids
+            self.asked = list(messages)
+            return super().push_messages(self.asked)
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            if not self.away:
+                return super().pull_messages(message_ids)
+            self.away = False
+            return [Message(Error(3, "node is not available"), reply_to=each) for each in self.asked]
 
     assert deliver(Away(site, site.names), run, result, summary) == {}
     assert (tmp_path / "received" / run.run_id / "report.md").is_file()
@@ -138,10 +140,10 @@ def test_a_run_id_from_elsewhere_names_no_other_folder(
 ) -> None:
     site = Site(make_sites(north=9), received=tmp_path / "received")
     run = Run(site.prepare(make_run()), tmp_path / "out", run_id)
-    (joined,) = site.handle([request(run, 0, "join", "north", Adapter({}))])
+    (joined,) = answer_all(site, [request(run, 0, "join", "north", Adapter({}))])
     asked = request(run, 1, "finish", "north", joined.arrays)
     header = asked.header.model_copy(update={"delivery": Delivery(rounds=1, best_round=1, metric="loss")})
-    (answer,) = site.handle([RoundRequest(header, joined.arrays)])
+    (answer,) = answer_all(site, [RoundRequest(header, joined.arrays)])
     assert answer.header.error == "protocol"
     assert list(tmp_path.iterdir()) == []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tampered import NAMES, Tampered, described, edited
 
+from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.server.results.complete import complete_run
 from quorate.server.rounds import screening
@@ -34,12 +35,12 @@ Change = Callable[[Update], Update]
 
 def hostile(monkeypatch: pytest.MonkeyPatch, site: str, change: Change) -> None:
     """Let one site's process answer as its owner pleases."""
-    real = Site.handle
+    real = Site.handle_many
 
-    def handle(self: Site, requests: list[RoundRequest]) -> list[Update]:
+    def handle_many(self: Site, requests: Sequence[Request]) -> list[Update]:
         return [change(each) if each.header.site == site else each for each in real(self, requests)]
 
-    monkeypatch.setattr(Site, "handle", handle)
+    monkeypatch.setattr(Site, "handle_many", handle_many)
 
 
 def poisoned(update: Update) -> Update:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tampered import NAMES, Change, described, edited, only, spoiled
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import exchange
 from quorate.server.exchange.exchange import Answers
@@ -217,4 +218,4 @@ def test_a_site_refuses_a_server_of_another_release(make_run: Any, make_sites: A
     header |= {"run_config": config.canonical_json(), "config_hash": config.content_hash}
     for theirs, error in ((versions(), None), ({**versions(), "quorate": "9.0"}, "version")):
         asked = RoundRequest(RequestHeader.model_validate({**header, "versions": theirs}))
-        assert site.handle([asked])[0].header.error == error
+        assert answer_all(site, [asked])[0].header.error == error

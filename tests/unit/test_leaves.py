@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
 from quorate.server.rounds.run import Run
@@ -57,10 +58,10 @@ def answers(make_run: Any, make_sites: Any, folder: Path, unit: str) -> dict[str
         north[split] = [Row(r.values, r.source, group=f"{split}-{at // 2}") for at, r in enumerate(rows)]
     site = Site(sites)
     run = Run(site.prepare(make_run(**UNITS[unit])), folder, "0" * 16)
-    (joined,) = site.handle([request(run, 0, "join", "north")])
+    (joined,) = answer_all(site, [request(run, 0, "join", "north")])
     found = {"join": joined.header}
     for phase, split in (("fit", None), ("evaluate", "validation")):
-        (answer,) = site.handle([request(run, 1, phase, "north", joined.arrays, split)])  # type: ignore[arg-type]
+        (answer,) = answer_all(site, [request(run, 1, phase, "north", joined.arrays, split)])  # type: ignore[arg-type]
         found[phase] = answer.header
     assert all(header.error is None for header in found.values())
     return found

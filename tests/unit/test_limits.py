@@ -168,10 +168,10 @@ def test_a_private_round_that_is_cut_short_is_paid_for_once(site: Any, pinned: A
     passing(whole, clock, 59)
     for _ in range(2):
         assert whole.ask(request(run)).header.error == "policy-minutes"
-        assert len(whole._accounted.open().reservations) == 1
+        assert len(whole.chain.accounted.open().reservations) == 1
     passing(whole, clock, 0)
     assert whole.ask(request(run)).header.error is None
-    assert len(whole._accounted.open().reservations) == 1
+    assert len(whole.chain.accounted.open().reservations) == 1
 
 
 def test_minutes_by_the_day(site: Any, pinned: Any, clock: Clock) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 from site_folder import request
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.shared.adapters.patterns import check_cost
 from quorate.shared.errors import ConfigError
@@ -62,13 +63,14 @@ def test_a_site_answers_a_hostile_run_and_serves_the_next(
     phase: str, sections: Any, make_run: Any, make_sites: Any, caplog: Any
 ) -> None:
     site, good = Site(make_sites(north=12)), make_run()
-    (joined,) = site.handle([request(good, "join", 0)])
+    (joined,) = answer_all(site, [request(good, "join", 0)])
     assert joined.header.error is None
     run = make_run(**sections)
-    (update,) = site.handle([request(run, phase, phase == "fit", joined.arrays if phase == "fit" else None)])
+    asked = request(run, phase, phase == "fit", joined.arrays if phase == "fit" else None)
+    (update,) = answer_all(site, [asked])
     assert update.header.error == "config"
     assert "'(.+)+X' takes more than 0.5 s to match" in caplog.text
-    (after,) = site.handle([request(good, "fit", 1, joined.arrays)])
+    (after,) = answer_all(site, [request(good, "fit", 1, joined.arrays)])
     assert after.header.error is None
 
 

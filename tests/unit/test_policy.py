@@ -11,8 +11,9 @@ import pytest
 from site_folder import RUN_ID, request, sha256_of
 
 from quorate.client.policy.approvals import approve, note_waiting, waiting_runs
-from quorate.client.policy.gate import Gate, check_rows, read_run
+from quorate.client.policy.gate import Gate, check_rows
 from quorate.client.policy.site_config import SiteConfig
+from quorate.client.site.request import Request, failed
 from quorate.server.exchange.exchange import REASONS
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ConfigError, ProtocolError, RequestRefused
@@ -25,9 +26,17 @@ class Inner:
     def __init__(self) -> None:
         self.seen = 0
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        self.seen += len(requests)
-        return [Update.reply(each) for each in requests]
+    def handle(self, request: Request) -> Update:
+        self.seen += 1
+        return Update.reply(request)
+
+
+def ask(gate: Gate, message: RoundRequest) -> Update:
+    """Answer a message as the first link of a site's chain does."""
+    try:
+        return gate.handle(Request.read(message))
+    except ProtocolError as error:
+        return failed(message, error)
 
 
 @pytest.fixture
@@ -108,7 +117,7 @@ def test_a_refusal_logs_rule_value_and_remedy_and_sends_a_code(
     gate = Gate(site(**policy), tmp_path, inner)
     for phase, round in (("join", 0), ("fit", 1), ("evaluate", 1)):
         caplog.clear()
-        (update,) = gate.handle([request(pinned(**sections), phase, round)])
+        update = ask(gate, request(pinned(**sections), phase, round))
         assert update.header.error == code and inner.seen == 0
         assert said in caplog.text and not any(record.exc_info for record in caplog.records)
         assert said not in update.header.model_dump_json()
@@ -118,7 +127,7 @@ def test_a_refusal_logs_rule_value_and_remedy_and_sends_a_code(
 def test_what_is_allowed_gets_through(site: Any, pinned: Any, tmp_path: Path) -> None:
     inner = Inner()
     policy = site(tasks=["sequence_classification"], data=["notes"], max_rank=4)
-    (update,) = Gate(policy, tmp_path, inner).handle([request(pinned())])
+    update = ask(Gate(policy, tmp_path, inner), request(pinned()))
     assert (update.header.error, inner.seen) == (None, 1)
 
 
@@ -126,7 +135,7 @@ def test_what_may_be_trained_whole_gets_through(site: Any, pinned: Any, tmp_path
     inner = Inner()
     policy = site(modules_to_save=["pooler.dense"], max_head_units=16)
     whole = {"modules_to_save": ["pooler.dense"], "head": {"hidden_sizes": [8, 8]}}
-    (update,) = Gate(policy, tmp_path, inner).handle([request(pinned(adapter=whole))])
+    update = ask(Gate(policy, tmp_path, inner), request(pinned(adapter=whole)))
     assert (update.header.error, inner.seen) == (None, 1)
 
 
@@ -143,13 +152,14 @@ def test_a_person_approves_one_run_with_one_configuration(site: Any, pinned: Any
         approve(tmp_path, RUN_ID)
     with pytest.raises(ConfigError, match="has asked here"):
         approve(tmp_path, f"../waiting/{RUN_ID}")
-    gate.handle([request(pinned(), "join", 0)])
+    ask(gate, request(pinned(), "join", 0))
     assert waiting_runs(tmp_path) == [RUN_ID] and inner.seen == 0
     assert approve(tmp_path, RUN_ID).read_text() == pinned().canonical_json()
     assert waiting_runs(tmp_path) == []
-    gate.handle([request(pinned(), "join", 0), request(pinned())])
+    ask(gate, request(pinned(), "join", 0))
+    ask(gate, request(pinned()))
     assert inner.seen == 2
-    (update,) = gate.handle([request(pinned(seed=4))])
+    update = ask(gate, request(pinned(seed=4)))
     assert (update.header.error, inner.seen) == ("other-config", 2), "approved was another configuration"
     for path in (tmp_path / "approved").iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
@@ -158,8 +168,8 @@ def test_a_person_approves_one_run_with_one_configuration(site: Any, pinned: Any
 def test_what_a_person_reads_is_what_a_person_approves(site: Any, pinned: Any, tmp_path: Path) -> None:
     inner = Inner()
     gate = Gate(site(approve_each_run=True), tmp_path, inner)
-    gate.handle([request(pinned(), "join", 0)])  # read by a person, and then, before the word is given:
-    (update,) = gate.handle([request(pinned(seed=4), "join", 0)])
+    ask(gate, request(pinned(), "join", 0))  # read by a person, and then, before the word is given:
+    update = ask(gate, request(pinned(seed=4), "join", 0))
     assert update.header.error == "other-config"
     assert approve(tmp_path, RUN_ID).read_text() == pinned().canonical_json()
 
@@ -179,7 +189,7 @@ def test_a_configuration_that_nobody_could_read_is_not_kept(site: Any, pinned: A
     asked = request(pinned())
     long = asked.header.model_copy(update={"run_config": asked.header.run_config + " " * 2**20})
     with pytest.raises(ProtocolError, match="more than"):
-        read_run(RoundRequest(long, asked.arrays))
+        Request.read(RoundRequest(long, asked.arrays))
 
 
 def test_messages_that_are_wrong_in_themselves(
@@ -201,7 +211,7 @@ def test_messages_that_are_wrong_in_themselves(
     ]
     with caplog.at_level(logging.DEBUG):
         for asked, code in cases:
-            (update,) = gate.handle([asked])
+            update = ask(gate, asked)
             assert update.header.error == code
     assert inner.seen == 0 and secret not in caplog.text and "Traceback" not in caplog.text
 

@@ -14,6 +14,7 @@ from tampered import described
 
 from quorate.client.data.mapping import LoadedRow
 from quorate.client.data.splits import load_splits
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.deploy.cli import run as run_command
 from quorate.server.exchange.join import request
@@ -215,7 +216,7 @@ def ask(site: Site, run: RunConfig, folder: Path, phase: Any, split: Any = None)
     asked: RoundRequest = request(
         opened, 0 if phase == "join" else 1, phase, site.names[0], Adapter({}), split
     )
-    return site.handle([asked])[0].header
+    return answer_all(site, [asked])[0].header
 
 
 def test_a_site_claims_what_it_will_do_and_keeps_counts_to_itself(

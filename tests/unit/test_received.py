@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from site_folder import SITE, request, sha256_of, write_folder
 
 from quorate.client.policy.gate import Gate
-from quorate.client.process.main import AtSite
+from quorate.client.site.engine import OneAtATime
+from quorate.client.site.request import Request
 from quorate.client.site.request_checks import check_header
 from quorate.client.site.site import Site
+from quorate.client.site.site_data import AtSite
 from quorate.server.exchange.exchange import REASONS
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
 from quorate.shared.adapters.selection import downloaded
@@ -45,7 +47,7 @@ class Held:
     def __init__(self, path: Path, model: Path, make_run: Any, **policy: Any) -> None:
         self.folder = write_folder(path, model, **policy)
         self.site = Site(AtSite(self.folder), received=path / "received")
-        self.gate = Gate(self.folder.config, path, self.site)
+        self.gate = Gate(self.folder.config, path, OneAtATime(self.site))
         self._pinned = {"model_name_or_path": "/nowhere", "sha256": sha256_of(model)}
         self._make_run = make_run
 
@@ -54,8 +56,7 @@ class Held:
         return run
 
     def ask(self, request: RoundRequest) -> Update:
-        (update,) = self.gate.handle([request])
-        return update
+        return self.gate.handle(Request.read(request))
 
     def joined(self, run: RunConfig) -> Adapter:
         update = self.ask(request(run, "join", 0))
@@ -212,7 +213,7 @@ def test_nothing_comes_with_a_request_that_begins_from_the_start(phase: str, hel
 def test_a_request_has_the_parts_of_its_phase_and_no_others(phase: str, fields: Any, make_run: Any) -> None:
     run = make_run(federation={"rounds": 3})
     with pytest.raises(ProtocolError):
-        check_header(run, request(run, phase, **{"round": 1, **fields}).header)
+        check_header(Request.read(request(run, phase, **{"round": 1, **fields})))
 
 
 ATTACKS = st.lists(

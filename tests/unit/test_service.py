@@ -39,8 +39,7 @@ class Turns:
         self.at_once = 0
         self._here = 0
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        (request,) = requests
+    def answer(self, request: RoundRequest) -> Update:
         self._here += 1
         self.at_once = max(self.at_once, self._here)
         self.begun.append(request.header.round)
@@ -51,7 +50,7 @@ class Turns:
             raise ValueError(SECRET)
         self._here -= 1
         self.finished.append(request.header.round)
-        return [Update.reply(request, request.arrays)]
+        return Update.reply(request, request.arrays)
 
 
 def message(round: int = 1, size: int = 3, **fields: Any) -> bytes:
@@ -72,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def service(turns: Turns, place: Path) -> Iterator[SiteService]:
-    made = SiteService(turns, SITE, place, max_bytes=LIMIT)
+    made = SiteService(turns.answer, SITE, place, max_bytes=LIMIT)
     made.start()
     yield made
     turns.let_go.set()
@@ -187,13 +186,13 @@ def test_the_caller_waits_for_a_site_that_starts_again(turns: Turns, place: Path
         with pytest.raises(SiteUnavailable) as raised:
             remote.ask(message(), 0.5)
         assert raised.value.code == "expired"
-        later = SiteService(turns, SITE, place)
+        later = SiteService(turns.answer, SITE, place)
         timer = threading.Timer(1, later.start)
         timer.start()
         assert Update.decode(remote.ask(message(5), 60)).header.round == 5
         timer.join()
         later.stop()
-        again = SiteService(turns, SITE, place)
+        again = SiteService(turns.answer, SITE, place)
         again.start()
         assert Update.decode(remote.ask(message(6), 60)).header.round == 6
         again.stop()
@@ -203,7 +202,7 @@ def test_the_socket_is_the_groups_and_one_process_has_it(service: SiteService, t
     mode = service.socket.stat().st_mode
     assert stat.S_ISSOCK(mode) and mode & 0o777 == 0o660
     with pytest.raises(ConfigError, match="running there already"):
-        SiteService(turns, SITE, service.socket)
+        SiteService(turns.answer, SITE, service.socket)
     assert check_health(service.socket)
 
 
@@ -211,20 +210,20 @@ def test_a_dead_processs_socket_is_replaced_and_nothing_else(turns: Turns, place
     assert not check_health(place, 0.5)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(place))
-    made = SiteService(turns, SITE, place)
+    made = SiteService(turns.answer, SITE, place)
     made.start()
     assert check_health(place)
     made.stop()
     assert not place.exists()
     place.write_text("a file")
     with pytest.raises(ConfigError, match="is no socket"):
-        SiteService(turns, SITE, place)
+        SiteService(turns.answer, SITE, place)
     assert place.read_text() == "a file"
 
 
 def test_a_path_that_no_socket_can_have(turns: Turns, place: Path) -> None:
     with pytest.raises(ConfigError, match="shorter path"):
-        SiteService(turns, SITE, place.parent / ("d" * 100) / "site.sock")
+        SiteService(turns.answer, SITE, place.parent / ("d" * 100) / "site.sock")
     assert list(place.parent.iterdir()) == []
 
 
@@ -234,7 +233,7 @@ def test_a_path_that_no_socket_can_have(turns: Turns, place: Path) -> None:
 @pytest.mark.parametrize("code", [None, "internal"], ids=["answered", "failed"])
 def test_answers_leave_on_a_grid(place: Path, turns: Turns, code: str | None) -> None:
     """Counted from the request's arrival, so that the work shows no finer than the grid."""
-    made = SiteService(turns, SITE, place, grid=lambda: 1.5)
+    made = SiteService(turns.answer, SITE, place, grid=lambda: 1.5)
     made.start()
     try:
         with RemoteSite(place) as site:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
 from quorate.server.rounds.run import Run
@@ -56,8 +57,8 @@ def test_a_site_refuses_a_coordinator_that_asks_all_the_same(
     site = Site(make_sites(north=9))
     for evaluation, error in ((WITHHELD, "policy-privacy"), ({}, None)):
         run = Run(site.prepare(make_run(evaluation=evaluation)), tmp_path, "0" * 16)
-        (joined,) = site.handle([request(run, 0, "join", "north")])
-        (answer,) = site.handle([request(run, 1, "evaluate", "north", joined.arrays, split)])
+        (joined,) = answer_all(site, [request(run, 0, "join", "north")])
+        (answer,) = answer_all(site, [request(run, 1, "evaluate", "north", joined.arrays, split)])
         assert answer.header.error == error
         assert (answer.header.outcomes is None) == (error is not None)
 

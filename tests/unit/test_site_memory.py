@@ -12,8 +12,9 @@ import yaml
 from site_folder import SITE, request, sha256_of, write_folder
 
 from quorate.client.node.folder import SiteFolder
-from quorate.client.process.main import AtSite
+from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
+from quorate.client.site.site_data import AtSite
 from quorate.shared.tasks.task import Example
 
 
@@ -46,7 +47,7 @@ def test_rows_and_examples_of_other_runs_are_let_go_of(
     first = None
     for alias, few in (("notes", None), ("letters", None), ("letters", 2), ("notes", None)):
         run = make_run(data=alias, model=model, training={"examples_per_class": few})
-        (joined,) = site.handle([request(run, "join", 0, run_id=f"{len(encoded):016x}")])
+        (joined,) = answer_all(site, [request(run, "join", 0, run_id=f"{len(encoded):016x}")])
         assert joined.header.error is None and joined.header.description is not None
         rows = held.rows(run, SITE)
         gc.collect()

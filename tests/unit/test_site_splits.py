@@ -16,10 +16,10 @@ from site_folder import SITE, request, sha256_of, write_folder
 from quorate.client.data.quality_report import inspect_own_data
 from quorate.client.data.split_key import open_splits
 from quorate.client.node.folder import SiteFolder
-from quorate.client.policy.answer_store import Answered
-from quorate.client.privacy.spending_gate import Accounted
-from quorate.client.process.main import ANSWERS_FILE, AtSite, account_for
+from quorate.client.process.chain import build_chain
+from quorate.client.site.request import Request
 from quorate.client.site.site import Site
+from quorate.client.site.site_data import AtSite
 from quorate.shared.errors import LedgerError
 from quorate.shared.protocol.messages import Split, Update
 
@@ -51,20 +51,17 @@ class Place:
         self.folder = SiteFolder.find(self.path)
         self.folder.state.mkdir(exist_ok=True)
         self.at_site = AtSite(self.folder)
-        self.answered = Answered(self.folder.state / ANSWERS_FILE, Site(self.at_site))
-        self.accounted: Accounted = account_for(self.folder, self.at_site, self.answered)
+        self.chain = build_chain(self.folder, self.at_site, Site(self.at_site))
 
     def stop(self) -> None:
-        self.accounted.close()
-        self.answered.close()
+        self.chain.close()
 
     def restart(self) -> None:
         self.stop()
         self.start()
 
     def ask(self, run: Any, phase: str = "fit", **fields: Any) -> Update:
-        (update,) = self.accounted.handle([request(run, phase, **fields)])
-        return update
+        return self.chain.accounted.handle(Request.read(request(run, phase, **fields)))
 
     def texts(self, run: Any) -> dict[Split, list[str]]:
         rows = self.at_site.rows(run, SITE)
@@ -115,7 +112,7 @@ def test_rows_trained_on_stay_out_of_what_is_measured(place: Place, make: Any, g
             text: split for split in before for text in before[split]
         }, "the same row is on the same side"
 
-    place.configure(split={"validation": 0.4, "test": 0.45}, **columns)
+    place.configure(split={"validation": 0.35, "test": 0.35}, **columns)
     place.restart()
     for run in (private, make()):
         assert measured(place.texts(run)) and not measured(place.texts(run)) & trained
@@ -165,21 +162,21 @@ def test_rows_are_written_down_before_they_are_trained_on(
     trained = place.texts(private)["train"]
     book = open_splits(place.folder).book
     seen: list[bool] = []
-    handle = place.answered.handle
+    handle = place.chain.answered.handle
 
-    def noting(requests: Any) -> Any:
+    def noting(request: Any) -> Any:
         with closing(sqlite3.connect(book)) as db:
             seen.append(db.execute("SELECT count(*) FROM trained").fetchone() == (len(trained),))
-        return handle(requests)
+        return handle(request)
 
-    monkeypatch.setattr(place.answered, "handle", noting)
+    monkeypatch.setattr(place.chain.answered, "handle", noting)
     assert place.ask(private).header.error is None and seen == [True]
     monkeypatch.undo()
-    spent = place.accounted.open().rows
+    spent = place.chain.accounted.open().rows
     book.unlink()
     book.mkdir()  # what cannot be written
     assert place.ask(private, round=2).header.error == "output"
-    assert place.accounted.open().rows == spent, "nothing was reserved, and so nothing trained"
+    assert place.chain.accounted.open().rows == spent, "nothing was reserved, and so nothing trained"
 
 
 def test_the_key_is_secret_and_never_made_again(place: Place, make: Any) -> None:

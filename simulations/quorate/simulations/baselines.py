@@ -10,10 +10,12 @@ A reference that fails (its training diverges, say) is left out and named; the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from quorate.client.site.data_source import SiteRows
+from quorate.client.site.engine import Engine
 from quorate.client.site.local_baseline import UNKNOWN, single, value
-from quorate.client.site.site import Site, SiteRows
+from quorate.client.site.request import Request
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.exchange.exchange import exclusion
 from quorate.server.exchange.join import request
@@ -26,7 +28,7 @@ from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.protocol.messages import RoundRequest, Split, Update
+from quorate.shared.protocol.messages import Split, Update
 from quorate.shared.protocol.phases import Phase
 from quorate.shared.tasks.task import Row
 
@@ -46,7 +48,7 @@ class Candidate:
 def run_references(
     run: Run,
     rows: Mapping[str, SiteRows],
-    site: Site,
+    engine: Engine,
     initial: Adapter,
     federated: Mapping[str, Outcomes],
 ) -> tuple[References, dict[str, LocalGain]]:
@@ -54,36 +56,28 @@ def run_references(
 
     Args:
         rows: site name -> split -> rows.
-        site: the process that holds these rows and, under the name POOL, all of them together.
+        engine: answers for these sites and, under the name POOL, for all their rows together.
         initial: the adapter's seeded start.
         federated: test outcomes of the federated model per site.
     Returns: the references, and what the federation was worth to each site (with local_only).
     """
-    wanted = run.config.evaluation.references
-    config, intervals = run.config, run.config.evaluation.bootstrap_samples > 0
+    config, wanted = run.config, run.config.evaluation.references
+    alone, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
     local: dict[str, Measured] = {}
     gains: dict[str, LocalGain] = {}
-    failed: dict[str, Exclusion] = {}
-    centralised = None
     if "local_only" in wanted:
-        best = train_reference(run, single(config), site, list(rows), initial, "local only", failed)
-        for name, candidate in best.items():
-            outcomes = _measure(run, site, rows, name, candidate, failed)
-            if outcomes is None:
-                continue
-            test = summarise(config.task, "test", outcomes, intervals=intervals)
-            local[name] = Measured(round=candidate.round, test=test)
+        for name, (measured, outcomes) in alone.best(single(config), list(rows), "local only").items():
+            local[name] = measured
             if federated.get(name, Outcomes()).rows:
+                intervals = config.evaluation.bootstrap_samples > 0
                 gains[name] = local_gain(
                     config.task, run.metric, federated[name], outcomes[name], intervals=intervals
                 )
+    centralised = None
     if "centralised" in wanted:
-        best = train_reference(run, _all_steps(config, rows), site, [POOL], initial, "centralised", failed)
-        for candidate in best.values():
-            outcomes = _measure(run, site, rows, POOL, candidate, failed)
-            if outcomes is not None:
-                test = summarise(config.task, "test", outcomes, intervals=intervals)
-                centralised = Measured(round=candidate.round, test=test)
+        found = pooled.best(_all_steps(config, rows), [POOL], "centralised")
+        centralised = found[POOL][0] if found else None
+    failed = alone.failed | pooled.failed
     return References(local_only=local, centralised=centralised, failed=failed), gains
 
 
@@ -105,79 +99,97 @@ def pool(rows: Mapping[str, SiteRows], config: RunConfig) -> dict[Split, Sequenc
     }
 
 
-def train_reference(
-    run: Run,
-    config: RunConfig,
-    site: Site,
-    names: Sequence[str],
-    initial: Adapter,
-    what: str,
-    failed: dict[str, Exclusion],
-) -> dict[str, Candidate]:
-    """Train each of `names` on its own rows for all rounds, without anyone else; return its best round.
+@dataclass
+class _Reference:
+    """One kind of training without the others.
 
-    The sites share the trainer's passes but no arrays. One that fails goes to `failed` and has no best round:
-    after fewer steps than the others it would be no comparison.
+    Args:
+        run: the federated run.
+        engine: trains and measures.
+        sites: those whose test rows an adapter is measured on.
+        initial: the seeded start.
+        failed: who gave no figures, and why.
     """
-    current = dict.fromkeys(names, initial)
-    best: dict[str, Candidate] = {}
-    asking = Run(config, run.output_dir, run.run_id)
-    for round in range(1, config.federation.rounds + 1):
-        run.tell(PhaseBegan(round=round, name=what))
-        asked = [_asking(asking, round, "fit", name, adapter) for name, adapter in current.items()]
-        trained = _answers(site, asked, failed)
-        current = {name: initial.updated(update.arrays) for name, update in trained.items()}
-        if round % config.evaluation.every and round != config.federation.rounds:
-            continue
-        asked = [
-            _asking(asking, round, "evaluate", name, adapter, "validation")
-            for name, adapter in current.items()
-        ]
-        answered = _answers(site, asked, failed)
-        current = {name: current[name] for name in answered}
-        for name, update in answered.items():
-            scored = value(run.config, update.header.outcomes)
-            # Without validation rows the last round stands, as it does for the federation.
-            if name not in best or scored > best[name].value or scored == UNKNOWN:
-                best[name] = Candidate(round, current[name], scored)
-    return {name: best[name] for name in current}
 
+    run: Run
+    engine: Engine
+    sites: tuple[str, ...]
+    initial: Adapter
+    failed: dict[str, Exclusion] = field(default_factory=dict)
 
-def _measure(
-    run: Run,
-    site: Site,
-    rows: Mapping[str, SiteRows],
-    whose: str,
-    candidate: Candidate,
-    failed: dict[str, Exclusion],
-) -> dict[str, Outcomes] | None:
-    """Return an adapter's test outcomes on every site's rows; None, and `whose` in `failed`, if one fails."""
-    asking = Run(single(run.config), run.output_dir, run.run_id)
-    asked = [_asking(asking, candidate.round, "evaluate", name, candidate.adapter, "test") for name in rows]
-    wrong: dict[str, Exclusion] = {}
-    answers = _answers(site, asked, wrong)
-    if wrong:
-        failed[whose] = next(iter(wrong.values()))
-        return None
-    return {name: update.header.outcomes or Outcomes() for name, update in answers.items()}
+    def best(
+        self, config: RunConfig, names: Sequence[str], what: str
+    ) -> dict[str, tuple[Measured, dict[str, Outcomes]]]:
+        """Train each of `names`, and measure its best round on all sites' test rows.
 
+        Args:
+            config: how they train.
+            names: who trains; whoever fails goes to `failed`.
+            what: said of it while it goes on.
+        Returns: name -> figures, and the outcomes per site that they were made of.
+        """
+        run, found = self.run.config, {}
+        for name, candidate in self._trained(config, names, what).items():
+            starts = dict.fromkeys(self.sites, candidate.adapter)
+            answers, wrong = self._ask(single(run), candidate.round, "evaluate", starts, "test")
+            if wrong:
+                self.failed[name] = next(iter(wrong.values()))
+                continue
+            outcomes = {site: update.header.outcomes or Outcomes() for site, update in answers.items()}
+            intervals = run.evaluation.bootstrap_samples > 0
+            test = summarise(run.task, "test", outcomes, intervals=intervals)
+            found[name] = Measured(round=candidate.round, test=test), outcomes
+        return found
 
-def _asking(
-    run: Run, round: int, phase: Phase, name: str, adapter: Adapter, split: Split | None = None
-) -> RoundRequest:
-    """Return a request that starts from `adapter`, of which it brings what the run's rule sends."""
-    return request(run, round, phase, name, downloaded(run.config, GlobalState(adapter), round), split)
+    def _trained(self, config: RunConfig, names: Sequence[str], what: str) -> dict[str, Candidate]:
+        """Train each of `names` on its own rows for all rounds, without anyone else; return its best round.
 
+        They share the trainer's passes but no arrays. One that fails has no best round: after fewer steps
+        than the others it would be no comparison.
+        """
+        current = dict.fromkeys(names, self.initial)
+        best: dict[str, Candidate] = {}
+        for round in range(1, config.federation.rounds + 1):
+            self.run.tell(PhaseBegan(round=round, name=what))
+            trained, wrong = self._ask(config, round, "fit", current)
+            self.failed |= wrong
+            current = {name: self.initial.updated(update.arrays) for name, update in trained.items()}
+            if round % config.evaluation.every and round != config.federation.rounds:
+                continue
+            answered, wrong = self._ask(config, round, "evaluate", current, "validation")
+            self.failed |= wrong
+            current = {name: current[name] for name in answered}
+            for name, update in answered.items():
+                scored = value(self.run.config, update.header.outcomes)
+                # Without validation rows the last round stands, as it does for the federation.
+                if name not in best or scored > best[name].value or scored == UNKNOWN:
+                    best[name] = Candidate(round, current[name], scored)
+        return {name: best[name] for name in current}
 
-def _answers(site: Site, requests: list[RoundRequest], failed: dict[str, Exclusion]) -> dict[str, Update]:
-    """Return the good answers by site; the others go to `failed`."""
-    good = {}
-    for update in site.handle(requests):
-        if update.header.error is None:
-            good[update.header.site] = update
-        else:
-            failed[update.header.site] = exclusion(update.header.error)
-    return good
+    def _ask(
+        self,
+        config: RunConfig,
+        round: int,
+        phase: Phase,
+        starts: Mapping[str, Adapter],
+        split: Split | None = None,
+    ) -> tuple[dict[str, Update], dict[str, Exclusion]]:
+        """Ask sites to start from an adapter each, of which they are sent what the run's rule sends.
+
+        Returns: the good answers by site, and why the others are not.
+        """
+        run = Run(config, self.run.output_dir, self.run.run_id)
+        requests = []
+        for name, adapter in starts.items():
+            arrays = downloaded(config, GlobalState(adapter), round)
+            requests.append(Request(config, request(run, round, phase, name, split=split).header, arrays))
+        good, wrong = {}, {}
+        for update in self.engine.handle_many(requests):
+            if update.header.error is None:
+                good[update.header.site] = update
+            else:
+                wrong[update.header.site] = exclusion(update.header.error)
+        return good, wrong
 
 
 def _all_steps(config: RunConfig, rows: Mapping[str, SiteRows]) -> RunConfig:

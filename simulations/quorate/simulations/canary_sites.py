@@ -7,7 +7,7 @@ what the run released in the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from quorate.client.site.site import Site, SiteRows
+from quorate.client.site.data_source import SiteRows
+from quorate.client.site.engine import Engine
+from quorate.client.site.request import Request
+from quorate.client.site.site import Site
 from quorate.server.rounds.loop import Result
 from quorate.server.rounds.run import Run
 from quorate.shared.adapters.adapter import Adapter, num_values
@@ -28,7 +31,7 @@ from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.privacy.audit.audit_record import ClientAudit
 from quorate.shared.privacy.audit.one_shot import canaries, cosines, estimate, lower_bound
 from quorate.shared.progress import OnStep, ignore_step
-from quorate.shared.protocol.messages import RoundRequest, SiteDescription, Update
+from quorate.shared.protocol.messages import SiteDescription, Update
 from quorate.shared.seeds import rng
 from quorate.simulations.in_process_grid import InProcessGrid
 from quorate.simulations.runner import serve
@@ -38,31 +41,46 @@ _BEYOND = 1e6
 
 
 class CanarySites:
-    """Answers for the sites of a run, and for canaries beside them.
+    """An engine for the sites of a run, and for canaries beside them.
 
     Args:
-        site: answers for the run's own sites.
-        names: the canaries'.
+        engine: answers for the run's own sites.
+        canaries: their names.
         run: the run with them.
     """
 
-    def __init__(self, site: Site, names: tuple[str, ...], run: RunConfig) -> None:
-        self._site = site
-        self._names = {name: index for index, name in enumerate(names)}
+    def __init__(self, engine: Engine, canaries: tuple[str, ...], run: RunConfig) -> None:
+        self._engine = engine
+        self._canaries = {name: index for index, name in enumerate(canaries)}
         self._run = run
         self._told: SiteDescription | None = None
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order."""
-        own = iter(self._site.handle([each for each in requests if each.header.site not in self._names]))
-        return [self._answer(each) if each.header.site in self._names else next(own) for each in requests]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The run's sites, and the canaries."""
+        return (*self._engine.names, *self._canaries)
+
+    def prepare(self, run: RunConfig) -> RunConfig:
+        """Make the run's own sites ready."""
+        return self._engine.prepare(run)
+
+    def handle_many(self, requests: Sequence[Request]) -> list[Update]:
+        """Answer requests, in order."""
+        own = iter(
+            self._engine.handle_many([each for each in requests if each.header.site not in self._canaries])
+        )
+        return [self._answer(each) if each.header.site in self._canaries else next(own) for each in requests]
+
+    def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
+        """Return what each state answers to the run's own prompts."""
+        return self._engine.samples(run, states)
 
     def direction(self, name: str, size: int) -> NDArray[np.float64]:
         """Return the direction of a canary, [size], of length 1; the same each time."""
-        (drawn,) = canaries(1, size, rng(self._run.seed, "audit-canary-site", self._names[name]))
+        (drawn,) = canaries(1, size, rng(self._run.seed, "audit-canary-site", self._canaries[name]))
         return np.asarray(drawn, dtype=np.float64)
 
-    def _answer(self, request: RoundRequest) -> Update:
+    def _answer(self, request: Request) -> Update:
         if request.header.phase == "join":
             return self._joined(request)
         if request.header.phase == "start":
@@ -71,13 +89,13 @@ class CanarySites:
             return Update.reply(request, self._sent(request), num_examples=1, num_steps=1)
         return Update.reply(request, outcomes=Outcomes())
 
-    def _joined(self, request: RoundRequest) -> Update:
+    def _joined(self, request: Request) -> Update:
         """Join as a site of one row does, with the base model and the start that the others have."""
         if self._told is None:  # all canaries are alike
             self._told = self._as_another(request).header.description
         told = self._told
         if told is None:
-            raise ConfigError(f"site {self._site.names[0]} cannot join; see the log for why.")
+            raise ConfigError(f"site {self._engine.names[0]} cannot join; see the log for why.")
         description = SiteDescription(
             rows={"train": 1, "validation": 0, "test": 0},
             label_counts=self._run.task.label_counts(()),
@@ -88,14 +106,14 @@ class CanarySites:
         )
         return Update.reply(request, description=description)
 
-    def _as_another(self, request: RoundRequest) -> Update:
+    def _as_another(self, request: Request) -> Update:
         """Return what a site that holds rows answers."""
-        header = request.header.model_copy(update={"site": self._site.names[0]})
-        (answer,) = self._site.handle([RoundRequest(header, request.arrays)])
+        header = request.header.model_copy(update={"site": self._engine.names[0]})
+        (answer,) = self._engine.handle_many([Request(request.run, header, request.arrays)])
         return answer
 
-    def _sent(self, request: RoundRequest) -> Adapter:
-        start = GlobalState.from_sent(request.arrays).adapter
+    def _sent(self, request: Request) -> Adapter:
+        start = request.state.adapter
         schema = upload_schema(self._run, start.schema, request.header.round)
         flat = self.direction(request.header.site, num_values(schema)) * _norm(self._run)
         sent, at = {}, 0
@@ -139,12 +157,12 @@ def audit_clients(
     names = tuple(f"{prefix}-{index}" for index in range(count))
     site = Site(rows, on_step=on_step)
     config = site.prepare(_with_canaries(run, len(rows), count))
-    handler = CanarySites(site, names, config)
+    engine = CanarySites(site, names, config)
     with TemporaryDirectory(prefix="quorate-audit-") as folder:
-        result = serve(InProcessGrid(handler, [*rows, *names]), Run.open(config, Path(folder)))
+        result = serve(InProcessGrid(engine, engine.names), Run.open(config, Path(folder)))
     if result.stopped is not None:
         raise result.stopped
-    return _judged(result, config, handler, names, confidence)
+    return _judged(result, config, engine, names, confidence)
 
 
 def _with_canaries(run: RunConfig, sites: int, count: int) -> RunConfig:
@@ -172,7 +190,7 @@ def _norm(run: RunConfig) -> float:
 
 
 def _judged(
-    result: Result, run: RunConfig, handler: CanarySites, names: tuple[str, ...], confidence: float
+    result: Result, run: RunConfig, engine: CanarySites, names: tuple[str, ...], confidence: float
 ) -> ClientAudit:
     """Hold what the run moved the adapter by against each canary's direction."""
     claim, start = result.claim, result.members.initial
@@ -183,7 +201,7 @@ def _judged(
             for name in sorted(upload_schema(run, start.schema, 1))
         ]
     )
-    found = np.array([cosines(handler.direction(name, len(moved))[None], moved)[0] for name in names])
+    found = np.array([cosines(engine.direction(name, len(moved))[None], moved)[0] for name in names])
     return ClientAudit(
         epsilon=claim.epsilon,
         delta=claim.delta,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quorate.client.models.predictions import predict
-from quorate.client.site.site import SiteRows
+from quorate.client.site.data_source import SiteRows
 from quorate.server.report import write_report
 from quorate.server.report.run_files import SAMPLES_DIR, SAMPLES_FILE
 from quorate.server.rounds.run import ADAPTER_DIR

@@ -1,9 +1,10 @@
-"""Flower's Grid inside one process: messages go to the sites here, and replies come back at once."""
+"""Flower's Grid inside one process: messages go to the sites here, and are answered when they are pulled."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, tee
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -11,8 +12,9 @@ from flwr.serverapp import Grid
 
 from quorate.client.process.flower_app import SITE
 from quorate.client.process.flower_messages import unwrap, wrap
-from quorate.client.process.handler import Handler, answer
+from quorate.client.site.engine import Engine, in_stacks
 from quorate.server.exchange.flower_internals import FlowerRun, become_task, set_message_id
+from quorate.shared.protocol.messages import RoundRequest
 
 RUN_ID = 1
 SERVER_NODE = 1
@@ -22,18 +24,21 @@ FIRST_SITE_NODE = 1001
 class InProcessGrid(Grid):
     """A Grid whose nodes are sites in this process.
 
+    A pull answers the next stack (`training.max_stack`) of the messages that it names, in the order in which
+    they were pushed: whoever adds updates up as they come holds one stack of them, and not the cohort's.
+
     Args:
-        handler: answers for all sites.
+        engine: answers for all sites.
         sites: names; node ids follow their order.
         client_app: when given, every message goes through this ClientApp one by one, as in production;
-            else the messages of one push go to the handler together, so that the cohort trains as one stack.
+            else a stack of them goes to the engine together.
     """
 
-    def __init__(self, handler: Handler, sites: Sequence[str], client_app: ClientApp | None = None) -> None:
-        self._handler = handler
+    def __init__(self, engine: Engine, sites: Sequence[str], client_app: ClientApp | None = None) -> None:
+        self._engine = engine
         self._client_app = client_app
         self._sites = {FIRST_SITE_NODE + index: name for index, name in enumerate(sites)}
-        self._replies: dict[str, Message] = {}
+        self._pushed: dict[str, Message] = {}
         self._ids = itertools.count(1)
         self._run = become_task(RUN_ID, SERVER_NODE)
 
@@ -62,30 +67,47 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answer the messages and keep the replies until they are pulled."""
+        """Keep the messages until their answers are asked for."""
         pushed = list(messages)
         for message in pushed:
             set_message_id(message, f"message-{next(self._ids)}")
-        if self._client_app is None:
-            asked = [(self._sites[m.metadata.dst_node_id], unwrap(m.content)) for m in pushed]
-            replies = [
-                Message(wrap(reply), reply_to=message)
-                for message, reply in zip(pushed, answer(asked, self._handler), strict=True)
-            ]
-        else:
-            replies = [self._client_app(message, self._context(message)) for message in pushed]
-        self._replies.update({m.metadata.message_id: r for m, r in zip(pushed, replies, strict=True)})
+        self._pushed.update({message.metadata.message_id: message for message in pushed})
         return [message.metadata.message_id for message in pushed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out the replies to these messages, once."""
-        return [self._replies.pop(each) for each in list(message_ids) if each in self._replies]
+        """Answer the next stack of these messages; an empty list where all of them have been answered."""
+        asked = set(message_ids)
+        waiting = (message for each, message in self._pushed.items() if each in asked)
+        replies = self._answered(waiting)
+        for reply in replies:
+            del self._pushed[reply.metadata.reply_to_message_id]
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push and pull in one go."""
-        return self.pull_messages(self.push_messages(messages))
+        """Push, and pull until all are answered."""
+        asked, replies = self.push_messages(messages), list[Message]()
+        while stack := list(self.pull_messages(asked)):
+            replies += stack
+        return replies
+
+    def _answered(self, waiting: Iterator[Message]) -> list[Message]:
+        """Return the replies to the first stack of messages; one without a request in it raises."""
+        if self._client_app is not None:
+            return [self._client_app(message, self._context(message)) for message in islice(waiting, 1)]
+        waiting, asked = tee(waiting)
+        requests = (
+            RoundRequest.decode(unwrap(message.content)).addressed_to(
+                self._sites[message.metadata.dst_node_id]
+            )
+            for message in waiting
+        )
+        updates = next(in_stacks(self._engine, requests), [])
+        return [
+            Message(wrap(update.encoded), reply_to=message)
+            for update, message in zip(updates, asked, strict=False)
+        ]
 
     def _context(self, message: Message) -> Context:
         node = message.metadata.dst_node_id

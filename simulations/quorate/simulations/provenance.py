@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from quorate.client.site.site import SiteRows
+from quorate.client.site.data_source import SiteRows
 from quorate.server.rounds.run import RUN_FILE
 from quorate.server.tracking.records import Record
 from quorate.shared.config.load import load_run, load_sites_file

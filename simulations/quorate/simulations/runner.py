@@ -8,7 +8,9 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from quorate.client.site.site import Site, SiteRows
+from quorate.client.site.data_source import SiteRows
+from quorate.client.site.engine import Engine
+from quorate.client.site.site import Site
 from quorate.server.results.complete import all_the_same
 from quorate.server.results.outputs import best_state, measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
@@ -65,28 +67,28 @@ def simulate(
         )
     check_samples(config, samples)
     pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
-    site = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
-    config = site.prepare(config)
+    engine = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
+    config = engine.prepare(config)
     with locked_output(output_dir), telling_warnings(output_dir, trackers):
         run = Run.open(config, output_dir, resume=resume, trackers=trackers)
         if origin is not None:
             origin.keep(output_dir)
-        return _carry_out(run, rows, site, samples)
+        return _carry_out(run, rows, engine, samples)
 
 
-def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site, samples: int) -> Summary:
+def _carry_out(run: Run, rows: Mapping[str, SiteRows], engine: Engine, samples: int) -> Summary:
     """Run the rounds, measure what came of them, and write it."""
-    grid = InProcessGrid(site, list(rows))
+    grid = InProcessGrid(engine, list(rows))
     result = serve(grid, run)
 
     def compare() -> tuple[References | None, dict[str, LocalGain]]:
         if not run.config.evaluation.references or result.stopped is not None:
             return None, {}
-        return run_references(run, rows, site, result.members.initial, outcomes)
+        return run_references(run, rows, engine, result.members.initial, outcomes)
 
     final, best, outcomes = all_the_same(result, lambda: measure(grid, run, result))
     references, gains = all_the_same(result, compare)
-    answers = all_the_same(result, lambda: _answers(site, run, result))
+    answers = all_the_same(result, lambda: _answers(engine, run, result))
     summary = all_the_same(
         result,
         lambda: write_outputs(run, result, final, best, references=references, worth=gains, samples=answers),
@@ -98,12 +100,12 @@ def _carry_out(run: Run, rows: Mapping[str, SiteRows], site: Site, samples: int)
     return summary
 
 
-def _answers(site: Site, run: Run, result: Result) -> list[Answer]:
+def _answers(engine: Engine, run: Run, result: Result) -> list[Answer]:
     """Return answers to the run file's own prompts, by the base model and by the best round's."""
     if not run.config.task.prompts or result.progress is None or result.stopped is not None:
         return []
     run.tell(PhaseBegan(round=result.progress.round, name="samples"))
-    before, after = site.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
+    before, after = engine.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
     return [
         Answer(prompt=prompt, base=base, adapted=adapted)
         for (prompt, base), (_, adapted) in zip(before, after, strict=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from quorate.client.audit.result_audit import Options, audit_result
 from quorate.client.models.predictions import check_adapter_dir
 from quorate.client.node.folder import SiteFolder
-from quorate.client.process.main import RECEIVED, AtSite
+from quorate.client.site.delivered import RECEIVED
+from quorate.client.site.site_data import AtSite
 from quorate.shared.adapters.peft_export import ADAPTER_DIR, RUN_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import OutputError

@@ -27,12 +27,14 @@ import sqlite3
 import time
 from pathlib import Path
 
-from quorate.client.process.handler import Handler, failed
+from quorate.client.site.request import Handler, Request, failed
 from quorate.shared.errors import OutputError, ProtocolError, RequestRefused
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import Update
 
 log = logging.getLogger(__name__)
 
+ANSWERS_FILE = "answers.db"
+"""In STATE: what was answered."""
 STORED = ("fit", "evaluate", "alone")
 KEEP_ROUNDS = 2
 KEEP_EVALUATIONS = 1000
@@ -72,11 +74,22 @@ class Answered:
                 "away: runs under way then train their round again."
             ) from error
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order; one that is refused by its code."""
-        return [self._one(request) for request in requests]
+    def handle(self, request: Request) -> Update:
+        """Answer a request; one that is refused by its code."""
+        try:
+            stored = self.stored(request)
+            if stored is not None:
+                return stored
+            update = self._inner.handle(request)
+            if request.header.phase in STORED and update.header.error is None:
+                self._store(request, update)
+            return update
+        except sqlite3.Error as error:
+            return failed(request, self._unusable(error))
+        except Exception as error:  # whatever it is, only its code leaves
+            return failed(request, error)
 
-    def stored(self, request: RoundRequest) -> Update | None:
+    def stored(self, request: Request) -> Update | None:
         """Return the answer that this very request got; None where it may be worked on.
 
         Raises: RequestRefused: it may not (outdated, conflict, other-config). ProtocolError: it trains and
@@ -92,24 +105,10 @@ class Answered:
         """Close the database."""
         self._db.close()
 
-    def _one(self, request: RoundRequest) -> Update:
-        try:
-            stored = self.stored(request)
-            if stored is not None:
-                return stored
-            (update,) = self._inner.handle([request])
-            if request.header.phase in STORED and update.header.error is None:
-                self._store(request, update)
-            return update
-        except sqlite3.Error as error:
-            return failed(request, self._unusable(error))
-        except Exception as error:  # whatever it is, only its code leaves
-            return failed(request, error)
-
     def _unusable(self, error: sqlite3.Error) -> OutputError:
         return OutputError(f"{self._path}: {error}; free some space, or mend the file's rights.")
 
-    def _bind(self, request: RoundRequest) -> None:
+    def _bind(self, request: Request) -> None:
         """Tie the run's id to its configuration."""
         run_id, config_hash = request.header.run_id, request.header.config_hash
         # One statement, so that the first configuration wins and no kill comes between.
@@ -125,7 +124,7 @@ class Answered:
                 code="other-config",
             )
 
-    def _stored(self, request: RoundRequest) -> Update | None:
+    def _stored(self, request: Request) -> Update | None:
         """Return the answer that this very request got; None when it is new."""
         run_id, phase, round, split, input_hash = key = _key(request)
         row = self._db.execute(
@@ -156,7 +155,7 @@ class Answered:
             )
         return None
 
-    def _store(self, request: RoundRequest, update: Update) -> None:
+    def _store(self, request: Request, update: Update) -> None:
         """Put the answer on disk, and let go of what nobody will ask for again, in one transaction."""
         key = _key(request)
         old = time.time() - KEEP_DAYS * 86400
@@ -183,7 +182,7 @@ class Answered:
             )
 
 
-def _key(request: RoundRequest) -> tuple[str, str, int, str, str]:
+def _key(request: Request) -> tuple[str, str, int, str, str]:
     """Return what makes a request this one, beside the configuration that its run id is tied to."""
     header = request.header
     return header.run_id, header.phase, header.round, header.split or "", request.arrays.content_hash

@@ -5,27 +5,19 @@ A refusal's rule, value and remedy go to the site's log; its code alone reaches 
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from quorate.client.policy.approvals import RUN_ID, is_approved, is_withdrawn, note_waiting
 from quorate.client.policy.site_config import PolicyConfig, SiteConfig
-from quorate.client.process.handler import Handler, failed
+from quorate.client.site.request import Handler, Request, failed
 from quorate.client.site.request_checks import check_header
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import AdapterConfig, RunConfig
 from quorate.shared.errors import ProtocolError, RequestRefused
-from quorate.shared.protocol.messages import RoundRequest, Update
-
-log = logging.getLogger(__name__)
-
-_LONGEST_CONFIG = 2**20
-"""Characters of a run's configuration: it is kept, for a person to read."""
+from quorate.shared.protocol.messages import Update
 
 
 class Gate:
@@ -42,58 +34,33 @@ class Gate:
         self._state = state
         self._inner = inner
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order; those outside the policy by a code."""
-        return [self._one(request) for request in requests]
-
-    def _one(self, request: RoundRequest) -> Update:
+    def handle(self, request: Request) -> Update:
+        """Answer a request; one outside the policy by a code."""
         try:
-            admit(read_run(request), request, self._site, self._state)
+            admit(request, self._site, self._state)
         except Exception as error:  # whatever it is, only its code leaves
             return failed(request, error)
-        (update,) = self._inner.handle([request])
+        update = self._inner.handle(request)
         if is_withdrawn(self._state, request.header.run_id):  # while this was worked on
             return failed(request, _withdrawn(request.header.run_id))
         return update
 
 
-def read_run(request: RoundRequest) -> RunConfig:
-    """Return the configuration that a request carries.
-
-    Raises: ProtocolError: it is not valid, or not what its hash says; no value is quoted.
-    """
-    if len(request.header.run_config) > _LONGEST_CONFIG:
-        raise ProtocolError(f"a run configuration of more than {_LONGEST_CONFIG} characters.")
-    try:
-        run = RunConfig.model_validate_json(request.header.run_config)
-    except ValidationError as error:
-        fields = sorted({".".join(map(str, each["loc"][:3])) or each["type"] for each in error.errors()})
-        raise ProtocolError(
-            f"the run configuration does not validate here: {', '.join(fields[:5])}; is this site's release "
-            "of quorate the coordinator's?"
-        ) from None
-    if run.content_hash != request.header.config_hash or run.canonical_json() != request.header.run_config:
-        raise ProtocolError("the configuration does not have the hash that the request names.")
-    return run
-
-
-def admit(run: RunConfig, request: RoundRequest, site: SiteConfig, state: Path) -> None:
+def admit(request: Request, site: SiteConfig, state: Path) -> None:
     """Hold a request against the site's policy. Reads no data and no model.
 
     Args:
-        run: the request's configuration.
-        request: its header and arrays.
+        request: what is asked, and of which run.
         site: the site's own configuration.
         state: the site's state folder, where approvals lie.
     Raises: RequestRefused: a rule says no. ProtocolError, NonFiniteUpdate: the message is wrong in itself.
     """
-    policy = site.policy
-    run_id = request.header.run_id
+    run, policy, run_id = request.run, site.policy, request.header.run_id
     if not re.fullmatch(RUN_ID, run_id):
         raise ProtocolError("the run id is not made of letters, digits, dashes and underscores alone.")
     if is_withdrawn(state, run_id):
         raise _withdrawn(run_id)
-    check_header(run, request.header)
+    check_header(request)
     _allowed("policy.tasks", "task", run.task.name, policy.tasks, "policy-task")
     aliases = tuple(alias for alias in site.data if policy.data is None or alias in policy.data)
     _allowed("policy.data" if policy.data is not None else "data", "data", run.data, aliases, "policy-data")

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 
 from quorate.client.policy.site_config import PolicyConfig
-from quorate.client.process.handler import Handler, failed
 from quorate.client.runs.run_history import RunHistory
+from quorate.client.site.request import Handler, Request, failed
 from quorate.shared.errors import QuorateError, RequestRefused
 from quorate.shared.progress import StepEvent
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import Update
 
 DAY = 86400.0
 """Seconds of the span that limits by the day look back on."""
@@ -45,9 +45,16 @@ class Limited:
         self._round: int | None = None
         self._before = 0.0
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order; those beyond a limit by a code."""
-        return [self._one(request) for request in requests]
+    def handle(self, request: Request) -> Update:
+        """Answer a request; one beyond a limit by a code."""
+        try:
+            self._admit(request)
+            # A run need not join: its first message, whatever it is, is held against the data as they are.
+            if request.header.phase == "join" or not self._book.has_begun(request.header.run_id):
+                self._begins()
+        except QuorateError as error:
+            return failed(request, error)
+        return self._inner.handle(request)
 
     def on_step(self, event: StepEvent) -> None:
         """Raise RequestRefused at the step or pass that goes beyond a limit: the request ends by its code."""
@@ -66,18 +73,7 @@ class Limited:
         self._check_day(now - self._started)
         self._book.tick(event)
 
-    def _one(self, request: RoundRequest) -> Update:
-        try:
-            self._admit(request)
-            # A run need not join: its first message, whatever it is, is held against the data as they are.
-            if request.header.phase == "join" or not self._book.has_begun(request.header.run_id):
-                self._begins()
-        except QuorateError as error:
-            return failed(request, error)
-        (update,) = self._inner.handle([request])
-        return update
-
-    def _admit(self, request: RoundRequest) -> None:
+    def _admit(self, request: Request) -> None:
         self._started = self._round_started = time.monotonic()
         self._round = None
         since, most = time.time() - DAY, self._policy().max_runs_per_day

@@ -21,7 +21,7 @@ from quorate.client.models.base_models import at_site
 from quorate.client.policy.site_config import SiteConfig
 from quorate.client.privacy.forecast_budgets import BudgetForecast, against_ledger
 from quorate.client.privacy.units import check_some, groups_of
-from quorate.client.process.main import training_device
+from quorate.client.site.loaded import training_device
 from quorate.client.trainer.dp.dp_sgd import units_of
 from quorate.client.trainer.dp.plan import steps_a_round
 from quorate.client.trainer.fit import SiteTask, fit

@@ -21,11 +21,11 @@ from quorate.client.policy.answer_store import Answered
 from quorate.client.privacy.budgets import Budgets, Spending, to_come
 from quorate.client.privacy.ledger import Ledger
 from quorate.client.privacy.ledger_records import RequestKey, Reservation
-from quorate.client.process.handler import failed
+from quorate.client.site.request import Request, failed
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import NonFiniteUpdate, RequestRefused
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import Update
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,19 @@ class Accounted:
         self._inner = inner
         self._write_down = write_down
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order; one that is refused, or that cannot be paid for, by its code."""
-        return [self._one(request) for request in requests]
+    def handle(self, request: Request) -> Update:
+        """Answer a request; one that is refused, or that cannot be paid for, by its code."""
+        run = request.run
+        try:
+            self._budgets().admit(run)
+            if isinstance(run.privacy, SitePrivacy):
+                if request.header.phase == "join":
+                    self._check_whole_run(run, request.header.run_id)
+                elif request.header.phase == "fit":
+                    return self._fit(request)
+        except Exception as error:  # whatever it is, only its code leaves
+            return failed(request, error)
+        return self._inner.handle(request)
 
     def open(self) -> Ledger:
         """Return the ledger.
@@ -77,32 +87,18 @@ class Accounted:
         if self._ledger is not None:
             self._ledger.close()
 
-    def _one(self, request: RoundRequest) -> Update:
-        try:
-            run = RunConfig.model_validate_json(request.header.run_config)
-            self._budgets().admit(run)
-            if isinstance(run.privacy, SitePrivacy):
-                if request.header.phase == "join":
-                    self._check_whole_run(run, request.header.run_id)
-                elif request.header.phase == "fit":
-                    return self._fit(run, request)
-        except Exception as error:  # whatever it is, only its code leaves
-            return failed(request, error)
-        (update,) = self._inner.handle([request])
-        return update
-
     def _check_whole_run(self, run: RunConfig, run_id: str) -> None:
         """Refuse a run that would have to stop in the middle for want of budget."""
         spending, entries = self._spending_of(run), self.open().reservations
         _check_units(spending, entries, run_id)
         self._budgets().check(spending, entries, to_come(spending, entries, run_id))
 
-    def _fit(self, run: RunConfig, request: RoundRequest) -> Update:
-        key = _key(request)
+    def _fit(self, request: Request) -> Update:
+        run, key = request.run, _key(request)
         update = self._inner.stored(request)
         if update is None:
             reservation = self._reserve(run, key)
-            (update,) = self._inner.handle([request])
+            update = self._inner.handle(request)
             if not _was_made(update):
                 return update  # nothing of the training is in it: the reservation is used when asked again
         elif _hash(update) in self.open().answers(key):
@@ -162,7 +158,7 @@ def _was_made(update: Update) -> bool:
     return update.header.error in (None, NonFiniteUpdate.code)
 
 
-def _key(request: RoundRequest) -> RequestKey:
+def _key(request: Request) -> RequestKey:
     header = request.header
     return RequestKey(
         run_id=header.run_id,

@@ -22,11 +22,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from quorate.client.process.grpc_client import MAX_BYTES, METHOD, chunks
-from quorate.client.process.handler import Handler
 from quorate.client.site.device_errors import DEVICE_LOST
 from quorate.shared.errors import ConfigError, ProtocolError, QuorateError
 from quorate.shared.process.files import holder, take_lock
-from quorate.shared.protocol.messages import RoundRequest
+from quorate.shared.protocol.messages import RoundRequest, Update
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class SiteService:
     """The service of one site.
 
     Args:
-        handler: answers requests, one at a time.
+        answer: answers messages, one at a time.
         site: this site's name; a request for another one is refused.
         socket: where to listen; a dead process's socket is replaced.
         max_bytes: largest message that is read.
@@ -64,7 +63,7 @@ class SiteService:
 
     def __init__(
         self,
-        handler: Handler,
+        answer: Callable[[RoundRequest], Update],
         site: str,
         socket: Path,
         *,
@@ -72,7 +71,7 @@ class SiteService:
         grid: Callable[[], float] = lambda: 0.0,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self._handler = handler
+        self._answer = answer
         self._site = site
         self._max_bytes = max_bytes
         self._grid = grid
@@ -174,7 +173,7 @@ class SiteService:
         if self._stopping.is_set():
             raise Stopped
         request = RoundRequest.decode(bytes(data)).addressed_to(self._site)
-        (update,) = self._handler.handle([request])
+        update = self._answer(request)
         if update.header.error == DEVICE_LOST:
             log.error("the device is lost; ending, so that another process takes over")
             self._stopping.set()  # whatever waits is asked of that one

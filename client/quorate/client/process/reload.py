@@ -17,10 +17,10 @@ from quorate.client.health.site_file import AT_START, IN_USE, InUse, sha256_of
 from quorate.client.node.folder import SITE_YAML, SiteFolder
 from quorate.client.policy.gate import Gate
 from quorate.client.policy.site_config import SiteConfig
-from quorate.client.process.handler import Handler, failed
+from quorate.client.site.request import Handler, Request, failed
 from quorate.shared.errors import ConfigError, QuorateError, RequestRefused
 from quorate.shared.process.files import write_atomically
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import Update
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +51,13 @@ class Current:
             self._read = b""
         self._tell()
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order; those outside the policy, or while there is none, by a code."""
-        return [self._one(request) for request in requests]
-
-    def _one(self, request: RoundRequest) -> Update:
+    def handle(self, request: Request) -> Update:
+        """Answer a request; one outside the policy, or while there is none, by a code."""
         try:
             config = self.config()
         except QuorateError as error:
             return failed(request, error)
-        return Gate(config, self._state, self._inner).handle([request])[0]
+        return Gate(config, self._state, self._inner).handle(request)
 
     def config(self) -> SiteConfig:
         """Return site.yaml as it is now.

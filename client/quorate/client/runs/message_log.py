@@ -7,10 +7,9 @@ import re
 import time
 
 from quorate.client.policy.approvals import RUN_ID
-from quorate.client.policy.gate import read_run
 from quorate.client.policy.site_config import ConnectionConfig
-from quorate.client.process.handler import Failed, Handler, failed
 from quorate.client.runs.run_history import Asked, Left, RunHistory
+from quorate.client.site.request import Failed, Handler, Request, failed
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import OutputError, ProtocolError
@@ -22,7 +21,7 @@ _COUNTS = {"num_examples", "num_tokens", "num_steps"}
 
 
 class Recorded:
-    """A handler that writes down who asked what, and what left.
+    """Reads messages, has them answered, and writes down who asked what, and what left.
 
     Args:
         book: of the site's runs.
@@ -35,21 +34,20 @@ class Recorded:
         self._connection = connection
         self._inner = inner
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order; one whose answer cannot be written down by a code."""
-        return [self._one(request) for request in requests]
-
-    def _one(self, request: RoundRequest) -> Update:
-        started, header = time.monotonic(), request.header
-        asked = self._asked(request)
+    def answer(self, message: RoundRequest) -> Update:
+        """Read a message and answer it; one that is no request, or cannot be written down, by a code."""
+        started, header = time.monotonic(), message.header
+        asked: Asked | None = None
         try:
+            request = Request.read(message)
+            asked = self._asked(request)
             if asked is not None:
                 self._book.begin(asked, header.phase, header.round)
-            (update,) = self._inner.handle([request])
+            update = self._inner.handle(request)
             if asked is not None:
-                self._note(asked, request, update)
-        except OutputError as error:
-            update = failed(request, error)
+                self._note(asked, header.round, update)
+        except (ProtocolError, OutputError) as error:
+            update = failed(message, error)
         log.info(
             "run %s, round %d, %s%s: %s, in %.1f s",
             f"{asked.run_id} ({asked.name})" if asked else repr(header.run_id)[:66],
@@ -61,13 +59,9 @@ class Recorded:
         )
         return update
 
-    def _asked(self, request: RoundRequest) -> Asked | None:
-        """Return what the run says of itself; None where it is no run, which is refused for that."""
-        header = request.header
-        try:
-            run = read_run(request)
-        except ProtocolError:
-            return None
+    def _asked(self, request: Request) -> Asked | None:
+        """Return what the run says of itself; None where its id is none, which is refused for that."""
+        run, header = request.run, request.header
         if not re.fullmatch(RUN_ID, header.run_id):
             return None
         return Asked(
@@ -83,16 +77,16 @@ class Recorded:
             rounds=run.federation.rounds,
         )
 
-    def _note(self, asked: Asked, request: RoundRequest, update: Update) -> None:
+    def _note(self, asked: Asked, round: int, update: Update) -> None:
         header = update.header
         if header.error is not None:
             why = update.why if isinstance(update, Failed) else ""
-            self._book.end(asked, header.phase, request.header.round, None, header.error, why)
+            self._book.end(asked, header.phase, round, None, header.error, why)
             return
         told = header.description
         rows = header.num_examples if header.phase == "fit" else told.rows.get("train") if told else None
         claim = told.privacy.sentence if told is not None and told.privacy is not None else None
-        self._book.end(asked, header.phase, request.header.round, Left(what_left(update), rows, claim))
+        self._book.end(asked, header.phase, round, Left(what_left(update), rows, claim))
 
 
 def what_left(update: Update) -> dict[str, int]:

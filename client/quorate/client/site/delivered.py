@@ -15,6 +15,8 @@ from quorate.shared.privacy.rounding import at_most, delta_shown
 from quorate.shared.process.files import BY_UMASK, write_atomically, write_folder, writing
 from quorate.shared.protocol.messages import Delivery, RequestHeader
 
+RECEIVED = "received"
+"""In STATE: the results of runs that are done."""
 REPORT_FILE = "report.md"
 _RUN_ID = r"[0-9a-f]{16}"
 _ACCOUNTANT = "Epsilon is by privacy loss distributions (arXiv:1906.00868)."

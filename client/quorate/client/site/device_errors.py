@@ -13,9 +13,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from quorate.client.process.handler import failed
+from quorate.client.site.request import Request, failed
 from quorate.shared.errors import QuorateError
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.protocol.messages import Update
 
 log = logging.getLogger(__name__)
 
@@ -67,33 +67,29 @@ _REMEDY = (
 
 
 def in_smaller_stacks(
-    answer: Callable[[list[RoundRequest]], list[Update]], requests: Sequence[RoundRequest], group: list[int]
-) -> dict[int, Update]:
+    answer: Callable[[Sequence[Request]], list[Update]], requests: Sequence[Request]
+) -> list[Update]:
     """Answer requests that share one pass; where memory does not suffice, in two halves, and so on.
 
     Stacked sites are each what they would be alone, so halves change no answer.
 
     Args:
         answer: answers some requests in one pass.
-        requests: all of them.
-        group: indices of those that share a pass.
-    Returns: index -> answer; that of a site that fails is an error code.
+        requests: those that share it.
+    Returns: the answers, in order; that of a site that fails is an error code.
     """
     try:
-        return dict(zip(group, answer([requests[index] for index in group]), strict=True))
+        return answer(requests)
     except Exception as error:  # any failure must reach the coordinator as a code, and no further
         meant = of_device(error)
-        if len(group) == 1 or not isinstance(meant, OutOfMemory):
+        if len(requests) == 1 or not isinstance(meant, OutOfMemory):
             _log_cause(error, meant)
-            return {index: failed(requests[index], meant or error) for index in group}
+            return [failed(request, meant or error) for request in requests]
     # Not in the except clause: the error holds on to the arrays of the pass.
-    log.warning("a stack of %d sites needs too much memory; trying halves of it", len(group))
+    log.warning("a stack of %d sites needs too much memory; trying halves of it", len(requests))
     free_memory()
-    half = len(group) // 2
-    return {
-        **in_smaller_stacks(answer, requests, group[:half]),
-        **in_smaller_stacks(answer, requests, group[half:]),
-    }
+    half = len(requests) // 2
+    return [*in_smaller_stacks(answer, requests[:half]), *in_smaller_stacks(answer, requests[half:])]
 
 
 def _log_cause(error: Exception, meant: QuorateError | None) -> None:

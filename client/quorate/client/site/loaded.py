@@ -15,7 +15,8 @@ from quorate.client.trainer.dp.row_isolation import check_rows_apart
 from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.errors import QuorateError
+from quorate.shared.errors import ConfigError, QuorateError
+from quorate.shared.model.base_model import default_device
 from quorate.shared.model.lora_model import LoadedModel, load_model
 from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.protocol.messages import Split
@@ -146,3 +147,21 @@ def _model_key(run: RunConfig) -> tuple[object, ...]:
 def _rows_key(run: RunConfig) -> tuple[object, ...]:
     # Under group-level privacy rows are checked when they are made ready, so they are made ready again.
     return run.data, run.training.examples_per_class, run.privacy
+
+
+def training_device(name: str) -> torch.device:
+    """Return the device that site.yaml names.
+
+    Raises: ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"site.yaml, device: this machine cannot compute on {name!r} "
+            f"({str(error).splitlines()[0][:200]}); write cpu, cuda, cuda:N or auto."
+        ) from error
+    return device

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quorate.client.site.loaded import Resident
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit
-from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import moving
 from quorate.shared.aggregation import FedAvg
@@ -59,8 +59,7 @@ def value(config: RunConfig, outcomes: Outcomes | None) -> float:
 
 
 def train_local_baseline(
-    stack: AdapterStack,
-    config: RunConfig,
+    resident: Resident,
     task: SiteTask,
     validation: Sequence[Example],
     test: Sequence[Example],
@@ -69,15 +68,14 @@ def train_local_baseline(
     """Train as many rounds of as many steps as in the federation, and measure the best of them.
 
     Args:
-        model: the base, without a residual.
-        stack: the adapters on it.
-        config: the run.
+        resident: the run, the base without a residual, and the adapters on it.
         task: the site's training rows and the seeded start.
         validation: its validation rows, which pick the round.
         test: its test rows.
         on_step: told of every optimiser step.
     Raises: NonFiniteUpdate: training diverged.
     """
+    config, stack = resident.run, resident.stack
     run, last = single(config), config.federation.rounds
     current = task.start
     best: tuple[int, Adapter, float] | None = None

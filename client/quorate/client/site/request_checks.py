@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from quorate.client.site.request import Request
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, Array
 from quorate.shared.adapters.selection import download_schema
-from quorate.shared.aggregation import GlobalState
 from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
-from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import AdapterError, ProtocolError, RequestRefused
 from quorate.shared.model.lora_model import LoadedModel
-from quorate.shared.protocol.messages import RequestHeader
 
 _WITHOUT_ROUND = ("join", "start", "alone")
 """Phases outside of the rounds: they begin from the seeded start, so no arrays come with them."""
@@ -47,9 +45,10 @@ class BaseLimits:
             )
 
 
-def check_header(run: RunConfig, header: RequestHeader) -> None:
+def check_header(request: Request) -> None:
     """Raise ProtocolError unless round, split and delivery are those of the phase that is asked for."""
-    phase, round, last = header.phase, header.round, run.federation.rounds
+    header = request.header
+    phase, round, last = header.phase, header.round, request.run.federation.rounds
     if phase in _WITHOUT_ROUND and round != 0:
         raise ProtocolError(f"a request to {phase} names round {round}; it has none.")
     if phase not in _WITHOUT_ROUND and not 1 <= round <= last:
@@ -63,31 +62,29 @@ def check_header(run: RunConfig, header: RequestHeader) -> None:
         raise ProtocolError("a request brings figures if it brings a result, and only then.")
 
 
-def check_arrays(run: RunConfig, header: RequestHeader, arrays: Adapter, initial: Adapter) -> None:
+def check_arrays(request: Request, initial: Adapter) -> None:
     """Hold the arrays of a request against those that the run's rule sends.
 
     Args:
-        run: its configuration.
-        header: says phase and round.
-        arrays: what came; a site has what is missing from its seeded start.
+        request: says run, phase and round; a site has what is missing from its seeded start.
         initial: the seeded start.
     Raises: AdapterError: an array that the rule does not send, or of another shape; a residual that is no
         pair of factors, is of a layer without an adapter, or of a rank that cannot have come about.
         NonFiniteUpdate: NaN or infinity.
     """
+    run, header, arrays = request.run, request.header, request.arrays
     if header.phase in _WITHOUT_ROUND:
         schema: Mapping[str, tuple[int, ...]] = {}
     else:
         schema = download_schema(run, initial.schema, header.round)
     if len(arrays) > len(schema) + 2 * len(initial):
         raise AdapterError(f"{len(arrays)} arrays, where {len(schema)} and their residual would be the most.")
-    state = GlobalState.from_sent(arrays)
-    state.adapter.check_schema({name: schema[name] for name in schema.keys() & state.adapter.keys()})
-    pairs = _pairs(state.residual)
+    adapter = request.state.adapter
+    adapter.check_schema({name: schema[name] for name in schema.keys() & adapter.keys()})
     # A round is sent to before it is aggregated; what is measured or delivered has been.
     done = header.round - (header.phase == "fit")
     rank = run.aggregation.residual_rank(run.adapter.r, done, run.federation.sites_per_round) if schema else 0
-    for layer, (left, right) in pairs.items():
+    for layer, (left, right) in _pairs(request.state.residual).items():
         _check_pair(layer, left.shape, right.shape, schema, rank)
     arrays.check_finite()
 

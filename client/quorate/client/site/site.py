@@ -1,4 +1,4 @@
-"""The resident site: data, base model and trainer behind one seam, `handle(requests) -> updates`.
+"""The resident site: data, base model and trainer, an engine (`quorate.client.site.engine`) of one device.
 
 In production a process holds one organisation and is asked one thing at a time. In simulation one process
 holds every site, and the whole cohort is trained in one pass over the frozen base.
@@ -9,20 +9,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from quorate.client.privacy.units import check_shares_outcomes, groups_of, reported_seconds
-from quorate.client.process.handler import failed
 from quorate.client.site.data_source import Holdings, InMemory, SiteRows
 from quorate.client.site.delivered import keep_result
 from quorate.client.site.device_errors import in_smaller_stacks, of_device
 from quorate.client.site.join import describe
 from quorate.client.site.loaded import Prepared, Resident
 from quorate.client.site.local_baseline import train_local_baseline
+from quorate.client.site.request import Request, failed
 from quorate.client.site.request_checks import check_arrays, check_base_change, check_header
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
@@ -32,14 +31,12 @@ from quorate.shared.adapters.selection import check_patterns, moving, uploaded
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.errors import NonFiniteUpdate, ProtocolError, RequestRefused
+from quorate.shared.errors import NonFiniteUpdate, RequestRefused
 from quorate.shared.progress import OnStep, ignore_step
-from quorate.shared.protocol.messages import BEST_ROUND, RoundRequest, Update
+from quorate.shared.protocol.messages import BEST_ROUND, Update
 from quorate.shared.protocol.versions import check_versions
 
 log = logging.getLogger(__name__)
-
-__all__ = ["Site", "SiteRows"]
 
 
 class Site:
@@ -75,15 +72,27 @@ class Site:
         """The sites this process answers for."""
         return self._prepared.holdings.names
 
-    def handle(self, requests: list[RoundRequest]) -> list[Update]:
-        """Answer requests in order. A site that fails answers with an error code; the others go on.
+    def handle_many(self, requests: Sequence[Request]) -> list[Update]:
+        """Answer requests, in order; those of one round that start from one base are trained as stacks.
 
         The text of an error may quote data, so it goes to this process's log and never into an update.
         """
         answers: dict[int, Update] = {}
-        for group in self._groups(requests, answers):
-            answers.update(in_smaller_stacks(self._answer, requests, group))
-        return [answers[i] for i in range(len(requests))]
+        passes: dict[object, list[int]] = {}
+        for index, request in enumerate(requests):
+            try:
+                self._admit(request)
+            except Exception as error:  # any failure must reach the coordinator as a code, and no further
+                answers[index] = failed(request, of_device(error) or error)
+            else:
+                passes.setdefault(_pass_of(request) or index, []).append(index)
+        for members in passes.values():
+            size = requests[members[0]].run.training.max_stack
+            for start in range(0, len(members), size):
+                stack = members[start : start + size]
+                done = in_smaller_stacks(self._answer, [requests[index] for index in stack])
+                answers.update(zip(stack, done, strict=True))
+        return [answers[index] for index in range(len(requests))]
 
     def prepare(self, run: RunConfig) -> RunConfig:
         """Load the base model and make every site's rows ready, so that what is wrong shows before round 1.
@@ -113,41 +122,19 @@ class Site:
             answers.append(run.task.samples(resident.model.peft, resident.model.processor))
         return answers
 
-    def _groups(self, requests: Sequence[RoundRequest], answers: dict[int, Update]) -> Iterator[list[int]]:
-        """Yield indices of requests that share one pass, after refusing what cannot be admitted."""
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for index, request in enumerate(requests):
-            try:
-                resident = self._admit(request)
-            except Exception as error:  # any failure must reach the coordinator as a code, and no further
-                answers[index] = failed(request, of_device(error) or error)
-                continue
-            stacked = request.header.phase == "fit"
-            residual = GlobalState.from_sent(request.arrays).residual.content_hash
-            key = (str(request.header.round), residual) if stacked else (str(index),)
-            groups.setdefault((resident.run.content_hash, request.header.phase, *key), []).append(index)
-        for members in groups.values():
-            last = self._prepared.resident
-            yield from _chunks(members, last.run.training.max_stack if last is not None else 1)
+    def _admit(self, request: Request) -> None:
+        """Hold a request against the run and the base model that it names, and read what it trains on."""
+        if request.header.site not in self.names:
+            raise RequestRefused(f"this process does not answer for site {request.header.site!r}.")
+        check_header(request)
+        resident = self._prepared.load(request.run)
+        check_arrays(request, resident.model.initial)
+        check_base_change(resident.model, request.state.residual, self._prepared.holdings.base_limits)
+        if request.header.phase == "fit":
+            self._prepared.examples(resident, request.header.site, "train")
 
-    def _admit(self, request: RoundRequest) -> Resident:
-        header = request.header
-        run = RunConfig.model_validate_json(header.run_config)
-        if run.content_hash != header.config_hash:
-            raise ProtocolError("the configuration does not have the hash that the request names.")
-        if header.site not in self.names:
-            raise RequestRefused(f"this process does not answer for site {header.site!r}.")
-        check_header(run, header)
-        resident = self._prepared.load(run)
-        check_arrays(run, header, request.arrays, resident.model.initial)
-        residual = GlobalState.from_sent(request.arrays).residual
-        check_base_change(resident.model, residual, self._prepared.holdings.base_limits)
-        if header.phase == "fit":
-            self._prepared.examples(resident, header.site, "train")
-        return resident
-
-    def _answer(self, requests: list[RoundRequest]) -> list[Update]:
-        resident = self._prepared.load(RunConfig.model_validate_json(requests[0].header.run_config))
+    def _answer(self, requests: Sequence[Request]) -> list[Update]:
+        resident = self._prepared.load(requests[0].run)
         phase = requests[0].header.phase
         if phase == "fit":
             return self._fit(resident, requests)
@@ -160,7 +147,7 @@ class Site:
         }[phase]
         return [one(resident, request) for request in requests]
 
-    def _join(self, resident: Resident, request: RoundRequest) -> Update:
+    def _join(self, resident: Resident, request: Request) -> Update:
         run, site, prepared = resident.run, request.header.site, self._prepared
         check_versions(request.header.versions)
         check_patterns(run, resident.model.initial)
@@ -178,10 +165,10 @@ class Site:
         )
         return Update.reply(request, description=description)
 
-    def _start(self, resident: Resident, request: RoundRequest) -> Update:
+    def _start(self, resident: Resident, request: Request) -> Update:
         return Update.reply(request, resident.model.initial)
 
-    def _evaluate(self, resident: Resident, request: RoundRequest) -> Update:
+    def _evaluate(self, resident: Resident, request: Request) -> Update:
         started = time.monotonic()
         split = request.header.split
         assert split is not None, "check_header"
@@ -196,7 +183,7 @@ class Site:
             seconds=reported_seconds(resident.run, time.monotonic() - started),
         )
 
-    def _alone(self, resident: Resident, request: RoundRequest) -> Update:
+    def _alone(self, resident: Resident, request: Request) -> Update:
         started, site = time.monotonic(), request.header.site
         if resident.run.privacy is not None:
             raise RequestRefused(
@@ -209,7 +196,7 @@ class Site:
             self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
         )
         task = SiteTask(site, train, resident.model.initial)
-        done = train_local_baseline(resident.stack, resident.run, task, validation, test, self._on_step)
+        done = train_local_baseline(resident, task, validation, test, self._on_step)
         return Update.reply(
             request,
             outcomes=done.outcomes,
@@ -218,14 +205,14 @@ class Site:
             seconds=time.monotonic() - started,
         )
 
-    def _finish(self, resident: Resident, request: RoundRequest) -> Update:
+    def _finish(self, resident: Resident, request: Request) -> Update:
         state = self._completed(resident, request)
         claim = self._prepared.claim_kept(resident.run, request.header.site)
         folder = keep_result(self._received_dir, resident.run, request.header, state, claim)
         log.info("run %s is done; its result lies in %s", request.header.run_id, folder)
         return Update.reply(request)
 
-    def _fit(self, resident: Resident, requests: list[RoundRequest]) -> list[Update]:
+    def _fit(self, resident: Resident, requests: Sequence[Request]) -> list[Update]:
         """Train the requests' sites as one stack: the rule's site half around the trainer."""
         started = time.monotonic()
         run, round = resident.run, requests[0].header.round
@@ -238,51 +225,48 @@ class Site:
         fitted = fit(resident.stack, run, round, tasks, trainable, self._on_step)
         seconds = reported_seconds(run, (time.monotonic() - started) / len(requests))
         return [
-            self._uploaded(run, *answer, seconds)
-            for answer in zip(requests, tasks, states, fitted, strict=True)
+            _uploaded(run, *answer, seconds) for answer in zip(requests, tasks, states, fitted, strict=True)
         ]
 
     def _task(self, resident: Resident, site: str, start: Adapter) -> SiteTask:
         groups = groups_of(resident.run, site, self._prepared.rows(resident.run, site, "train"))
         return SiteTask(site, self._prepared.examples(resident, site, "train"), start, groups)
 
-    def _uploaded(
-        self,
-        run: RunConfig,
-        request: RoundRequest,
-        task: SiteTask,
-        state: GlobalState,
-        done: Fitted,
-        seconds: float,
-    ) -> Update:
-        if not all(map(math.isfinite, done.metrics.values())):
-            # Only this site's answer: those it was stacked with never saw its numbers.
-            return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
-        arrays = uploaded(run, done.adapter, state, request.header.round)
-        private = isinstance(run.privacy, SitePrivacy)  # then nobody is told how many tokens the rows have
-        num_tokens = 0 if private else run.task.num_tokens(task.examples)
-        return Update.reply(
-            request,
-            arrays,
-            num_examples=run.task.num_rows(task.examples),
-            num_tokens=num_tokens,
-            num_steps=done.steps,
-            metrics=done.metrics,
-            seconds=seconds,
-        )
-
-    def _received(self, resident: Resident, request: RoundRequest) -> GlobalState:
+    def _received(self, resident: Resident, request: Request) -> GlobalState:
         """Complete what was sent, and put its residual into the base."""
         state = self._completed(resident, request)
         resident.model.set_residual(state.residual, self._prepared.holdings.base_limits.admit)
         return state
 
-    def _completed(self, resident: Resident, request: RoundRequest) -> GlobalState:
+    def _completed(self, resident: Resident, request: Request) -> GlobalState:
         """Complete what was sent by the seeded start."""
-        return GlobalState.from_sent(resident.model.initial.updated(request.arrays))
+        sent = request.state
+        return GlobalState(resident.model.initial.updated(sent.adapter), sent.residual)
 
 
-def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
-    members = iter(indices)
-    while chunk := list(islice(members, size)):
-        yield chunk
+def _pass_of(request: Request) -> tuple[object, ...] | None:
+    """Return what requests have in common that can share a pass; None for one that shares none."""
+    header = request.header
+    if header.phase != "fit":
+        return None
+    return header.config_hash, header.round, request.state.residual.content_hash
+
+
+def _uploaded(
+    run: RunConfig, request: Request, task: SiteTask, state: GlobalState, done: Fitted, seconds: float
+) -> Update:
+    """Return what leaves the site after training, or that it diverged."""
+    if not all(map(math.isfinite, done.metrics.values())):
+        # Only this site's answer: those it was stacked with never saw its numbers.
+        return failed(request, NonFiniteUpdate("training diverged; lower training.learning_rate."))
+    arrays = uploaded(run, done.adapter, state, request.header.round)
+    private = isinstance(run.privacy, SitePrivacy)  # then nobody is told how many tokens the rows have
+    return Update.reply(
+        request,
+        arrays,
+        num_examples=run.task.num_rows(task.examples),
+        num_tokens=0 if private else run.task.num_tokens(task.examples),
+        num_steps=done.steps,
+        metrics=done.metrics,
+        seconds=seconds,
+    )

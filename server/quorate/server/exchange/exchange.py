@@ -166,11 +166,12 @@ class Answers:
                 if checked is not None:
                     self.longest = time.monotonic() - started
                     yield self.sites[node], checked
-            silent = missing - exchange.waiting - again.due.keys()
-            send(again.ready(missing) | (self.presence.look(grid) & silent))
-            # Only between two looks at the grid: what has arrived counts, however long it takes to add up.
+            # Only between two looks at the grid: what has arrived counts, however long it takes to add up,
+            # and a grid in this process answers nobody before the next look.
             if arrived or not missing:
                 continue
+            silent = missing - exchange.waiting - again.due.keys()
+            send(again.ready(missing) | (self.presence.look(grid) & silent))
             present = self.presence.present(missing)
             if patience.over(bool(present)):
                 break

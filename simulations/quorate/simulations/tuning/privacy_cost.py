@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quorate.client.privacy.units import plan_of
-from quorate.client.site.site import SiteRows
+from quorate.client.site.data_source import SiteRows
 from quorate.client.trainer.dp.plan import PrivatePlan
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.tracking.records import Record

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quorate.client.site.site import Site, SiteRows
+from quorate.client.site.data_source import SiteRows
+from quorate.client.site.site import Site
 from quorate.server.rounds.run import RUN_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.config.read import dump_yaml, load_file
@@ -57,7 +58,7 @@ def tune(search: Search, *, resume: bool = False) -> Study:
             name: {split: found for split, found in splits.items() if split != "test"}
             for name, splits in search.rows.items()
         }
-        site = Site(rows, on_step=search.on_step)
+        engine = Site(rows, on_step=search.on_step)
         grid = search.space.grid() if search.space.sampler == "grid" else []
         wanted = min(search.space.trials, len(grid)) if grid else search.space.trials
         if (together := privacy_cost(search.rows, [search.base] * wanted)) is not None:
@@ -69,7 +70,7 @@ def tune(search: Search, *, resume: bool = False) -> Study:
             study.sampler = make_sampler(search.space, done)
             study.pruner = make_pruner(search.space, search.base.federation.rounds)
             study.optimize(
-                lambda trial: objective(trial, search, site),
+                lambda trial: objective(trial, search, engine),
                 n_trials=1,
                 catch=(Diverged,),
                 callbacks=[lambda study, trial: _tell(study, trial, search, wanted)],

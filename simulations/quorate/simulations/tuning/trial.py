@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quorate.client.site.site import Site, SiteRows
+from quorate.client.site.data_source import SiteRows
+from quorate.client.site.engine import Engine
 from quorate.server.rounds.evaluation import scalars
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.events import Event, RoundDone, Tracker, telling_warnings
@@ -130,17 +131,17 @@ def _watch(trial: Trial, metric: str, rounds: int) -> Tracker:
     return report
 
 
-def objective(trial: Trial, search: Search, site: Site) -> float:
+def objective(trial: Trial, search: Search, engine: Engine) -> float:
     """Run one trial; returns the best round's validation metric."""
     from optuna import TrialPruned
 
     started = time.monotonic()
     values = {key: suggest(trial, key, each) for key, each in search.space.space.items()}
-    config = site.prepare(search.config(values))
+    config = engine.prepare(search.config(values))
     watch = _watch(trial, search.metric, config.federation.rounds)
     run = Run.open(config, trial_dir(search.output_dir, trial.number), trackers=[watch])
     with telling_warnings(run.output_dir, run.trackers):
-        result = serve(InProcessGrid(site, list(search.rows)), run)
+        result = serve(InProcessGrid(engine, list(search.rows)), run)
     for folder in run.output_dir.glob("checkpoint-*"):  # the adapters of trials that nobody will use
         shutil.rmtree(folder)
     trial.set_user_attr(SECONDS, round(time.monotonic() - started, 1))

@@ -335,7 +335,7 @@ def test_a_private_run_with_references_ends_with_results(
     text = (tmp_path / "out" / "run.yaml").read_text()
     assert load_run(tmp_path / "out" / "run.yaml").privacy == run.privacy and "target_epsilon" in text
     records = "".join(path.read_text() for path in (tmp_path / "out").glob("*.jsonl"))
-    assert "train_loss" not in records and "grad_norm" not in records and "noise_multiplier" in records
+    assert '"train_loss"' not in records and '"grad_norm"' not in records and "noise_multiplier" in records
 
 
 def test_a_resumed_private_run_says_that_its_noise_is_new(

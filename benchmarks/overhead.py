@@ -32,7 +32,7 @@ from quorate.shared.tasks.task import Example
 from quorate.simulations.runner import simulate
 from quorate.simulations.simulated_sites import default_sites_path, find_recipe, load_sites
 
-Prepared = dict[str, dict[str, list[Example]]]
+LoadedRuns = dict[str, dict[str, list[Example]]]
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
 def bare_loop(run: RunConfig, rows: Mapping[str, SiteRows]) -> Adapter:
     """Federated averaging as a script would do it: one site after the other on one PEFT model."""
     model = load_model(run)
-    data: Prepared = {
+    data: LoadedRuns = {
         site: {split: run.task.encode(list(each), model.processor) for split, each in splits.items()}
         for site, splits in rows.items()
     }
@@ -115,7 +115,7 @@ def train_site(
     return model.read_adapter()
 
 
-def evaluate(run: RunConfig, model: LoadedModel, adapter: Adapter, data: Prepared, split: str) -> None:
+def evaluate(run: RunConfig, model: LoadedModel, adapter: Adapter, data: LoadedRuns, split: str) -> None:
     model.write_adapter(adapter)
     size = run.training.per_device_eval_batch_size
     for splits in data.values():

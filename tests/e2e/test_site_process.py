@@ -17,7 +17,7 @@ from quorate.client.process.grpc_client import RemoteSite
 from quorate.client.process.grpc_server import check_health
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.protocol.messages import RoundRequest, Update
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -98,7 +98,7 @@ def test_a_run_at_a_site_that_dies(process: SiteProcess, run: Any, make_run: Any
 
 def _undisturbed(process: SiteProcess, asked: RoundRequest) -> str:
     """What a site gives that was never killed."""
-    (update,) = answer_all(Site(AtSite(process.folder)), [asked])
+    (update,) = answer_all(Site(SiteData(process.folder)), [asked])
     return update.arrays.content_hash
 
 

@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 from ledgers import EVENT, Place
 
-from quorate.client.policy.answer_store import Answered
+from quorate.client.policy.answer_store import AnswerStore
 from quorate.client.policy.site_config import SiteConfig
 from quorate.client.privacy import ledger_verify
 from quorate.client.privacy.budgets import Budgets, spending
 from quorate.client.privacy.ledger import Ledger
 from quorate.client.privacy.ledger_records import Commit, Reservation
 from quorate.client.privacy.ledger_verify import Anchor, verify
-from quorate.client.privacy.spending_gate import Accounted
+from quorate.client.privacy.spending_gate import SpendingGate
 from quorate.client.site.request import Request
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
@@ -74,7 +74,7 @@ class Trainer:
 STEPS = (
     (Ledger, "reserve"),
     (Trainer, "handle"),
-    (Answered, "_store"),
+    (AnswerStore, "_store"),
     (Ledger, "commit"),
     (Anchor, "append"),
 )
@@ -100,9 +100,9 @@ def crude(events: Sequence[PrivacyEvent], delta: float) -> float:
 
 def work(place: Place, first: int, rounds: int, out: int) -> None:
     """Answer rounds, and send what leaves."""
-    answered = Answered(place.folder / "answers.db", Trainer())
+    answered = AnswerStore(place.folder / "answers.db", Trainer())
     budgets = Budgets(SITE, place.folder, crude)
-    site = Accounted(
+    site = SpendingGate(
         place.open,
         lambda: budgets,
         lambda run: spending(run, SITE, place.folder, lambda _: EVENT),

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from federations import unpack_kit
 
-from quorate.client.data.placement import Placing
+from quorate.client.data.placement import Placement
 
 NAME = "clinic"
 NEEDS_NGINX = pytest.mark.skipif(
@@ -49,7 +49,7 @@ def place_as_simulated(site: Path) -> None:
     place = site / "state" / "splits"
     place.mkdir(mode=0o700, parents=True)
     (site / "state").chmod(0o750)
-    (place / "key").write_bytes(Placing.of_seed(0).key)
+    (place / "key").write_bytes(Placement.of_seed(0).key)
     (place / "key").chmod(0o600)
 
 

@@ -12,7 +12,7 @@ from quorate.client.node.folder import SiteFolder
 from quorate.client.process.chain import build_chain
 from quorate.client.site.delivered import RECEIVED
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.protocol.messages import RoundRequest, Update
 
 
@@ -33,7 +33,7 @@ class WholeSite:
     def start(self) -> None:
         """Begin, as a new process does."""
         self.folder = SiteFolder.find(self.folder.path)
-        self.at_site = AtSite(self.folder)
+        self.at_site = SiteData(self.folder)
         site = Site(self.at_site, on_step=self._step, received=self.folder.state / RECEIVED)
         self.chain = build_chain(self.folder, self.at_site, site)
         self.chain.book.settle()

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quorate.client.data.mapping import LoadedRow
-from quorate.client.data.placement import Placing, content
+from quorate.client.data.placement import Placement, content
 from quorate.client.data.splits import fill_missing_splits, load_splits, measured_apart
 from quorate.shared.config.sites_config import SourceConfig, SplitConfig
 from quorate.shared.errors import DataError
 from quorate.shared.protocol.messages import Split
 
 SPLIT = SplitConfig()
-KEY = Placing(bytes(range(32)))
+KEY = Placement(bytes(range(32)))
 cells = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text("ab. \n\u00e9", max_size=5)
 )
@@ -32,7 +32,9 @@ def row_of(number: int, group: str | None = None, label: int | None = None) -> L
     return LoadedRow(raw, f"notes:{number}", raw, group=group)
 
 
-def sides(rows: Sequence[LoadedRow], placing: Placing = KEY, split: SplitConfig = SPLIT) -> dict[str, Split]:
+def sides(
+    rows: Sequence[LoadedRow], placing: Placement = KEY, split: SplitConfig = SPLIT
+) -> dict[str, Split]:
     """Side of each row by its text; every row must be there once for each time it came in."""
     filled = fill_missing_splits({"train": list(rows)}, split, placing)
     assert sum(map(len, filled.values())) == len(rows)
@@ -83,7 +85,7 @@ def test_a_hundred_runs_with_a_row_and_a_hundred_without_measure_the_same_others
     others = [row_of(number, f"patient {number % 50}" if grouped else None) for number in range(count)]
     more = row_of(count, "a patient of its own" if grouped else None)
     for run in range(100):
-        placing = Placing(random.Random(run).randbytes(32))
+        placing = Placement(random.Random(run).randbytes(32))
         order = random.Random(1000 + run).sample([*others, more], count + 1)
         without = sides([row for row in order if row is not more], placing)
         with_it = sides(order, placing)
@@ -104,10 +106,12 @@ def test_larger_shares_take_from_training_alone() -> None:
 def test_another_key_is_another_split() -> None:
     rows = [row_of(number) for number in range(200)]
     assert (
-        sides(rows, Placing.of_seed(0)) == sides(rows, Placing.of_seed(0)) != sides(rows, Placing.of_seed(1))
+        sides(rows, Placement.of_seed(0))
+        == sides(rows, Placement.of_seed(0))
+        != sides(rows, Placement.of_seed(1))
     )
-    assert Placing.of_seed(0).fingerprint != Placing.of_seed(1).fingerprint
-    assert Placing.of_seed(0).key.hex() not in repr(Placing.of_seed(0))
+    assert Placement.of_seed(0).fingerprint != Placement.of_seed(1).fingerprint
+    assert Placement.of_seed(0).key.hex() not in repr(Placement.of_seed(0))
 
 
 @given(records, records)

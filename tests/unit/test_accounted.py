@@ -24,7 +24,7 @@ from quorate.client.process.chain import build_chain
 from quorate.client.site.device_errors import OUT_OF_MEMORY
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.server.exchange.exchange import REASONS
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.read import dump_yaml
@@ -52,7 +52,7 @@ class World:
         self.start()
 
     def start(self) -> None:
-        at_site = AtSite(self.folder)
+        at_site = SiteData(self.folder)
         self.site = Site(at_site, on_step=self._step)
         self.chain = build_chain(self.folder, at_site, self.site)
         self.gate = Gate(self.folder.config, self.folder.state, self.chain.accounted)
@@ -295,7 +295,7 @@ def test_no_training_on_other_rows_than_the_claim_is_of(world: Any, private: Any
 
 def cost(site: World, run: Any, rounds: int) -> float:
     """Epsilon of some rounds of a run at the site."""
-    event = AtSite(site.folder).spending(run).over(rounds)
+    event = SiteData(site.folder).spending(run).over(rounds)
     return epsilon([event], DELTA)
 
 

@@ -11,7 +11,7 @@ import pytest
 from site_folder import RUN_ID, SITE, request
 
 from quorate.client.policy import answer_store
-from quorate.client.policy.answer_store import KEEP_ROUNDS, Answered
+from quorate.client.policy.answer_store import KEEP_ROUNDS, AnswerStore
 from quorate.client.site.engine import OneAtATime
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
@@ -27,7 +27,7 @@ class Counted:
         self.steps = 0
         self.path = path
         self._site = OneAtATime(Site(rows, on_step=self._step))
-        self.store = Answered(path, self._site)
+        self.store = AnswerStore(path, self._site)
 
     def _step(self, _event: object) -> None:
         self.steps += 1
@@ -35,7 +35,7 @@ class Counted:
     def reopen(self) -> None:
         """As a new process would."""
         self.store.close()
-        self.store = Answered(self.path, self._site)
+        self.store = AnswerStore(self.path, self._site)
 
     def ask(self, asked: RoundRequest) -> Update:
         return self.store.handle(Request.decode(asked.encoded))
@@ -176,4 +176,4 @@ def test_an_answer_that_cannot_be_stored_does_not_leave(site: Any, run: Any) -> 
 def test_a_damaged_database_says_what_to_do(tmp_path: Path, make_sites: Any) -> None:
     (tmp_path / "answers.db").write_bytes(b"no database" * 100)
     with pytest.raises(OutputError, match="move it away"):
-        Answered(tmp_path / "answers.db", OneAtATime(Site(make_sites(north=3))))
+        AnswerStore(tmp_path / "answers.db", OneAtATime(Site(make_sites(north=3))))

@@ -19,7 +19,7 @@ from quorate.client.site.engine import OneAtATime
 from quorate.client.site.request import Request
 from quorate.client.site.request_checks import check_header
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.server.exchange.exchange import REASONS
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
 from quorate.shared.adapters.selection import downloaded
@@ -46,7 +46,7 @@ class Held:
 
     def __init__(self, path: Path, model: Path, make_run: Any, **policy: Any) -> None:
         self.folder = write_folder(path, model, **policy)
-        self.site = Site(AtSite(self.folder), received=path / "received")
+        self.site = Site(SiteData(self.folder), received=path / "received")
         self.gate = Gate(self.folder.config, path, OneAtATime(self.site))
         self._pinned = {"model_name_or_path": "/nowhere", "sha256": sha256_of(model)}
         self._make_run = make_run

@@ -14,7 +14,7 @@ from site_folder import SITE, request, sha256_of, write_folder
 from quorate.client.node.folder import SiteFolder
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.tasks.task import Example
 
 
@@ -33,7 +33,7 @@ def test_rows_and_examples_of_other_runs_are_let_go_of(
     folder: SiteFolder, tiny_bert: Path, make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = {"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)}
-    held = AtSite(folder)
+    held = SiteData(folder)
     site = Site(held)
     encoded: list[tuple[str, weakref.ref[Example]]] = []
     encode = type(make_run().task).encode

@@ -19,7 +19,7 @@ from quorate.client.node.folder import SiteFolder
 from quorate.client.process.chain import build_chain
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.errors import LedgerError
 from quorate.shared.protocol.messages import Split, Update
 
@@ -50,7 +50,7 @@ class Place:
     def start(self) -> None:
         self.folder = SiteFolder.find(self.path)
         self.folder.state.mkdir(exist_ok=True)
-        self.at_site = AtSite(self.folder)
+        self.at_site = SiteData(self.folder)
         self.chain = build_chain(self.folder, self.at_site, Site(self.at_site))
 
     def stop(self) -> None:
@@ -234,7 +234,7 @@ def test_a_ledger_that_has_spent_wants_the_book_too(place: Place, make: Any, los
         with pytest.raises(LedgerError, match="private runs were trained here"):
             place.at_site.rows(make(), SITE)
         with pytest.raises(LedgerError, match="private runs were trained here"):
-            AtSite(place.folder, looks_only=True).rows(make(), SITE)
+            SiteData(place.folder, looks_only=True).rows(make(), SITE)
     assert place.ask(make(), run_id="f" * 16).header.error == "ledger"
     (splits / "anew").touch()
     assert place.texts(make())["train"] and (splits / "key").read_bytes() == key
@@ -266,10 +266,10 @@ def test_a_column_more_in_every_row_is_said(place: Place, make: Any, caplog: Any
 
 
 def test_who_only_looks_makes_no_key(place: Place, make: Any) -> None:
-    looking = AtSite(place.folder, looks_only=True)
+    looking = SiteData(place.folder, looks_only=True)
     assert looking.rows(make(), SITE)["train"]
     assert inspect_own_data(place.folder.config, place.path, make()).ok
     assert not (place.folder.state / "splits").exists()
     texts = place.texts(make())
-    rows = AtSite(place.folder, looks_only=True).rows(make(), SITE)
+    rows = SiteData(place.folder, looks_only=True).rows(make(), SITE)
     assert [row.values["text"] for row in rows["train"]] == texts["train"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quorate.client.data.mapping import LoadedRow
-from quorate.client.data.placement import Placing
+from quorate.client.data.placement import Placement
 from quorate.client.data.splits import image_columns, load_splits, measured_apart
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
@@ -88,7 +88,7 @@ def _measured_apart(
     """Leave out of a site's training rows what is measured too, as a site does under privacy."""
     (source,) = [site for site in data.sites if site.name == name] if isinstance(data, SiteList) else [data]
     images = image_columns(source, run.task.columns)
-    return measured_apart(splits, Placing.of_seed(source.split.seed), images, by_group=False)[0]
+    return measured_apart(splits, Placement.of_seed(source.split.seed), images, by_group=False)[0]
 
 
 def default_sites_path(run_path: Path) -> Path:

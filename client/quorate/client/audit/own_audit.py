@@ -8,7 +8,7 @@ from quorate.client.audit.result_audit import Options, audit_result
 from quorate.client.models.predictions import check_adapter_dir
 from quorate.client.node.folder import SiteFolder
 from quorate.client.site.delivered import RECEIVED
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.adapters.peft_export import ADAPTER_DIR, RUN_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import OutputError
@@ -25,7 +25,7 @@ def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
         options: how thorough.
     Raises: OutputError: no such result. AdapterError, DataError, ModelError: as `audit_result`.
     """
-    held = AtSite(SiteFolder.find(folder), looks_only=True)
+    held = SiteData(SiteFolder.find(folder), looks_only=True)
     received = held.folder.state / RECEIVED
     if not (received / run_id).is_dir():
         there = sorted(path.name for path in received.glob("*/")) if received.is_dir() else []

@@ -13,7 +13,7 @@ _Held = dict[Split, Counter[int]]
 
 
 @dataclass
-class SeenRows:
+class RowChanges:
     """Rows of the reading before, as hashes of their content that mean nothing outside this process."""
 
     _before: dict[str, tuple[object, _Held]] = field(default_factory=dict)

@@ -28,7 +28,7 @@ _SIDE, _ROW, _GROUP, _KEY = b"quorate.side", b"quorate.row", b"quorate.group", b
 
 
 @dataclass(frozen=True)
-class Placing:
+class Placement:
     """Where rows go under one key.
 
     Args:
@@ -38,7 +38,7 @@ class Placing:
     key: bytes = field(repr=False)
 
     @classmethod
-    def of_seed(cls, seed: int) -> Placing:
+    def of_seed(cls, seed: int) -> Placement:
         """Return the placing of simulated sites, whose splits anyone can make again."""
         return cls(hashlib.sha256(f"quorate split {seed}".encode()).digest())
 
@@ -67,7 +67,7 @@ class Placing:
 
 
 def place(
-    rows: Sequence[LoadedRow], split: SplitConfig, placing: Placing, images: Sequence[str]
+    rows: Sequence[LoadedRow], split: SplitConfig, placing: Placement, images: Sequence[str]
 ) -> list[Split]:
     """Return the side of each row; a row of a group lies where its group does."""
     return [

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from quorate.client.data.duplicates import TARGETS, groups, input_key, near_rows, repeats
 from quorate.client.data.mapping import LABEL, LoadedRow, RowMapper
-from quorate.client.data.placement import Placing
+from quorate.client.data.placement import Placement
 from quorate.client.data.quality_rules import INSPECTORS, Finding
 from quorate.client.data.readers import read_source
 from quorate.client.data.splits import fill_missing_splits, image_columns
@@ -105,7 +105,7 @@ class SiteReport(Report):
 
 
 def read_all(
-    source: SourceConfig, base_dir: Path, task: Task, name: str, placing: Placing | None = None
+    source: SourceConfig, base_dir: Path, task: Task, name: str, placing: Placement | None = None
 ) -> tuple[dict[Split, list[LoadedRow]], SourceReport]:
     """Read a source and keep the rows that can be used.
 
@@ -134,7 +134,7 @@ def read_all(
         unusable=len(problems),
         problems=problems[:MOST_NAMED],
     )
-    placing = placing or Placing.of_seed(source.split.seed)
+    placing = placing or Placement.of_seed(source.split.seed)
     return fill_missing_splits(mapped, source.split, placing, images), report
 
 

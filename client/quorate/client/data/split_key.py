@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quorate.client.data.mapping import LoadedRow
-from quorate.client.data.placement import KEY_BYTES, Placing
+from quorate.client.data.placement import KEY_BYTES, Placement
 from quorate.client.node.folder import CONNECTION_YAML, SiteFolder
 from quorate.client.privacy.ledger import DATABASE as LEDGER
 from quorate.client.privacy.ledger_verify import stored_rows
@@ -48,7 +48,7 @@ class SiteSplits:
         book: path of the database; it may not be there before something was trained on.
     """
 
-    placing: Placing
+    placing: Placement
     book: Path
 
     def leave_out_trained(
@@ -161,7 +161,7 @@ def look_beside(base_dir: Path) -> SiteSplits | None:
     return None if here is None else look_at_splits(here)
 
 
-def read_placing(path: Path) -> Placing:
+def read_placing(path: Path) -> Placement:
     """Read a key.
 
     Raises: LedgerError: it is not one. OutputError: it cannot be read.
@@ -176,7 +176,7 @@ def read_placing(path: Path) -> Placing:
         raise LedgerError(
             f"{path} holds {len(key)} bytes and not the {KEY_BYTES} of a key; put it back from a backup."
         )
-    return Placing(key)
+    return Placement(key)
 
 
 def _has_spent(site: SiteFolder) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quorate.client.data.mapping import LABEL, LoadedRow, RowMapper
-from quorate.client.data.placement import Placing, place
+from quorate.client.data.placement import Placement, place
 from quorate.client.data.readers import read_source
 from quorate.shared.config.sites_config import SourceConfig, SplitConfig
 from quorate.shared.errors import DataError
@@ -25,7 +25,7 @@ def load_splits(
     base_dir: Path,
     task_columns: Mapping[str, Kind],
     labels: Sequence[str],
-    placing: Placing | None = None,
+    placing: Placement | None = None,
 ) -> dict[Split, list[LoadedRow]]:
     """Load a source's rows for a task.
 
@@ -43,7 +43,7 @@ def load_splits(
     mapper = RowMapper(source, task_columns, labels)
     images = image_columns(source, task_columns)
     splits = {split: mapper.map(rows) for split, rows in read_source(source, base_dir, images).items()}
-    return fill_missing_splits(splits, source.split, placing or Placing.of_seed(source.split.seed), images)
+    return fill_missing_splits(splits, source.split, placing or Placement.of_seed(source.split.seed), images)
 
 
 def image_columns(source: SourceConfig, task_columns: Mapping[str, Kind]) -> list[str]:
@@ -60,7 +60,10 @@ def stratum(row: Row) -> str:
 
 
 def fill_missing_splits(
-    splits: Mapping[Split, list[LoadedRow]], split: SplitConfig, placing: Placing, images: Sequence[str] = ()
+    splits: Mapping[Split, list[LoadedRow]],
+    split: SplitConfig,
+    placing: Placement,
+    images: Sequence[str] = (),
 ) -> dict[Split, list[LoadedRow]]:
     """Take the splits that have no file of their own from the training rows.
 
@@ -98,7 +101,7 @@ def fill_missing_splits(
 
 
 def measured_apart(
-    splits: Mapping[Split, Sequence[LoadedRow]], placing: Placing, images: Sequence[str], *, by_group: bool
+    splits: Mapping[Split, Sequence[LoadedRow]], placing: Placement, images: Sequence[str], *, by_group: bool
 ) -> tuple[dict[Split, list[LoadedRow]], set[bytes]]:
     """Leave out of the training rows what is measured too, for a run that protects them.
 

@@ -149,7 +149,7 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     from quorate.client.privacy.budgets import Budgets
     from quorate.client.privacy.ledger import reservations, verify_of
     from quorate.client.site.request import Request
-    from quorate.client.site.site_data import AtSite
+    from quorate.client.site.site_data import SiteData
     from quorate.shared.config.load import load_run
     from quorate.shared.config.privacy_config import SitePrivacy
     from quorate.shared.privacy.accounting import epsilon
@@ -167,7 +167,7 @@ def _run(site: SiteFolder, run_path: Path) -> str:
     policy = site.config.policy.model_copy(update={"approve_each_run": False})  # nobody asks for it yet
     config = site.config.model_copy(update={"policy": policy})
     admit(Request(run, header), config, site.state)
-    at_site = AtSite(site, looks_only=True)
+    at_site = SiteData(site, looks_only=True)
     at_site.at_hand(run)
     rows = at_site.rows(run, site.connection.site)
     budgets = Budgets(site.config, site.path, epsilon)

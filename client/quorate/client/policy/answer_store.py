@@ -49,7 +49,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_fit_per_round ON answers (run_id, round) W
 """
 
 
-class Answered:
+class AnswerStore:
     """A handler that remembers.
 
     Args:

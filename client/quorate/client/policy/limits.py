@@ -19,7 +19,7 @@ DAY = 86400.0
 """Seconds of the span that limits by the day look back on."""
 
 
-class Limited:
+class WorkLimits:
     """A handler that ends work which takes longer than the policy allows.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 
-from quorate.client.data.placement import Placing
+from quorate.client.data.placement import Placement
 from quorate.client.data.quality_report import own_source
 from quorate.client.data.split_key import look_beside
 from quorate.client.data.splits import image_columns, load_splits, measured_apart
@@ -180,7 +180,7 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
     source = own_source(site, run)
     labels: tuple[str, ...] = getattr(run.task, "labels", ())
     held = look_beside(base_dir)
-    placing = Placing.of_seed(source.split.seed) if held is None else held.placing
+    placing = Placement.of_seed(source.split.seed) if held is None else held.placing
     images = image_columns(source, run.task.columns)
     splits = load_splits(source, base_dir, run.task.columns, labels, placing)
     if held is not None:

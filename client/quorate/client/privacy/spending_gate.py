@@ -17,7 +17,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 
-from quorate.client.policy.answer_store import Answered
+from quorate.client.policy.answer_store import AnswerStore
 from quorate.client.privacy.budgets import Budgets, Spending, to_come
 from quorate.client.privacy.ledger import Ledger
 from quorate.client.privacy.ledger_records import RequestKey, Reservation
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SpendingOf = Callable[[RunConfig], Spending]
 
 
-class Accounted:
+class SpendingGate:
     """A handler that keeps the privacy ledger around a store of answers.
 
     Args:
@@ -48,7 +48,7 @@ class Accounted:
         ledger: Callable[[], Ledger],
         budgets: Callable[[], Budgets],
         spending_of: SpendingOf,
-        inner: Answered,
+        inner: AnswerStore,
         *,
         write_down: Callable[[RunConfig], None],
     ) -> None:

@@ -11,18 +11,18 @@ import logging
 from dataclasses import dataclass
 
 from quorate.client.node.folder import SiteFolder
-from quorate.client.policy.answer_store import ANSWERS_FILE, Answered
-from quorate.client.policy.limits import Limited
+from quorate.client.policy.answer_store import ANSWERS_FILE, AnswerStore
+from quorate.client.policy.limits import WorkLimits
 from quorate.client.privacy.budgets import Budgets
 from quorate.client.privacy.ledger import DATABASE as LEDGER
 from quorate.client.privacy.ledger import HEADS, open_ledger
-from quorate.client.privacy.spending_gate import Accounted
-from quorate.client.process.reload import Current
-from quorate.client.runs.message_log import Recorded
+from quorate.client.privacy.spending_gate import SpendingGate
+from quorate.client.process.reload import SiteFileGate
+from quorate.client.runs.message_log import MessageRecorder
 from quorate.client.runs.run_history import DATABASE as RUNS
 from quorate.client.runs.run_history import RunHistory
 from quorate.client.site.engine import Engine, OneAtATime
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.errors import BadInput
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.progress import StepEvent
@@ -36,10 +36,10 @@ class Chain:
     """The links that somebody outside needs by name; `build_chain` says how they hang together."""
 
     book: RunHistory
-    recorded: Recorded
-    limited: Limited
-    accounted: Accounted
-    answered: Answered
+    recorded: MessageRecorder
+    limited: WorkLimits
+    accounted: SpendingGate
+    answered: AnswerStore
 
     def answer(self, message: RoundRequest) -> Update:
         """Answer one message."""
@@ -56,7 +56,7 @@ class Chain:
         self.book.close()
 
 
-def build_chain(folder: SiteFolder, at_site: AtSite, engine: Engine) -> Chain:
+def build_chain(folder: SiteFolder, at_site: SiteData, engine: Engine) -> Chain:
     """Put a site's word before its engine.
 
     A request passes links 1 to 7; they are made from the last to the first, as each holds the next.
@@ -72,9 +72,9 @@ def build_chain(folder: SiteFolder, at_site: AtSite, engine: Engine) -> Chain:
     train = OneAtATime(engine)
     # 6  stored answers: what was answered once is answered the same, and nothing is trained twice; a new
     #    answer is on disk before it goes back.
-    answered = Answered(folder.state / ANSWERS_FILE, train)
+    answered = AnswerStore(folder.state / ANSWERS_FILE, train)
     # 5  privacy ledger: what is stored is given again for nothing; all else is paid for before it is trained.
-    accounted = Accounted(
+    accounted = SpendingGate(
         lambda: open_ledger(folder),
         lambda: Budgets(at_site.folder.config, at_site.folder.path, epsilon),
         at_site.spending,
@@ -83,16 +83,16 @@ def build_chain(folder: SiteFolder, at_site: AtSite, engine: Engine) -> Chain:
     )
     _look_at_ledger(folder, accounted)
     # 4  limits: how long, how often; rows are read again when a run begins.
-    limited = Limited(lambda: at_site.folder.config.policy, book, at_site.forget, accounted)
+    limited = WorkLimits(lambda: at_site.folder.config.policy, book, at_site.forget, accounted)
     # 2  site.yaml as it is at this request, and
     # 3  the policy in it (quorate.client.policy.gate): from the request alone, before any data are read.
-    current = Current(folder, at_site.use, limited)
+    current = SiteFileGate(folder, at_site.use, limited)
     # 1  the message is read once, and written down together with what leaves.
-    recorded = Recorded(book, folder.connection, current)
+    recorded = MessageRecorder(book, folder.connection, current)
     return Chain(book, recorded, limited, accounted, answered)
 
 
-def _look_at_ledger(folder: SiteFolder, accounted: Accounted) -> None:
+def _look_at_ledger(folder: SiteFolder, accounted: SpendingGate) -> None:
     """Open a ledger that is needed or there.
 
     Where it is not what was written, that is logged, and private runs are refused until it is.

@@ -24,7 +24,7 @@ from quorate.client.site.delivered import RECEIVED
 from quorate.client.site.device_errors import LOST_EXIT
 from quorate.client.site.loaded import training_device
 from quorate.client.site.site import Site
-from quorate.client.site.site_data import AtSite
+from quorate.client.site.site_data import SiteData
 from quorate.shared.errors import QuorateError
 from quorate.shared.progress import StepEvent
 
@@ -60,7 +60,7 @@ def serve(folder: SiteFolder, stop: threading.Event) -> int:
     def grid() -> float:
         return at_site.folder.config.policy.answer_grid_seconds
 
-    at_site = AtSite(folder)
+    at_site = SiteData(folder)
     received = folder.state / RECEIVED
     engine = Site(at_site, device=device, on_step=on_step, on_model=on_model, received=received)
     chain = build_chain(folder, at_site, engine)

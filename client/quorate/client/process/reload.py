@@ -30,7 +30,7 @@ _TRIES = 20
 _SHOWN = 12
 
 
-class Current:
+class SiteFileGate:
     """A handler that lets through what the policy allows as site.yaml has it at this request.
 
     Args:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _COUNTS = {"num_examples", "num_tokens", "num_steps"}
 
 
-class Recorded:
+class MessageRecorder:
     """Reads messages, has them answered, and writes down who asked what, and what left.
 
     Args:

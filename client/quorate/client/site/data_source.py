@@ -14,7 +14,7 @@ from quorate.shared.tasks.task import Row
 SiteRows = Mapping[Split, Sequence[Row]]
 
 
-class Holdings(Protocol):
+class DataSource(Protocol):
     """Finds for a run what a site holds."""
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from quorate.client.privacy.units import check_groups_apart, check_some, plan_of
-from quorate.client.site.data_source import Holdings
+from quorate.client.site.data_source import DataSource
 from quorate.client.trainer.dp.row_isolation import check_rows_apart
 from quorate.client.trainer.sampling import few_shot
 from quorate.client.trainer.stack import AdapterStack
@@ -44,7 +44,7 @@ class Resident:
     readings: int = 0
 
 
-class Prepared:
+class LoadedRuns:
     """Loads what a run needs when it first asks, and keeps it until a run asks for something else.
 
     Args:
@@ -56,7 +56,7 @@ class Prepared:
 
     def __init__(
         self,
-        holdings: Holdings,
+        holdings: DataSource,
         device: torch.device | None,
         as_given: Collection[str],
         on_model: Callable[[bool], None],

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from quorate.client.privacy.units import check_shares_outcomes, groups_of, reported_seconds
-from quorate.client.site.data_source import Holdings, InMemory, SiteRows
+from quorate.client.site.data_source import DataSource, InMemory, SiteRows
 from quorate.client.site.delivered import keep_result
 from quorate.client.site.device_errors import in_smaller_stacks, of_device
 from quorate.client.site.join import describe
-from quorate.client.site.loaded import Prepared, Resident
+from quorate.client.site.loaded import LoadedRuns, Resident
 from quorate.client.site.local_baseline import train_local_baseline
 from quorate.client.site.request import Request, failed
 from quorate.client.site.request_checks import check_arrays, check_base_change, check_header
@@ -54,7 +54,7 @@ class Site:
 
     def __init__(
         self,
-        rows: Mapping[str, SiteRows] | Holdings,
+        rows: Mapping[str, SiteRows] | DataSource,
         *,
         device: torch.device | None = None,
         on_step: OnStep = ignore_step,
@@ -63,7 +63,7 @@ class Site:
         on_model: Callable[[bool], None] = lambda loaded: None,
     ) -> None:
         holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
-        self._prepared = Prepared(holdings, device, as_given, on_model)
+        self._prepared = LoadedRuns(holdings, device, as_given, on_model)
         self._received_dir = received
         self._on_step = on_step
 

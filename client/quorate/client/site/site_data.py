@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from quorate.client.data.changes import SeenRows
+from quorate.client.data.changes import RowChanges
 from quorate.client.data.run_rows import read_rows
 from quorate.client.data.split_key import SiteSplits, look_at_splits, open_splits
 from quorate.client.models.base_models import at_site as model_at_site
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class AtSite:
-    """What one site holds, as its site.yaml says (quorate.client.site.data_source.Holdings).
+class SiteData:
+    """What one site holds, as its site.yaml says (quorate.client.site.data_source.DataSource).
 
     Rows are read when a run that was let through first asks for them, and kept until a run asks for others,
     or until one begins (`forget`).
@@ -42,7 +42,7 @@ class AtSite:
     readings: int = 0
     _rows: dict[tuple[object, ...], SiteRows] = field(default_factory=dict)
     _units: dict[tuple[object, ...], set[bytes]] = field(default_factory=dict)
-    _seen: SeenRows = field(default_factory=SeenRows)
+    _seen: RowChanges = field(default_factory=RowChanges)
 
     @property
     def names(self) -> tuple[str, ...]:

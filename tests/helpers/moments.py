@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cli_forks import Point
 
-STEP = "quorate.client.trainer.fit:_step"
+STEP = "quorate.client.trainer.fit:_Training.step"
 MEASURE = "quorate.client.site.site:evaluate"
 OPEN, APPEND = "quorate.shared.process.files:opened", "quorate.server.rounds.run:opened"
 APPEND_EVENT, SHOW = "quorate.server.tracking.events:opened", "quorate.deploy.console:ConsoleTracker.__call__"
@@ -14,7 +14,7 @@ PHASES: dict[str, tuple[Point, int]] = {
     "join": (Point("quorate.client.site.site:Site._join", 0, "join", nth=2), 0),
     "train-1": (Point(STEP, 1, "train", nth=2), 0),
     "train-2": (Point(STEP, 2, "train", nth=2), 1),
-    "check-updates": (Point("quorate.server.rounds.loop:check_trained", 2, "train", nth=2), 1),
+    "check-updates": (Point("quorate.server.rounds.training:check_trained", 2, "train", nth=2), 1),
     "aggregate": (Point("quorate.shared.aggregation.rule:WeightedSum.mean", 2, "aggregate", when="after"), 1),
     "evaluate": (Point(MEASURE, 2, "evaluate", nth=2), 1),
     "before-rename": (Point(RENAME, 2, "checkpoint", file=".checkpoint-2.tmp"), 1),

@@ -141,10 +141,10 @@ def test_twenty_rounds_are_one_ledger() -> None:
     ("target", "delta", "q", "steps", "spent"),
     [
         (2, 1e-5, 0.02, 500, []),
-        (0.05, 1e-6, 0.004, 50, []),
-        (30, 1e-5, 0.2, 20, []),
+        pytest.param(0.05, 1e-6, 0.004, 50, [], marks=pytest.mark.slow),
+        pytest.param(30, 1e-5, 0.2, 20, [], marks=pytest.mark.slow),
         (4, 1e-5, 1.0, 12, []),
-        (3, 1e-5, 0.03, 200, [event(0.01, 1, 500), event(0.05, 2, 10)]),
+        pytest.param(3, 1e-5, 0.03, 200, [event(0.01, 1, 500), event(0.05, 2, 10)], marks=pytest.mark.slow),
     ],
 )
 def test_calibration_is_the_inverse_of_epsilon(
@@ -161,6 +161,7 @@ def test_what_was_spent_needs_more_noise() -> None:
     assert calibrate(3, DELTA, 0.01, 1000, [event(0.01, 1, 0)]) == calibrate(3, DELTA, 0.01, 1000)
 
 
+@pytest.mark.slow
 def test_calibration_of_a_run_that_continues_one_finds_its_noise_again() -> None:
     sigma = calibrate(2, DELTA, 0.02, 300)
     again = calibrate(2, DELTA, 0.02, 200, [event(0.02, sigma, 100)])

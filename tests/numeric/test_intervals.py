@@ -168,7 +168,7 @@ def test_several_labels_a_row() -> None:
     assert one == pytest.approx(other)
 
 
-@pytest.mark.parametrize("rows", [30, 100])
+@pytest.mark.parametrize("rows", [30, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_interval_of_a_gain_covers_it(rows: int) -> None:
     for ours, theirs in ((0.8, 0.6), (0.97, 0.97), (0.95, 0.8)):
         right = np.arange(rows + 1)

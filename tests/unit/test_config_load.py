@@ -555,3 +555,10 @@ def test_numbers_that_no_machine_gets_through_are_refused(
     for value in (most + 1, 2**70):
         with pytest.raises(ValidationError, match=field):
             make_run(**{section: {field: value}})
+
+
+@pytest.mark.parametrize("content", ["%YAML 1.3\n---\na: 1", 'a: "\\U00110000"', 'a: "\\UFFFFFFFF"'])
+def test_what_the_parser_has_no_error_for(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_run(tmp_path / "run.yaml")

@@ -91,3 +91,23 @@ def test_a_filled_folder_that_is_not_put_is_gone(tmp_path: Path) -> None:
         (temporary / "a").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_a_file_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of somebody else, who plants it between two steps of ours."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    real = Path.unlink
+
+    def planted(self: Path, missing_ok: bool = False) -> None:
+        real(self, missing_ok=missing_ok)
+        if self.name == ".secret.tmp" and not self.is_symlink():
+            self.symlink_to(victim)
+
+    monkeypatch.setattr(Path, "unlink", planted)
+    for mode in (PRIVATE, BY_UMASK):
+        with pytest.raises(OutputError):
+            write_atomically(tmp_path / "secret", b"x", mode)
+    assert victim.read_text() == "precious"

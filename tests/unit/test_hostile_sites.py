@@ -307,7 +307,8 @@ def test_what_counts_does_not_depend_on_when_it_came(
     def played(known_before: list[str]) -> tuple[list[tuple[str, float]], set[str]]:
         screen = Screen(federation, len(order), 1.0, [])
         updates = {
-            site: Passed(site, update_of(site), Adapter({}), weights[site], norms[site]) for site in order
+            site: Passed(site, update_of(site).header, Adapter({}), weights[site], norms[site])
+            for site in order
         }
         for site in known_before:
             screen.see(updates[site])
@@ -344,7 +345,7 @@ def test_updates_are_passed_on_before_the_last_has_come() -> None:
     def arriving() -> Any:
         for site in order:
             come.append(site)
-            yield Passed(site, update_of(site), Adapter({}), 1.0, 1.0)
+            yield Passed(site, update_of(site).header, Adapter({}), 1.0, 1.0)
 
     passed = Screen(RoundsConfig(rounds=1), 20, 1.0, []).passed(arriving())
     next(passed)

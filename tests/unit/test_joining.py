@@ -111,6 +111,20 @@ def test_a_site_that_is_silent_about_its_start_stays_and_the_next_is_asked(
     assert set(result.members.nodes) == {"north", "south", "west"} and waited.waited < 60
 
 
+def test_a_site_that_cannot_send_its_start_for_now_stays_and_nobody_is_known_to_be_away(play: Any) -> None:
+    for code in ("device-lost", "policy-minutes", "internal"):
+        unable = only("north", lambda u, code=code: edited(u, Adapter({}), error=code), "start")
+        result, (record,), *_ = play(unable, out=code)
+        assert set(record.cohort) == {"north", "south", "west"} == set(record.weights), code
+        assert not result.members.refused
+
+
+def test_a_start_needs_no_grace(play: Any) -> None:
+    """Without any grace, and where all sites take their time, the first to answer is waited for."""
+    result, *_ = play(federation={"grace_seconds": 0, "reask_seconds": 0, "timeout_seconds": 60})
+    assert set(result.members.nodes) == {"north", "south", "west"}
+
+
 def test_without_any_start_there_is_no_run(play: Any) -> None:
     with pytest.raises(QuorumNotMet, match="can take part"):
         play(lambda u: spoiled(u) if u.header.phase == "start" else u)

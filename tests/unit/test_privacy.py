@@ -21,11 +21,15 @@ from quorate.server.exchange.join import request
 from quorate.server.privacy import central_plan
 from quorate.server.rounds.run import Run
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.aggregation import FedAvg
+from quorate.shared.config.evaluation_config import EvaluationConfig
 from quorate.shared.config.load import load_run
+from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.config.sites_config import SitesConfig, SourceConfig
 from quorate.shared.errors import ConfigError, DataError, QuorumNotMet
 from quorate.shared.protocol.messages import RoundRequest
+from quorate.shared.protocol.phases import Phase
 from quorate.shared.tasks.task import Row
 from quorate.simulations.baselines import pool
 from quorate.simulations.runner import simulate
@@ -378,3 +382,16 @@ def test_a_private_run_made_again_is_not_compared(
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("out", "again")
     ]
     assert adapters[0] != adapters[1]
+
+
+def test_site_level_privacy_accounts_for_one_exchange_a_round() -> None:
+    class Twice(FedAvg):
+        """A rule that asks a second time."""
+
+        def exchanges(self, round: int) -> tuple[Phase, ...]:
+            return ("alone", "fit")
+
+    privacy = ClientPrivacy(unit="client", noise_multiplier=1.0, delta=1e-3)
+    privacy.check_fits(FedAvg(weighting="uniform"), EvaluationConfig())
+    with pytest.raises(ValueError, match="more than once a round"):
+        privacy.check_fits(Twice(weighting="uniform"), EvaluationConfig())

@@ -22,15 +22,17 @@ from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.texts import NAME
-from quorate.shared.errors import ProtocolError, QuorumNotMet
+from quorate.shared.errors import ConfigError, NonFiniteUpdate, ProtocolError, QuorumNotMet
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, SiteDescription, Split, Update
 from quorate.shared.protocol.phases import Phase
 from quorate.shared.protocol.versions import check_versions, versions
 
 log = logging.getLogger(__name__)
 
-_MAY_COME = ("timeout", "unreachable", "absent", "away")
+_MAY_COME = ("timeout", "unreachable", "absent")
 """Codes of sites that did not join for want of an answer, and may still."""
+_WRONG = (ProtocolError.code, NonFiniteUpdate.code, ConfigError.code)
+"""Codes of an answer that came and is not what was asked for."""
 APPROVAL, APPROVAL_SECONDS = "policy-approval", 15.0
 """Code of a site whose people must approve the run first, and how often it is asked whether they have [s]."""
 
@@ -142,7 +144,8 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     members = _agreeing(replied)
     members.presence = presence
     members.refused.update(answers.excluded)
-    _fetch_start(grid, run, members)
+    if len(members.nodes) >= federation.quorum:
+        _fetch_start(grid, run, members)
     members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
     members.late = {
         back[name]: name for name, why in members.refused.items() if name in back and why.code in _MAY_COME
@@ -265,11 +268,30 @@ def _agreeing(replied: list[tuple[int, Update]]) -> Members:
 
 
 def _fetch_start(grid: Grid, run: Run, members: Members) -> None:
-    """Ask one site after the other for the seeded start that all say they have, until one sends it.
+    """Have one site send the seeded start that all say they have.
 
-    One copy comes over the wire and is held, whatever the number of sites. Who sends something else is set
-    aside; who does not answer may do so later.
+    One copy comes over the wire and is held, whatever the number of sites. One after the other is asked as
+    long as what comes is wrong, and who sent that is set aside. Where one is silent, or cannot for now, all
+    are asked at once, and the first to answer will do; the others stay what they are.
+
+    Raises: QuorumNotMet: nobody sent it within federation.timeout_seconds.
     """
+    federation = run.config.federation
+    patience = min(federation.timeout_seconds, max(1.0, federation.grace_seconds + federation.reask_seconds))
+    for site, node in sorted(members.nodes.items()):
+        if _take_start(grid, run, members, {node: site}, patience):
+            return
+        if site in members.nodes:
+            break
+    if members.nodes and not _take_start(grid, run, members, members.by_node, federation.timeout_seconds):
+        raise QuorumNotMet(
+            f"none of {', '.join(sorted(members.nodes))} sent the adapter's start, which they say they have; "
+            "see their logs, then start the run again."
+        )
+
+
+def _take_start(grid: Grid, run: Run, members: Members, asked: Mapping[int, str], seconds: float) -> bool:
+    """Ask these sites for the start, and take the first that is right; set those aside whose is wrong."""
 
     def check(_request: RoundRequest, update: Update) -> Adapter:
         update.arrays.check_finite()
@@ -277,19 +299,16 @@ def _fetch_start(grid: Grid, run: Run, members: Members) -> None:
             raise ProtocolError("sent another start than it said it has.")
         return update.arrays
 
-    for site, node in sorted(members.nodes.items()):
-        answers = answers_of(run, {node: site}, members.presence)
-        answers.timeout = min(answers.timeout, answers.grace + answers.reask)
-        for _, members.initial in answers.ask(grid, {node: request(run, 0, "start", site)}, check):
-            return
-        if answers.excluded[site].code not in _MAY_COME:
-            members.refused.update(answers.excluded)
+    answers = answers_of(run, asked, Presence(), quorum=1)  # who is silent here is not known to be away
+    answers.timeout = seconds
+    requests = {node: request(run, 0, "start", site) for node, site in asked.items()}
+    for _, members.initial in answers.ask(grid, requests, check):
+        return True
+    for site, why in answers.excluded.items():
+        if why.code in _WRONG:
+            members.refused[site] = why
             del members.nodes[site], members.sites[site]
-    if members.nodes:
-        raise QuorumNotMet(
-            f"none of {', '.join(sorted(members.nodes))} sent the adapter's start, which they say they have; "
-            "see their logs, then start the run again."
-        )
+    return False
 
 
 def identity(update: Update) -> str:

@@ -198,6 +198,7 @@ def _folder(output_dir: Path, round: int) -> Path:
 
 def _damaged(folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"{folder} is not what was written (truncated or edited); restore it from a copy, or delete it: its "
-        "round is then run, and its privacy paid for, once more."
+        f"{folder} is not what was written (truncated or edited), or of another release; restore it from a "
+        "copy, have the release that wrote it finish the round, or delete it: its round is then run, and its "
+        "privacy paid for, once more."
     )

@@ -34,8 +34,8 @@ def deliver(grid: Grid, run: Run, result: Result, summary: Summary) -> dict[str,
         return {}
     if good_round(run, result) is None:
         return {}
-    run.tell(PhaseBegan(round=result.progress.round, name="deliver"))
     try:
+        run.tell(PhaseBegan(round=result.progress.round, name="deliver"))
         failed = _send(grid, run, result, summary)
     except Exception as error:  # the result is written already
         log.warning("the result could not be sent to the sites (%s)", type(error).__name__, exc_info=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,12 @@ from quorate.server.tracking.records import (
 from quorate.shared.adapters.peft_export import adapter_files
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.errors import ModelDiverged, QuorumNotMet
+from quorate.shared.errors import ModelDiverged, OutputError, QuorumNotMet
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.process.files import BY_UMASK, write_atomically, write_folder
+
+log = logging.getLogger(__name__)
+
 
 _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
 
@@ -127,7 +131,10 @@ def write_outputs(
         export_adapter(run.config, best_state(run, result), run.output_dir / ADAPTER_DIR, summary)
     write_atomically(run.output_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n", BY_UMASK)
     write_report(run.output_dir)
-    run.tell(Finished(summary=summary))
+    try:
+        run.tell(Finished(summary=summary))
+    except OutputError as error:  # all that matters is written
+        log.error("%s", error)
     return summary
 
 

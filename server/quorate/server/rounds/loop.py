@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,18 +133,19 @@ def run_round(
                 accumulator = rule.init(after, number, phase)
                 if central:
                     accumulator = central.noised(accumulator, after, before, number)
-                collection = Collection(round, phase, after, log.cohort, before)
+                collection, counted = Collection(round, phase, after, log.cohort, before), set[str]()
                 for update in collection:  # 2 send, 3 collect, 4 check
                     accumulator.add(update.site, update.arrays, update.weight)  # 5 aggregate as they arrive
                     log.note(update)
+                    counted.add(update.site)
                 log.take(collection.answers)
-            _check_quorum(run, log)
+            _check_quorum(run, log, counted)
             with log.timed(run, "aggregate"):
                 after, notes = accumulator.finish()  # 6 central noise, 7 step the global adapter
                 log.leave_out(notes.excluded)
                 if isinstance(accumulator, NoisedAccumulator):
                     log.noise = accumulator.noise
-            _check_quorum(run, log)  # the rule may have left some out
+            _check_quorum(run, log, counted - notes.excluded.keys())
         if central:
             central.release(state, after, log)
     validation = None
@@ -159,15 +160,15 @@ def run_round(
     return after, progress
 
 
-def _check_quorum(run: Run, log: RoundLog) -> None:
-    """Raise QuorumNotMet, naming who does not count and why, where too few updates do."""
+def _check_quorum(run: Run, log: RoundLog, counted: Set[str]) -> None:
+    """Raise QuorumNotMet, naming who does not count and why, where too few sites do."""
     # With coins a cohort may be smaller than the quorum, and even empty, without anybody's fault.
     quorum = min(run.config.federation.quorum, len(log.cohort))
-    if len(log.weights) >= quorum:
+    if len(counted) >= quorum:
         return
     why = "; ".join(f"{site}: {e.reason}" for site, e in sorted(log.excluded.items()))
     raise QuorumNotMet(
-        f"round {log.round} needs {quorum} of {len(log.cohort)} sites, {len(log.weights)} gave a good update "
+        f"round {log.round} needs {quorum} of {len(log.cohort)} sites, {len(counted)} gave a good update "
         f"({why}); mend those sites or lower federation.quorum, then continue with --resume."
     )
 

@@ -58,7 +58,7 @@ class RoundLog:
 
     def note(self, passed: Passed) -> None:
         """Note an update that counts."""
-        header = passed.update.header
+        header = passed.header
         self.num_examples[passed.site] = header.num_examples
         self.num_steps[passed.site] = header.num_steps
         self.train[passed.site] = header.metrics

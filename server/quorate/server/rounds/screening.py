@@ -25,7 +25,7 @@ from quorate.server.exchange.exchange import exclusion
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RoundsConfig, TrainingConfig
-from quorate.shared.protocol.messages import Update
+from quorate.shared.protocol.messages import UpdateHeader
 
 FEWEST = 3
 """Updates among which one that is unlike the others can be told."""
@@ -43,14 +43,14 @@ class Passed:
 
     Args:
         site: whose.
-        update: what it sent.
+        header: what it said.
         arrays: what it trained, padded to what the rule adds up.
         weight: that it counts with.
         norm: how far it moved, L2 [parameter units].
     """
 
     site: str
-    update: Update
+    header: UpdateHeader
     arrays: Adapter
     weight: float
     norm: float

@@ -73,7 +73,7 @@ class Collection:
             rule.weighting,
         )
         weight = rule.weight(update.header.num_examples, update.header.num_tokens)
-        passed = Passed(site, update, update.arrays.padded(whole), weight, norm)
+        passed = Passed(site, update.header, update.arrays.padded(whole), weight, norm)
         self.screen.see(passed)
         return passed
 

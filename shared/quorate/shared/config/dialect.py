@@ -149,8 +149,10 @@ def _parse(text: str, where: str) -> tuple[Any, Lines]:
         what = error.problem or error.context
         remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(what)), "")
         raise ConfigError(f"{where}: {at}{what}; this is not valid YAML{remedy}.") from error
-    except (YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}; this is not valid YAML.") from error
+    # The parser has no error of its own for an unknown version, and for characters that there are not.
+    except (YAMLError, RecursionError, AssertionError, ValueError, OverflowError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{where}: {why}; this is not valid YAML.") from error
 
 
 class _Content:

@@ -76,6 +76,11 @@ class ClientPrivacy(_Noise):
                 f"privacy.unit client: aggregation {aggregation.name} needs every site's own update, but "
                 "noise hides no more than their sum; choose aggregation fedavg, ffa or reptile"
             )
+        if any(len(aggregation.exchanges(round)) != 1 for round in (1, 2)):
+            raise ValueError(
+                f"privacy.unit client: aggregation {aggregation.name} asks the sites more than once a round, "
+                "and one noised answer is accounted for; choose aggregation fedavg, ffa or reptile"
+            )
         if aggregation.weighting != "uniform":
             raise ValueError(
                 f"privacy.unit client: aggregation.weighting {aggregation.weighting} would let a site count "

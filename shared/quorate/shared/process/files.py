@@ -269,7 +269,8 @@ def opened(path: Path, mode: Literal["ab", "wb"], *, private: bool) -> BinaryIO:
     """
     if mode == "ab":
         return os.fdopen(open_to_append(path, private=private), mode)
-    if private:
-        path.unlink(missing_ok=True)  # what a kill left may be anybody's to read
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE if private else 0o666)
-    return os.fdopen(descriptor, mode)
+    # What a kill left may be anybody's to read. A link that somebody else puts there, in a folder of theirs
+    # in which root writes, is no place to write to.
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, PRIVATE if private else 0o666), mode)

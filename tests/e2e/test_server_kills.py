@@ -105,6 +105,7 @@ def test_no_kill_of_the_server_leaves_a_run_hanging(federation: Loopback) -> Non
         running.kill()
         running.wait()
         reader.join(10)
+        running.stdout.close()
     assert running.returncode == 130
 
 

@@ -38,7 +38,7 @@ INSTITUTES = 5
 
 
 @dataclass(frozen=True)
-class Cell:
+class Setting:
     """One run.
 
     Args:
@@ -70,16 +70,16 @@ class Cell:
         return settings
 
 
-def cells(seeds: list[int]) -> Iterator[Cell]:
+def cells(seeds: list[int]) -> Iterator[Setting]:
     """Yield all runs of the table, whole seeds first."""
     for seed in seeds:
         for epsilon in EPSILONS:
-            yield from (Cell(rule, epsilon, False, seed) for rule in RATES)
-            yield Cell(POOLED_RULE, epsilon, True, seed)
-        yield from (Cell(rule, None, False, seed) for rule in RATES)
+            yield from (Setting(rule, epsilon, False, seed) for rule in RATES)
+            yield Setting(POOLED_RULE, epsilon, True, seed)
+        yield from (Setting(rule, None, False, seed) for rule in RATES)
 
 
-def run(cell: Cell, out: Path) -> None:
+def run(cell: Setting, out: Path) -> None:
     """Make one run, unless it is there."""
     folder = out / cell.name
     if (folder / "summary.json").exists():
@@ -92,7 +92,7 @@ def run(cell: Cell, out: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def figures(cell: Cell, out: Path) -> tuple[float, float]:
+def figures(cell: Setting, out: Path) -> tuple[float, float]:
     """Return test accuracy and macro-F1 of a run, over all institutes' rows together."""
     summary = json.loads((out / cell.name / "summary.json").read_text())
     for claim in (site["privacy"] for site in summary["sites"].values() if site.get("privacy")):
@@ -106,7 +106,7 @@ def table(out: Path, seeds: list[int]) -> str:
     """Return the table, in Markdown."""
 
     def shown(rule: str, epsilon: int | None, pooled: bool) -> str:
-        found = [figures(Cell(rule, epsilon, pooled, seed), out) for seed in seeds]
+        found = [figures(Setting(rule, epsilon, pooled, seed), out) for seed in seeds]
         accuracies, f1s = zip(*found, strict=True)
         return f"{mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f}) / {mean(f1s):.3f}"
 

@@ -33,7 +33,7 @@ def test_noise_hides_them(make_run: Any) -> None:
     run = make_run(adapter={"r": 8}, training={**SGD, "per_device_train_batch_size": 1}, privacy=privacy)
     found = checked(run, [TEXT] * 2)
     # Noise is secret: before training the words may by chance look like anything but members.
-    assert found.attack.auc < 0.95 and found.attack.auc_interval[0] < max(found.auc_before, 0.5) + 0.2
+    assert found.attack.auc < 0.9 and found.attack.auc_interval[0] < max(found.auc_before, 0.5) + 0.2
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def exclusion(code: str, reason: str | None = None) -> Exclusion:
 
 @dataclass
 class Answers:
-    """The books of one exchange with a cohort.
+    """The account of one exchange with a cohort.
 
     It ends when all sites that are not known to be away have answered and the quorum is there; `grace` after
     the quorum was there; or after `timeout`.
@@ -205,7 +205,7 @@ class _Patience:
     """How long an exchange goes on.
 
     Args:
-        answers: its books.
+        answers: its account.
         started: when it began (`time.monotonic`).
         asked: how many sites it is with.
     """

@@ -94,7 +94,7 @@ def answers_of(
     quorum: int | None = None,
     expected: float = 0.0,
 ) -> Answers:
-    """Return empty books for one exchange.
+    """Return an empty account for one exchange.
 
     Args:
         run: says how long is waited.
@@ -167,7 +167,7 @@ def _once_approved(
 ) -> Iterator[tuple[str, Update]]:
     """Ask sites that wait for their people's word until they have it; yields (site, update) as they join.
 
-    Whoever has none after federation.approval_seconds stays in the books as excluded.
+    Whoever has none after federation.approval_seconds stays in the account as excluded.
     """
     until, said = time.monotonic() + run.config.federation.approval_seconds, ""
     while without := [node for node in asked if _unapproved(answers, node)]:

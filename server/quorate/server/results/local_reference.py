@@ -77,7 +77,7 @@ def compare(grid: Grid, run: Run, result: Result, federated: Mapping[str, Outcom
 
 
 def _ask(grid: Grid, run: Run, members: Members) -> tuple[Answers, dict[str, tuple[int, Outcomes]]]:
-    """Return the books of the exchange, and site -> round and test outcomes of its own adapter."""
+    """Return the account of the exchange, and site -> round and test outcomes of its own adapter."""
     rounds = run.config.federation.rounds
     # All rounds in one answer: a site needs about as long for them as all sites together took.
     records = read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)

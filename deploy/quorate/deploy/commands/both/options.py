@@ -42,6 +42,12 @@ JsonOption = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run file, or the name of a recipe that comes with Quorate.")
 ]
+SiteFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--site-file", metavar="FILE", help="A site's own site.yaml, instead of a simulation's sites."
+    ),
+]
 SitesOption = Annotated[
     Path | None,
     typer.Option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from quorate.deploy.commands.both.options import (
     LogLevelOption,
     OverridesArgument,
     RunArgument,
+    SiteFileOption,
     SitesOption,
     configure_logging,
 )
@@ -35,14 +35,7 @@ def inspect(
     site: Annotated[
         str | None, typer.Option("--site", metavar="NAME", help="Look at this site alone; all of them else.")
     ] = None,
-    site_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--site-file",
-            metavar="FILE",
-            help="A site's own site.yaml, instead of a simulation's sites.",
-        ),
-    ] = None,
+    site_file: SiteFileOption = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
 ) -> None:

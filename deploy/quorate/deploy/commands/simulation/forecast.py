@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from quorate.deploy.commands.both.options import (
@@ -13,6 +10,7 @@ from quorate.deploy.commands.both.options import (
     LogLevelOption,
     OverridesArgument,
     RunArgument,
+    SiteFileOption,
     SitesOption,
     configure_logging,
 )
@@ -24,14 +22,7 @@ def forecast(
     run: RunArgument,
     overrides: OverridesArgument = None,
     sites: SitesOption = None,
-    site_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--site-file",
-            metavar="FILE",
-            help="A site's own site.yaml, instead of a simulation's sites.",
-        ),
-    ] = None,
+    site_file: SiteFileOption = None,
     measure: MeasureOption = True,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,

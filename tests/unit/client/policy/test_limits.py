@@ -22,7 +22,7 @@ from quorate.shared.config.run_config import RunConfig
 
 RECIPES = sorted(
     path
-    for path in (Path(__file__).resolve().parents[2] / "simulations" / "recipes").rglob("*.yaml")
+    for path in (Path(__file__).resolve().parents[4] / "simulations" / "recipes").rglob("*.yaml")
     if not path.name.endswith(".sites.yaml")
 )
 

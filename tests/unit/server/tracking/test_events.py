@@ -35,7 +35,7 @@ from quorate.shared.errors import OutputError
 
 SHAPE = Shape(rounds=3, planned=3)
 RUN = config(SHAPE)
-EVENTS = Path(__file__).parents[1] / "golden" / "events.jsonl"
+EVENTS = Path(__file__).parents[3] / "golden" / "events.jsonl"
 KINDS: tuple[type[Record], ...] = get_args(get_args(Event)[0])
 JOIN = PhaseBegan(round=0, name="join")
 ROUNDS = [(record(SHAPE, r), round_metrics(RUN, SHAPE, r)) for r in range(1, 4)]

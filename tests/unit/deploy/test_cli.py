@@ -22,7 +22,7 @@ from quorate.deploy.failures import report_failure
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import CheckpointError, DataError, QuorateError, QuorumNotMet, RequestRefused
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "cli_flags.txt"
 ROWS = [(f"text {number} {label}", label) for number in range(30) for label in ("yes", "no")]
 RUN = """

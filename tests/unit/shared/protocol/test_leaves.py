@@ -17,7 +17,7 @@ from quorate.shared.protocol.messages import UpdateHeader
 from quorate.shared.tasks.task import Row
 
 WITHHELD = "withheld under privacy"
-DOCS = Path(__file__).parents[2] / "docs" / "what-leaves.md"
+DOCS = Path(__file__).parents[4] / "docs" / "what-leaves.md"
 UNITS = {
     "none": {},
     "record": {"privacy": {"unit": "record", "noise_multiplier": 1.0}},

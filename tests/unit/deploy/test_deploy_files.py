@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from quorate.shared.protocol.versions import QUORATE
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 COMPOSE = sorted((DEPLOY / "compose").glob("*/compose.yaml"))

@@ -25,7 +25,7 @@ from quorate.deploy.site_cli import run
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.rounding import at_least, at_most
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "ledger.md"
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "ledger.md"
 ROUNDS = 3
 
 

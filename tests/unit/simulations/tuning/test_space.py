@@ -72,7 +72,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, line: str, said: str) -> None:
 
 
 def test_the_documented_space_is_one_for_its_recipe(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     block = (root / "docs" / "tuning.md").read_text().split("```yaml\n")[1].split("```")[0]
     (tmp_path / "space.yaml").write_text(block)
     space = load_space(tmp_path / "space.yaml", root / "simulations" / "recipes" / "sentiment.yaml")

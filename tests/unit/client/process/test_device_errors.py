@@ -155,7 +155,7 @@ def test_a_site_process_that_lost_its_device_ends_and_is_started_again(
     folder = write_folder(place, tiny_bert)
     (place / "lost").touch()
     run = make_run(model={"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)})
-    program = Path(__file__).parents[1] / "helpers" / "serve_lost_device.py"
+    program = Path(__file__).parents[3] / "helpers" / "serve_lost_device.py"
     code = (
         "import sys; from pathlib import Path; "
         "from quorate.shared.process.supervisor import Program, Supervisor; "

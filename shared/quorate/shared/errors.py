@@ -17,8 +17,9 @@
     ├── QuorumNotMet             exit 3   a round had too few good updates
     └── ModelDiverged            exit 4   no site can measure the model: its figures are not finite
 
-An error that crosses from a site to the coordinator carries `code` alone, never its text: the text
-may quote a patient's record.
+An error that crosses from a site to the coordinator carries `code` alone, never its text or its `kind`: the
+text may quote a patient's record. `kind` says which check refused, in a word that stays when sentences
+change; it is for whoever handles errors by program, tests among them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,25 @@ from typing import ClassVar
 
 
 class QuorateError(Exception):
-    """Base class: `code` is what may leave a site, `exit_code` what the command line returns."""
+    """Base class: `code` is what may leave a site, `exit_code` what the command line returns.
+
+    Args:
+        message: where it is, what is wrong, what to do: "rows.csv:7: the label is empty; ...".
+        kind: which check refused ("empty-label"), where one of the class is to be told from the others.
+    """
 
     code: str = "error"
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "", *, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    @property
+    def where(self) -> str:
+        """The file, line or field that the message begins with; empty where it names none."""
+        where, colon, _ = str(self).partition(": ")
+        return where if colon else ""
 
 
 class BadInput(QuorateError):
@@ -100,12 +116,13 @@ class RequestRefused(QuorateError):
     Args:
         reason: rule, value and remedy, for the site's own log.
         code: which kind of rule said no; this is all that the coordinator learns.
+        kind: as of any error.
     """
 
     code = "refused"
 
-    def __init__(self, reason: str, *, code: str = "refused") -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, *, code: str = "refused", kind: str | None = None) -> None:
+        super().__init__(reason, kind=kind)
         self.code = code
 
 

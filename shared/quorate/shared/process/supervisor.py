@@ -94,24 +94,30 @@ class Supervisor:
         Raises: OutputError: another supervisor has this folder. OSError: a program cannot even be
             started once.
         """
-        with _locked(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
-            before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
-            try:
-                if self._beside is not None:  # not earlier: what it says goes to the log too
-                    threading.Thread(target=self._beside, daemon=True).start()
-                while not self._stopping:
-                    logs.tend()
-                    if any([kept.tend(logs) for kept in self._kept]):  # each of them, not up to the first
-                        self._unwritten = True
-                    if self._unwritten:
-                        self._write()
-                    time.sleep(_POLL_SECONDS)
-            finally:
-                for kept in reversed(self._kept):
-                    kept.stop()
-                (self._state_dir / STATUS_FILE).unlink(missing_ok=True)
-                for each, handler in before.items():
-                    signal.signal(each, handler)
+        # Before the lock, by which others know of this process: they may stop it as soon as they do.
+        before = {each: signal.signal(each, self._stop) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with _locked(self._state_dir), _logs([kept.program.log for kept in self._kept]) as logs:
+                self._keep_running(logs)
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def _keep_running(self, logs: Logs) -> None:
+        try:
+            if self._beside is not None:  # not earlier: what it says goes to the log too
+                threading.Thread(target=self._beside, daemon=True).start()
+            while not self._stopping:
+                logs.tend()
+                if any([kept.tend(logs) for kept in self._kept]):  # each of them, not up to the first
+                    self._unwritten = True
+                if self._unwritten:
+                    self._write()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for kept in reversed(self._kept):
+                kept.stop()
+            (self._state_dir / STATUS_FILE).unlink(missing_ok=True)
 
     def _stop(self, number: int, _frame: object) -> None:
         log.info("%s: stopping", signal.Signals(number).name)

@@ -124,6 +124,18 @@ def test_a_supervisor_that_has_begun_is_known_before_it_has_a_status(tmp_path: P
     assert read_status(tmp_path) is None
 
 
+def test_a_supervisor_that_is_stopped_as_soon_as_it_is_known_ends_in_order(tmp_path: Path) -> None:
+    slow = (
+        "import time\nfrom quorate.shared.process import supervisor as module\nopened = module._logs\n"
+        "module._logs = lambda files: time.sleep(1) or opened(files)\nsupervisor.run()"
+    )
+    first = subprocess.Popen([sys.executable, "-c", _BEGINS + slow, str(tmp_path), "group"])
+    wait_for(lambda: read_status(tmp_path) is not None)
+    assert stop(tmp_path)
+    assert first.wait(30) == 0
+    assert not (tmp_path / "children").exists()
+
+
 def test_of_two_that_begin_at_once_one_is_told_of_the_other(tmp_path: Path) -> None:
     waits = "import time\nwhile not (state / 'go').exists(): time.sleep(0.1)\nsupervisor.run()"
     first: list[subprocess.Popen[bytes]] = []

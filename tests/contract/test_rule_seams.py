@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from quorate.client.site.request import Request
+from quorate.client.site.site import Site
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
 from quorate.server.tracking.records import RoundRecord
-from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, DType
 from quorate.shared.aggregation.rule import (
     OPTIMIZER,
     Accumulator,
@@ -77,6 +78,9 @@ class Toy(Aggregator):
     def exchanges(self, round: int) -> tuple[Phase, ...]:
         return ("alone", "fit") if round == 1 else ("fit",)
 
+    def dtype(self, phase: Phase) -> DType:
+        return "float64" if phase == "alone" else "float32"
+
     def site_schema(self, schema: Mapping[str, tuple[int, ...]], site: str) -> dict[str, tuple[int, ...]]:
         return dict(SMALL if site == "north" else schema)
 
@@ -91,9 +95,14 @@ class ToyRun(RunConfig):
 
 
 class ToySites:
-    """Sites that add a constant; the first exchange of a run has them send ones."""
+    """Sites that add a constant; the first exchange of a run has them send ones in float64.
 
-    def __init__(self) -> None:
+    Args:
+        rounding: sites that round these to float32.
+    """
+
+    def __init__(self, rounding: Sequence[str] = ()) -> None:
+        self.rounding = rounding
         self.asked: list[tuple[int, str, str, tuple[int, ...]]] = []
         self.names = tuple(MOVES)
 
@@ -122,7 +131,13 @@ class ToySites:
             return Update.reply(request, START)
         self.asked.append((header.round, header.phase, header.site, request.arrays["head"].shape))
         move = 1.0 if header.phase == "alone" else MOVES[header.site]
-        arrays = request.arrays.map(lambda _, array: array + np.float32(move))
+        exact = header.phase == "alone" and header.site not in self.rounding
+        arrays = Adapter(
+            {
+                n: (array + move).astype("float64" if exact else "float32")
+                for n, array in request.arrays.items()
+            }
+        )
         return Update.reply(request, arrays, num_examples=1, num_steps=1)
 
 
@@ -132,14 +147,14 @@ def play(make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(run_config, "RunConfig", ToyRun)
 
     def run_it(
-        out: str, rounds: Iterable[int], veto: str = ""
+        out: str, rounds: Iterable[int], veto: str = "", rounding: Sequence[str] = ()
     ) -> tuple[Result, list[RoundRecord], list[tuple[int, str, str, tuple[int, ...]]]]:
         config = make_run(
             task={"name": "sequence_classification", "labels": ["a", "b"]},
             federation={"rounds": max(rounds), "max_norm_ratio": None, "max_weight_share": None},
         ).model_dump()
         config["aggregation"] = {"name": "toy", "veto": veto, "weighting": "uniform"}
-        sites = ToySites()
+        sites = ToySites(rounding)
         run = Run.open(ToyRun.model_validate(config), tmp_path / out)
         result = run_rounds(InProcessGrid(sites, sites.names), run)
         return result, read_jsonl(run.output_dir / RECORD_FILE, RoundRecord), sites.asked
@@ -186,3 +201,62 @@ def test_its_own_state_is_in_the_checkpoint_and_is_not_sent(play: Any, tmp_path:
     assert np.array_equal(stored[MOMENTUM], whole.state.optimizer[MOMENTUM])
     assert GlobalState.from_stored(stored).stored().content_hash == whole.state.stored().content_hash
     assert len(asked) == 4 * len(MOVES)
+
+
+def test_an_exchange_has_its_own_dtype_and_another_is_set_aside(play: Any) -> None:
+    _, (record,), _ = play("out", range(2))
+    assert not record.excluded
+    _, (record,), _ = play("rounded", range(2), rounding=["south"])
+    assert (record.excluded["south"].code, set(record.weights)) == ("adapter", set(MOVES))
+    assert "float64" in record.excluded["south"].reason
+
+
+class Ranked(Aggregator):
+    """Sites named so train a LoRA pair of rank 2."""
+
+    name: Literal["ranked"] = "ranked"
+    """The rule."""
+    linear: ClassVar[bool] = True
+    low: tuple[str, ...] = ()
+    """Which sites."""
+
+    def site_schema(self, schema: Mapping[str, tuple[int, ...]], site: str) -> dict[str, tuple[int, ...]]:
+        if site not in self.low:
+            return dict(schema)
+        cut = {LORA_A: lambda shape: (2, shape[1]), LORA_B: lambda shape: (shape[0], 2)}
+        return {
+            n: next((f(shape) for end, f in cut.items() if n.endswith(end)), shape)
+            for n, shape in schema.items()
+        }
+
+
+class RankedRun(RunConfig):
+    """A run file that may name it."""
+
+    aggregation: Ranked
+
+
+def test_a_real_site_of_a_lower_rank_trains_it_and_the_mean_has_zeros_for_the_rest(
+    make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_config, "RunConfig", RankedRun)
+    rows = make_sites(north=9, south=9)
+
+    def play(*low: str) -> tuple[Adapter, RoundRecord]:
+        config = make_run(federation={"rounds": 1, "quorum": 2, "max_norm_ratio": None}).model_dump()
+        config["aggregation"] = {"name": "ranked", "low": low}
+        site = Site(rows)
+        run = Run.open(
+            RankedRun.model_validate(site.prepare(RankedRun.model_validate(config))),
+            tmp_path / "".join(["x", *low]),
+        )
+        result = run_rounds(InProcessGrid(site, site.names), run)
+        (record,) = read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
+        return result.state.adapter, record
+
+    (both, _), (one, record), (neither, whole) = play("north", "south"), play("south"), play()
+    assert record.bytes_up["south"] < record.bytes_up["north"] == whole.bytes_up["north"]
+    for name in (name for name in both if name.endswith(LORA_B)):
+        assert not both[name][:, 2:].any()
+        assert one[name][:, 2:].any()
+        assert np.abs(neither[name] - one[name]).max() > 1e-4

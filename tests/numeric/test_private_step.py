@@ -104,6 +104,22 @@ def test_without_noise_and_clipping_a_private_step_is_a_plain_one(
         assert largest_difference(one.adapter, other.adapter) < 1e-5
 
 
+def test_a_site_of_a_lower_rank_steps_privately_as_in_a_model_of_that_rank(
+    make_run: Any, make_sites: Any
+) -> None:
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_grad_norm": 0}
+    rows = {site: splits["train"] for site, splits in make_sites(a=12, b=5).items()}
+    secret, low = (
+        make_run(training=training, adapter={"r": r, "lora_alpha": 2 * r}, privacy=NEXT_TO_NOTHING)
+        for r in (4, 2)
+    )
+    start, small = noisy(load_model(secret).initial, 0), noisy(load_model(low).initial, 1)
+    _, part = train(secret, rows, [start, small])
+    (alone,) = train(low, {"b": rows["b"]}, [small])
+    assert largest_difference(part.adapter, small) > 1e-3
+    assert largest_difference(part.adapter, alone.adapter) < 1e-5
+
+
 def test_stacked_sites_take_steps_of_their_own(make_run: Any, make_sites: Any) -> None:
     training = {"max_steps": None, "num_train_epochs": 2, "per_device_train_batch_size": 3}
     run = make_run(training=training, privacy={"unit": "record", "noise_multiplier": 1.0})

@@ -102,6 +102,32 @@ def test_a_stack_of_one_has_pefts_own_logits(make_run: Any, make_sites: Any, ada
     assert torch.allclose(plain, stacked, atol=TOLERANCE, rtol=0)
 
 
+def of_rank(adapter: Adapter, r: int) -> Adapter:
+    """Its first r rows of A and columns of B."""
+    shapes = {
+        n: (r, s[1]) if ".lora_A" in n else (s[0], r) if ".lora_B" in n else s
+        for n, s in adapter.schema.items()
+    }
+    return adapter.cropped(shapes)
+
+
+def test_a_site_of_a_lower_rank_in_a_stack_ends_as_in_a_model_of_that_rank(
+    make_run: Any, make_sites: Any
+) -> None:
+    high, low = (
+        make_run(adapter={"r": r, "lora_alpha": 2 * r}, training={"weight_decay": 0.1}) for r in (4, 2)
+    )
+    rows = {site: splits["train"] for site, splits in make_sites(a=14, b=9).items()}
+    start = noisy(load_model(high).initial, 4)
+    small = of_rank(start, 2)
+    whole, part = train(high, rows, [start, small])
+    assert largest_difference(part.adapter, small) > 1e-3, "nothing was trained"
+    (alone,) = train(low, {"b": rows["b"]}, [small])
+    assert largest_difference(part.adapter, alone.adapter) < TOLERANCE
+    (full,) = train(high, {"a": rows["a"]}, [start])
+    assert largest_difference(whole.adapter, full.adapter) < TOLERANCE
+
+
 SIZES = {"a": 31, "b": 3, "c": 12, "d": 8, "e": 1, "f": 22, "g": 17, "h": 5}
 
 

@@ -76,7 +76,7 @@ def check_arrays(request: Request, initial: Adapter) -> None:
     if header.phase in _WITHOUT_ROUND:
         schema: Mapping[str, tuple[int, ...]] = {}
     else:
-        schema = download_schema(run, initial.schema, header.round)
+        schema = download_schema(run, own_schema(request, initial), header.round)
     if len(arrays) > len(schema) + 2 * len(initial):
         raise AdapterError(f"{len(arrays)} arrays, where {len(schema)} and their residual would be the most.")
     adapter = request.state.adapter
@@ -86,7 +86,15 @@ def check_arrays(request: Request, initial: Adapter) -> None:
     rank = run.aggregation.residual_rank(run.adapter.r, done, run.federation.sites_per_round) if schema else 0
     for layer, (left, right) in _pairs(request.state.residual).items():
         _check_pair(layer, left.shape, right.shape, schema, rank)
+    request.state.residual.check_schema(request.state.residual.schema)  # its dtype
     arrays.check_finite()
+
+
+def own_schema(request: Request, initial: Adapter) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of the adapter that the site has in this phase: its own part where it trains."""
+    rule, header = request.run.aggregation, request.header
+    trains = header.phase in rule.exchanges(header.round)
+    return rule.site_schema(initial.schema, header.site) if trains else initial.schema
 
 
 def check_base_change(model: LoadedModel, residual: Adapter, limits: BaseLimits) -> None:

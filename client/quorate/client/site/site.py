@@ -22,7 +22,7 @@ from quorate.client.site.join import describe
 from quorate.client.site.loaded import LoadedRuns, Resident
 from quorate.client.site.local_baseline import train_local_baseline
 from quorate.client.site.request import Request, failed
-from quorate.client.site.request_checks import check_arrays, check_base_change, check_header
+from quorate.client.site.request_checks import check_arrays, check_base_change, check_header, own_schema
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import Fitted, SiteTask, fit
 from quorate.client.trainer.optimizers import check_optimizer
@@ -240,8 +240,8 @@ class Site:
 
     def _completed(self, resident: Resident, request: Request) -> GlobalState:
         """Complete what was sent by the seeded start."""
-        sent = request.state
-        return GlobalState(resident.model.initial.updated(sent.adapter), sent.residual)
+        sent, initial = request.state, resident.model.initial
+        return GlobalState(initial.cropped(own_schema(request, initial)).updated(sent.adapter), sent.residual)
 
 
 def _pass_of(request: Request) -> tuple[object, ...] | None:

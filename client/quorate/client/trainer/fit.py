@@ -142,7 +142,7 @@ class _Training:
         member, training = self.members[position], self.run.training
         for name, parameter in member.parameters.items():
             gradient = self.stack.arrays[name].grad
-            parameter.grad = None if gradient is None else gradient[position]
+            parameter.grad = None if gradient is None else self.stack.own(position, name, gradient[position])
         norm = nn.utils.clip_grad_norm_(member.parameters.values(), training.max_grad_norm or float("inf"))
         member.norm_sum += float(norm)
         factor = lr_factor(training, member.first_step + step, member.total_steps)

@@ -247,6 +247,8 @@ class AdapterStack:
     lora_layers: list[LoraLayer] = field(default_factory=list)
     rows_apart: dict[str, RowsApart] = field(default_factory=dict)
     """Of which sites the rows of a batch were seen not to mix, see `quorate.client.trainer.dp`."""
+    schemas: list[dict[str, tuple[int, ...]]] = field(default_factory=list)
+    """Shapes of the adapter at each position, which may be smaller than the stack's."""
 
     @classmethod
     def install(cls, model: LoadedModel) -> AdapterStack:
@@ -302,27 +304,44 @@ class AdapterStack:
     def load(self, adapters: Sequence[Adapter], trainable: Iterable[str]) -> None:
         """Hold these adapters, one per stack position; arrays outside `trainable` get no gradient.
 
-        Raises: AdapterError: an adapter has other arrays or shapes than the model.
+        One with smaller arrays, as of a lower rank, has zeros around them, which nothing moves.
+
+        Raises: AdapterError: an adapter has other arrays than the model, or larger ones.
         """
-        moving = set(trainable)
-        for adapter in adapters:
-            adapter.check_schema({name: tuple(p.shape[1:]) for name, p in self.arrays.items()})
+        moving, shapes = set(trainable), {name: tuple(p.shape[1:]) for name, p in self.arrays.items()}
+        whole = [adapter.padded(shapes) for adapter in adapters]
+        self.schemas = [adapter.schema for adapter in adapters]
         for name, parameter in self.arrays.items():
-            values = torch.from_numpy(np.stack([adapter[name] for adapter in adapters]))
+            values = torch.from_numpy(np.stack([adapter[name] for adapter in whole]))
             parameter.data = values.to(parameter.device)
             parameter.grad = None
             parameter.requires_grad_(name in moving)
 
+    def own(self, position: int, name: str, array: Tensor) -> Tensor:
+        """Return a view of the part of an array [..., *shape in the stack] that is the adapter's there."""
+        for axis, size in enumerate(reversed(self.schemas[position][name]), 1):
+            array = array.narrow(-axis, 0, size)
+        return array
+
     def read(self, position: int) -> Adapter:
         """Return the adapter at a stack position."""
-        return Adapter({n: p.detach()[position].cpu().numpy().copy() for n, p in self.arrays.items()})
+        return Adapter(
+            {
+                n: self.own(position, n, p.detach()[position]).cpu().numpy().copy()
+                for n, p in self.arrays.items()
+            }
+        )
 
     def site_parameters(self, position: int) -> dict[str, nn.Parameter]:
         """Return one site's trainable arrays as parameters that share the stack's memory.
 
         An optimiser over them sees exactly what it would see if the site were alone.
         """
-        return {n: nn.Parameter(p.data[position]) for n, p in self.arrays.items() if p.requires_grad}
+        return {
+            n: nn.Parameter(self.own(position, n, p.data[position]))
+            for n, p in self.arrays.items()
+            if p.requires_grad
+        }
 
     def set_lora_training(self, training: bool) -> None:
         """Tell PEFT's LoRA layers whether dropout is live; DoRA recomputes its base term then."""

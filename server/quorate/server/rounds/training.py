@@ -70,7 +70,7 @@ class Collection:
             self.state.adapter.cropped(schema),
             self._rows(site),
             federation.max_update_norm,
-            rule.weighting,
+            rule,
         )
         weight = rule.weight(update.header.num_examples, update.header.num_tokens)
         passed = Passed(site, update.header, update.arrays.padded(whole), weight, norm)

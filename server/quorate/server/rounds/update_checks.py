@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.aggregation import Aggregator
 from quorate.shared.errors import AdapterError, ConfigError, NonFiniteUpdate, ProtocolError
 from quorate.shared.protocol.messages import RoundRequest, Update
 from quorate.shared.tasks import Task
@@ -73,7 +74,7 @@ def check_trained(
     start: Adapter,
     rows: int,
     max_norm: float | None,
-    weighting: str = "examples",
+    rule: Aggregator,
 ) -> float:
     """Return how far `update` moved from `start`, as an L2 norm [parameter units].
 
@@ -82,15 +83,15 @@ def check_trained(
         start: the adapter the site was sent, with at least these arrays.
         rows: the training rows that the site joined with.
         max_norm: the run's bound on the norm.
-        weighting: what the run weighs sites by.
+        rule: the run's; says what sites are weighed by, and the dtype of the exchange.
     Raises: AdapterError, ProtocolError: it does not hold the arrays asked for, finite, counted, near enough.
     """
-    update.arrays.check_schema(schema)
+    update.arrays.check_schema(schema, rule.dtype(update.header.phase))
     update.arrays.check_finite()
     if update.header.num_examples < 1:
         raise ProtocolError("sent an update trained on no rows.")
     _check_rows(update, rows)
-    if weighting == "tokens" and update.header.num_tokens < 1:
+    if rule.weighting == "tokens" and update.header.num_tokens < 1:
         raise ProtocolError("sent an update without the number of tokens that it is weighed by.")
     if not all(abs(value) <= _LARGEST for value in update.header.metrics.values()):
         raise NonFiniteUpdate("reports a training figure that is NaN, infinite or near to that.")

@@ -1,7 +1,10 @@
-"""The adapter value: named float32 arrays, what sites train and the server aggregates.
+"""The adapter value: named arrays, what sites train and the server aggregates.
 
 Names are PEFT's own as `save_pretrained` writes them (`base_model.model.….lora_A.weight`), so an adapter
 saved to disk is one that `PeftModel.from_pretrained` reads. A value is never changed in place.
+
+What is trained is float32, and `check_schema` says so of what comes from elsewhere. An exchange of other
+things names its own dtype: exact sums travel in float64, masked ones in integers.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from math import prod
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +25,8 @@ from safetensors.numpy import load, save
 from quorate.shared.errors import AdapterError, NonFiniteUpdate
 
 Array = npt.NDArray[np.float32]
+DType = Literal["float32", "float64", "int32", "int64", "uint32", "uint64"]
+"""What the arrays of a message may hold."""
 
 LORA_A = ".lora_A.weight"
 LORA_B = ".lora_B.weight"
@@ -28,15 +34,15 @@ LORA_MAGNITUDE = ".lora_magnitude_vector"
 
 
 class Adapter(Mapping[str, Array]):
-    """An immutable mapping from array name to float32 array, in sorted order of names.
+    """An immutable mapping from array name to array, in sorted order of names.
 
     Shapes: LoRA A is [r, d_in], B is [d_out, r]; head arrays have their layer's own shape.
-    Raises: AdapterError: for an array that is not float32.
+    Raises: AdapterError: for an array of another dtype than those of `DType`.
     """
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
         for name, array in arrays.items():
-            if array.dtype != np.float32:
+            if array.dtype.name not in get_args(DType):
                 raise AdapterError(f"adapter array {_shown(name)} has dtype {array.dtype}; expected float32.")
         self._arrays = {name: arrays[name] for name in sorted(arrays)}
 
@@ -64,8 +70,11 @@ class Adapter(Mapping[str, Array]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names and shapes: equal for adapters that can be aggregated together."""
-        return hashlib.sha256(json.dumps(self.schema, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over names, shapes and dtypes: equal for adapters that can be aggregated together."""
+        described: dict[str, object] = dict(self.schema)
+        if other := {n: array.dtype.name for n, array in self.items() if array.dtype != np.float32}:
+            described = {"shapes": described, "dtypes": other}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def content_hash(self) -> str:
@@ -109,19 +118,26 @@ class Adapter(Mapping[str, Array]):
         for name, array in self.subset(schema).items():
             cut[name] = array[tuple(slice(size) for size in schema[name])]
         small = Adapter(cut)
-        small.check_schema(schema)
+        small.check_schema(schema, None)
         return small
 
     def padded(self, schema: Mapping[str, tuple[int, ...]]) -> Adapter:
-        """Return the arrays with zeros after their last entries, up to the shapes of `schema`."""
+        """Return the arrays with zeros after their last entries, up to the shapes of `schema`.
+
+        Raises: AdapterError: other arrays than those, or a larger one.
+        """
         if self.schema == schema:
             return self
 
         def pad(name: str, array: Array) -> Array:
-            wanted = zip(schema[name], array.shape, strict=True)
-            return np.pad(array, [(0, size - there) for size, there in wanted])
+            wanted = schema.get(name, ())
+            if len(wanted) != array.ndim or any(map(int.__gt__, array.shape, wanted)):
+                return array  # the check below names it
+            return np.pad(array, [(0, size - own) for size, own in zip(wanted, array.shape, strict=True)])
 
-        return self.map(pad)
+        whole = self.map(pad)
+        whole.check_schema(schema, None)
+        return whole
 
     def minus(self, other: Adapter) -> Adapter:
         """Return the difference to `other` over this adapter's arrays."""
@@ -133,8 +149,11 @@ class Adapter(Mapping[str, Array]):
             if not np.isfinite(array).all():
                 raise NonFiniteUpdate(f"array {_shown(name)} holds NaN or infinity.")
 
-    def check_schema(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise AdapterError, naming the first array that is missing, unexpected or of another shape."""
+    def check_schema(self, expected: Mapping[str, tuple[int, ...]], dtype: DType | None = "float32") -> None:
+        """Raise AdapterError, naming the first array that is missing, unexpected, of another shape or dtype.
+
+        With `dtype` None it may be any.
+        """
         for name in sorted(expected.keys() | self._arrays.keys()):
             if name not in self._arrays:
                 raise AdapterError(f"array {name} is missing.")
@@ -143,6 +162,8 @@ class Adapter(Mapping[str, Array]):
             found, wanted = list(self._arrays[name].shape), list(expected[name])
             if found != wanted:
                 raise AdapterError(f"array {name} has shape {found}; expected {wanted}.")
+            if dtype is not None and self._arrays[name].dtype != dtype:
+                raise AdapterError(f"array {name} has dtype {self._arrays[name].dtype}; expected {dtype}.")
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """Serialise as safetensors."""
@@ -153,7 +174,7 @@ class Adapter(Mapping[str, Array]):
     def from_bytes(cls, data: bytes) -> Adapter:
         """Parse safetensors bytes.
 
-        Raises: AdapterError: the bytes are not safetensors, or an array is not float32.
+        Raises: AdapterError: the bytes are not safetensors, or of a dtype that no message has.
         """
         try:
             return cls(load(data))

@@ -9,7 +9,8 @@ run file may say about it), so whatever a run file names is fully described by t
             residual_rank(r, rounds, cohort)   how much of a base change
     server  exchanges(round)                   what the cohort is asked, one after the other
             download(state, round)             what goes to the sites
-            site_schema(schema, site)          what comes back from one of them
+            site_schema(schema, site)          which part of it is one site's, and
+            dtype(phase)                       what comes back
             init(state, round, phase)          the accumulator of an exchange:
              add(site, update, weight) ... finish() -> (state, notes)
 
@@ -27,7 +28,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.adapter import Adapter, DType
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import AdapterError
 from quorate.shared.protocol.phases import Phase
@@ -215,10 +216,15 @@ class Aggregator(ConfigModel):
         """
         return ("fit",)
 
-    def site_schema(self, schema: Mapping[str, tuple[int, ...]], site: str) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes that `site` sends, of what is asked of all.
+    def dtype(self, phase: Phase) -> DType:
+        """Return what the arrays are that a site sends in an exchange of `phase`."""
+        return "float32"
 
-        An array that is smaller than the others' along some axes is padded with zeros to them.
+    def site_schema(self, schema: Mapping[str, tuple[int, ...]], site: str) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes that `site` gets, trains and sends, of those (or some of those) of all.
+
+        An array that is smaller than the others' along some axes is cropped to its first entries on the way
+        to the site and padded with zeros on the way back: a LoRA pair of a smaller rank.
         """
         return dict(schema)
 

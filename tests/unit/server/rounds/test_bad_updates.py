@@ -12,6 +12,7 @@ from tampered import SIZES, edited, only, spoiled
 
 from quorate.server.rounds.update_checks import check_trained
 from quorate.shared.adapters.adapter import Adapter, is_lora_a
+from quorate.shared.aggregation import FedAvg
 from quorate.shared.errors import NonFiniteUpdate, QuorumNotMet
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
 
@@ -98,7 +99,7 @@ def test_a_move_beyond_float32_is_set_aside() -> None:
         RequestHeader(run_id="r", round=1, phase="fit", site="s", run_config="{}", config_hash="0" * 64)
     )
     with pytest.raises(NonFiniteUpdate, match="further than float32"):
-        check_trained(Update.reply(request, end, num_examples=5), end.schema, start, 5, None)
+        check_trained(Update.reply(request, end, num_examples=5), end.schema, start, 5, None, FedAvg())
 
 
 def test_what_is_set_aside_leaves_no_trace_in_the_model(play: Any) -> None:

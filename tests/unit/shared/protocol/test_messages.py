@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from quorate.shared.adapters.adapter import Adapter
-from quorate.shared.errors import ProtocolError
+from quorate.shared.adapters.adapter import Adapter, DType
+from quorate.shared.errors import AdapterError, ProtocolError
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, SiteDescription, Update
 
@@ -155,10 +155,21 @@ def test_a_request_is_no_update_and_the_other_way_round() -> None:
         RoundRequest.decode(an_update().encoded)
 
 
-def test_arrays_that_are_not_float32_are_refused() -> None:
-    for array in (np.zeros(2, np.float64), np.zeros(2, np.int64), np.zeros(2, np.float16)):
-        with pytest.raises(ProtocolError, match="float32"):
-            Update.decode(packed(header_of(an_update()), {"a": array}))
+@pytest.mark.parametrize("dtype", ["float16", "int8", "uint16", "bool"])
+def test_arrays_that_no_exchange_has_are_refused(dtype: str) -> None:
+    with pytest.raises(ProtocolError, match=dtype):
+        Update.decode(packed(header_of(an_update()), {"a": np.zeros(2, dtype)}))
+
+
+@pytest.mark.parametrize("dtype", get_args(DType))
+def test_arrays_keep_their_dtype_which_is_part_of_what_they_are(dtype: DType) -> None:
+    sent = Update.decode(packed(header_of(an_update()), {"a": np.arange(2, dtype=dtype)})).arrays
+    assert sent["a"].dtype == dtype
+    sent.check_schema({"a": (2,)}, dtype)
+    if dtype != "float32":
+        with pytest.raises(AdapterError, match=dtype):
+            sent.check_schema({"a": (2,)})
+        assert sent.fingerprint != Adapter({"a": np.arange(2, dtype=np.float32)}).fingerprint
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])

@@ -17,6 +17,7 @@ from quorate.client.data.splits import load_splits
 from quorate.server.rounds.evaluation import summarise
 from quorate.server.rounds.update_checks import check_trained
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.aggregation import FedAvg
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import DataError, ModelError, ProtocolError
@@ -246,9 +247,9 @@ def test_sites_are_weighed_by_tokens_only_if_they_count_them() -> None:
     assert rule.weight(5, 700) == 700
     header = {"run_id": "r", "round": 1, "phase": "fit", "site": "a", "config_hash": "c", "input_hash": "i"}
     update = Update(UpdateHeader(**header, num_examples=5), Adapter({}))  # type: ignore[arg-type]
-    check_trained(update, {}, Adapter({}), 5, None)
+    check_trained(update, {}, Adapter({}), 5, None, FedAvg())
     with pytest.raises(ProtocolError, match="without the number of tokens"):
-        check_trained(update, {}, Adapter({}), 5, None, "tokens")
+        check_trained(update, {}, Adapter({}), 5, None, rule)
 
 
 def test_outcomes_are_right_or_wrong_tokens_without_intervals() -> None:

@@ -172,7 +172,8 @@ def _step(
         kept = backward_by_row(stack, run, shares, length)
         for at, i in enumerate(present):
             pairs, goes_on = passes[i][number]
-            gradients = kept.of_site(stack.arrays, at, len(pairs))
+            whole = kept.of_site(stack.arrays, at, len(pairs))
+            gradients = {name: stack.own(i, name, array) for name, array in whole.items()}
             sums[i].add(gradients, [unit for unit, _ in pairs], goes_on=goes_on)
     for i, member in live.items():
         _add_canaries(member, sums[i], size)

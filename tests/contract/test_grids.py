@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,13 +19,13 @@ from quorate.client.process.flower_app import app as client_app
 from quorate.client.process.handler import connect
 from quorate.client.site.engine import Engine
 from quorate.client.site.site import Site
-from quorate.server.exchange.exchange import Answers
+from quorate.server.exchange.exchange import Answers, OpenExchange
 from quorate.server.exchange.flower_messages import Exchange, decode
 from quorate.server.exchange.join import request
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import Run
 from quorate.shared.adapters.adapter import Adapter
-from quorate.shared.protocol.messages import RoundRequest
+from quorate.shared.protocol.messages import RoundRequest, Update
 from quorate.simulations.in_process_grid import InProcessGrid
 
 NOTHING = Adapter({})
@@ -128,6 +128,44 @@ def test_a_reply_is_handed_out_once_and_belongs_to_its_message(grid_over: Any, o
     assert sorted(answered) == list(zip(nodes, site.names, strict=True))
     assert (answered == sorted(answered)) == (not isinstance(grid, Shuffled))
     assert not exchange.waiting and list(exchange.pull()) == []
+
+
+def test_an_exchange_may_outlive_others_on_the_same_grid(opened: Any) -> None:
+    site, run = opened
+
+    class Slow(InProcessGrid):
+        busy: ClassVar[set[int]] = set()
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            return super().pull_messages(
+                each for each in message_ids if self._pushed[each].metadata.dst_node_id not in self.busy
+            )
+
+    grid = Slow(site, site.names)
+    nodes = list(grid.get_node_ids())
+    by_node = dict(zip(nodes, site.names, strict=True))
+    Slow.busy = {nodes[-1]}
+
+    def asked(of: list[int]) -> dict[int, RoundRequest]:
+        return {node: request(run, 0, "join", by_node[node], NOTHING) for node in of}
+
+    def who(_request: RoundRequest, update: Update) -> str:
+        return update.header.site
+
+    account, later = (Answers(by_node, quorum=1, timeout=60, grace=60) for _ in range(2))
+    long = OpenExchange(account, grid, asked(nodes), who)
+    first = {name for name, _ in long.arrived()}
+    while not long.quiet:
+        first |= {name for name, _ in long.arrived()}
+    assert first == {"north", "south"} and long.missing == {"west"} and long.tend()
+    assert (
+        dict(later.ask(grid, asked(nodes[:2]), lambda _request, update: update.header.site)).keys() == first
+    )
+    assert list(long.arrived()) == [] and not long.over
+    Slow.busy = set()
+    assert [name for name, _ in long.arrived()] == ["west"] and long.over
+    long.close()
+    assert (account.good, later.good, account.excluded) == (3, 2, {})
 
 
 def test_runs_end_in_the_same_adapter_whichever_way_messages_go(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quorate.server.exchange import exchange, join, latecomers, presence
+from quorate.server.exchange import exchange, join, latecomers, patience, presence
 
 
 class Clock:
@@ -28,6 +28,6 @@ class Clock:
 def installed(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Put a clock into all modules that wait."""
     clock = Clock()
-    for module in (exchange, join, latecomers, presence):
+    for module in (exchange, join, latecomers, patience, presence):
         monkeypatch.setattr(module, "time", clock)
     return clock

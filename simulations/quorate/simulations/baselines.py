@@ -17,7 +17,7 @@ from quorate.client.site.engine import Engine
 from quorate.client.site.local_baseline import UNKNOWN, single, value
 from quorate.client.site.request import Request
 from quorate.client.trainer.sampling import few_shot
-from quorate.server.exchange.exchange import exclusion
+from quorate.server.exchange.exclusions import exclusion
 from quorate.server.exchange.join import request
 from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.rounds.run import Run

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
-from quorate.server.exchange.exchange import TELL_SECONDS, Answers, Check, exclusion
+from quorate.server.exchange.exchange import Answers, Check
+from quorate.server.exchange.exclusions import exclusion
 from quorate.server.exchange.flower_messages import POLL_SECONDS
+from quorate.server.exchange.patience import TELL_SECONDS
 from quorate.server.exchange.presence import Presence
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.update_checks import MOST_ROWS

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from flwr.serverapp import Grid
 
-from quorate.server.exchange.exchange import TRANSIENT, exclusion
+from quorate.server.exchange.exclusions import TRANSIENT, exclusion
 from quorate.server.exchange.flower_messages import Exchange, decode
 from quorate.server.exchange.join import APPROVAL, Members, identity, join_check, request
 from quorate.server.exchange.presence import FIRST_PAUSE, LONGEST_PAUSE

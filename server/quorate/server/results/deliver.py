@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from flwr.serverapp import Grid
 
-from quorate.server.exchange.exchange import exclusion
+from quorate.server.exchange.exclusions import exclusion
 from quorate.server.exchange.join import answers_of, request
 from quorate.server.results.outputs import best_state, good_round
 from quorate.server.rounds.evaluation import scalars

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from quorate.server.exchange.exchange import Answers, exclusion
+from quorate.server.exchange.exchange import Answers
+from quorate.server.exchange.exclusions import exclusion
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.screening import Passed
 from quorate.server.tracking.events import PhaseBegan

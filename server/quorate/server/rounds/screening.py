@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from quorate.server.exchange.exchange import exclusion
+from quorate.server.exchange.exclusions import exclusion
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RoundsConfig, TrainingConfig

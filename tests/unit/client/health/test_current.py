@@ -17,7 +17,7 @@ from quorate.client.health.site_file import site_file_state
 from quorate.client.health.site_status import site_status
 from quorate.client.policy.approvals import approve
 from quorate.client.process import reload
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.shared.privacy.claim import PrivacyClaim
 from quorate.shared.process.files import take_lock
 

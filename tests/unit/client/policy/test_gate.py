@@ -14,7 +14,7 @@ from quorate.client.policy.approvals import approve, note_waiting, waiting_runs
 from quorate.client.policy.gate import Gate, check_rows
 from quorate.client.policy.site_config import SiteConfig
 from quorate.client.site.request import Request, failed
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ConfigError, ProtocolError, RequestRefused
 from quorate.shared.protocol.messages import RoundRequest, Update

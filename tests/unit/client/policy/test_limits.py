@@ -16,7 +16,7 @@ from quorate.client.policy import limits
 from quorate.client.policy.site_config import PolicyConfig
 from quorate.client.process import reload
 from quorate.client.runs.run_history import DATABASE
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run_config import RunConfig
 

@@ -25,7 +25,7 @@ from quorate.client.site.device_errors import OUT_OF_MEMORY
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.client.site.site_data import SiteData
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.read import dump_yaml
 from quorate.shared.errors import NonFiniteUpdate

@@ -21,7 +21,7 @@ from quorate.client.site import site as site_module
 from quorate.client.site.device_errors import LOST_EXIT, of_device
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.server.exchange.join import request as ask
 from quorate.server.rounds.run import Run
 from quorate.shared.errors import ModelError

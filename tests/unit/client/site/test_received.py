@@ -20,7 +20,7 @@ from quorate.client.site.request import Request
 from quorate.client.site.request_checks import check_header
 from quorate.client.site.site import Site
 from quorate.client.site.site_data import SiteData
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, lora_layers
 from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState

@@ -9,7 +9,7 @@ import pytest
 from tampered import NAMES, Change, edited
 
 from quorate.server.exchange import join
-from quorate.server.exchange.exchange import REASONS
+from quorate.server.exchange.exclusions import REASONS
 from quorate.server.tracking.events import EVENTS_FILE, EventsReader, PhaseBegan
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import QuorumNotMet

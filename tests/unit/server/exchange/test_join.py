@@ -16,8 +16,9 @@ from tampered import NAMES, Change, described, edited, only, spoiled
 
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
-from quorate.server.exchange import exchange
-from quorate.server.exchange.exchange import Answers
+from quorate.server.exchange import patience
+from quorate.server.exchange.exchange import Answers, in_order
+from quorate.server.exchange.exclusions import exclusion
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import QuorumNotMet
 from quorate.shared.model.lora_model import load_model
@@ -159,7 +160,7 @@ def test_admitted_sites_that_are_not_connected_are_named(play: Any) -> None:
 
 def test_a_site_that_was_away_is_asked_again(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two errors of Flower's, then an answer: as if it had answered at once."""
-    monkeypatch.setattr(exchange, "_FIRST_REASK", 0.05)
+    monkeypatch.setattr(patience, "_FIRST_REASK", 0.05)
     asked: Counter[str] = Counter()
 
     def away_twice(update: Update) -> Update | Error:
@@ -175,7 +176,7 @@ def test_a_site_that_was_away_is_asked_again(play: Any, monkeypatch: pytest.Monk
 
 
 def test_asking_again_ends_with_its_time(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "_FIRST_REASK", 0.05)
+    monkeypatch.setattr(patience, "_FIRST_REASK", 0.05)
     change = only("south", lambda _: Error(3, "node is not available"))
     _, records, *_ = play(change, federation={"reask_seconds": 0.2})
     assert records[0].excluded["south"].code == "unreachable"
@@ -196,11 +197,11 @@ def test_in_order_keeps_the_order_and_loses_nobody(arrival: list[str], failing: 
     def arriving() -> Iterable[tuple[str, Any]]:
         for site in arrival:
             if site in failing:
-                answers.excluded[site] = exchange.exclusion("data")
+                answers.excluded[site] = exclusion("data")
             else:
                 yield site, f"update of {site}"
 
-    got = list(exchange.in_order("abcde", answers, iter(arriving())))
+    got = list(in_order("abcde", answers, iter(arriving())))
     assert got == [f"update of {site}" for site in "abcde" if site not in failing]
 
 

@@ -13,7 +13,7 @@ from quorate.client.process.handler import connect
 from quorate.client.site.delivered import report
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
-from quorate.server.exchange import exchange
+from quorate.server.exchange import patience
 from quorate.server.exchange.join import request
 from quorate.server.results.deliver import deliver, delivery
 from quorate.server.results.outputs import measure, write_outputs
@@ -109,7 +109,7 @@ def test_a_site_that_cannot_take_the_result_answers_with_a_code_and_the_run_stan
 def test_a_site_that_is_away_at_the_end_is_asked_again(
     make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "_FIRST_REASK", 0.05)
+    monkeypatch.setattr(patience, "_FIRST_REASK", 0.05)
     site = Site(make_sites(north=9, south=7), received=tmp_path / "received")
     federation = {"rounds": 1, "reask_seconds": 60}
     run = Run.open(site.prepare(make_run(federation=federation)), tmp_path / "out")

@@ -164,6 +164,17 @@ def test_a_page_without_references_says_so(tmp_path: Path) -> None:
     assert "Local only" not in page.sections["worth"] and "one machine" not in page.sections["limits"]
 
 
+def test_it_is_said_why_some_sites_have_no_interval_and_others_have(tmp_path: Path) -> None:
+    whole = report(tmp_path, FAST).sections["worth"]
+    file = tmp_path / "summary.json"
+    summary = json.loads(file.read_text())
+    for measured in (summary["best"], summary["final"]):
+        del measured["test"]["intervals"]["sites"]["heart"]["macro_f1"]
+    file.write_text(json.dumps(summary))
+    assert "No interval for heart: " in Page(write_report(tmp_path).read_text()).sections["worth"]
+    assert "No interval" not in whole
+
+
 def test_intervals_are_announced_only_where_a_figure_has_one(tmp_path: Path) -> None:
     assert "intervals" in report(tmp_path, FAST).sections["worth"]
     file = tmp_path / "summary.json"

@@ -46,6 +46,14 @@ def comparison_section(files: RunFiles) -> Section:
             "muted",
         )
     section.blocks.append(_table(files, result, references, sites))
+    without = [site for site in sites if interval_of(result, metric, site) is None]
+    if without and _has_intervals(result, metric):
+        section.say(
+            f"No interval for {figures.listed(without)}: an average over classes has one from about a dozen "
+            "rows for each class that occurs there. A site with one class may have it, and a larger one with "
+            "several may not.",
+            "muted",
+        )
     if metric == "macro_f1" and len(sites) > 1:
         values = [value for site in sites if (value := value_of(result, metric, site)) is not None]
         if max(values, default=1.0) < (value_of(result, metric) or 0.0):

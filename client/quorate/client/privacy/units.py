@@ -71,7 +71,7 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
     try:
         return private_plan(run, len(rows) if groups is None else len(set(groups)))
     except ConfigError as error:
-        raise ConfigError(f"site {site}: {error}") from error
+        raise ConfigError(f"site {site}: {error}", kind=error.kind) from error
 
 
 def reported_seconds(run: RunConfig, seconds: float) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refuses
 from site_folder import RUN_ID, request, sha256_of, write_folder
 from whole_site import WholeSite
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
+from refusals import refuses
 
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, lora_layers
 from quorate.shared.aggregation import RULES, AggregationRule, Aggregator, GlobalState, Reptile
@@ -206,7 +207,7 @@ def test_a_site_rebuilds_the_state_from_its_seeded_start_and_the_download(
 
 def test_no_weight_is_refused_rather_than_divided_by(rule: Aggregator, round: int) -> None:
     state = start()
-    with pytest.raises(AdapterError, match="weights sum to 0"):
+    with refuses(AdapterError, "no-weight"):
         aggregate(rule, state, round, [upload(rule, state, round, 0)], (0.0,))
 
 

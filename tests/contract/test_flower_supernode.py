@@ -47,8 +47,9 @@ def test_a_flower_without_one_of_the_names_is_not_run(name: str) -> None:
     changed = SimpleNamespace(
         run_clientapp=SimpleNamespace(__code__=SimpleNamespace(co_names=names)), **dict.fromkeys(REPLACED)
     )
-    with pytest.raises(QuorateError, match=name):
+    with pytest.raises(QuorateError) as caught:
         Guard().install(changed)  # type: ignore[arg-type]
+    assert f" {name}," in str(caught.value)
 
 
 def test_nothing_of_a_bundle_is_installed_and_an_unjudged_message_is_refused(runtime: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from refusals import refuses
 from tampered import Shuffled
 
 from quorate.client.process.flower_app import app as client_app
@@ -25,6 +26,7 @@ from quorate.server.exchange.join import request
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import Run
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.errors import ProtocolError
 from quorate.shared.protocol.messages import RoundRequest, Update
 from quorate.simulations.in_process_grid import InProcessGrid
 
@@ -99,7 +101,7 @@ def test_a_request_for_another_site_is_refused(grid_over: Any, opened: Any) -> N
     first, second, _ = grid.get_node_ids()
     wrong = request(run, 0, "join", site.names[1], NOTHING)
     if grid._client_app is None:
-        with pytest.raises(Exception, match="another site"):
+        with refuses(ProtocolError, "another-site"):
             ask(grid, run, {first: wrong})
     else:
         assert ask(grid, run, {first: wrong})[first] == "protocol"

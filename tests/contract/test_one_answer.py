@@ -310,8 +310,9 @@ def test_a_flower_that_works_in_another_way_is_not_run(name: str, how: str) -> N
     if how == "other arguments":
         functions[name] = lambda connection: None
     code = SimpleNamespace(__code__=SimpleNamespace(co_names=names))
-    with pytest.raises(QuorateError, match=name):
+    with pytest.raises(QuorateError) as caught:
         OneAnswer().install(SimpleNamespace(start_client_internal=code, **functions))  # type: ignore[arg-type]
+    assert f" {name} " in str(caught.value)
 
 
 ENDED = """

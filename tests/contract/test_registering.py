@@ -103,8 +103,9 @@ def test_a_key_that_flower_refuses_keeps_no_other_site_out(paths: ServerPaths, t
     }
     (reason,) = written.refused.values()
     assert str(folder.site("east") / "node.pub") in reason and "quorate site enrol --renew" in reason
-    with pytest.raises(ConfigError, match="quorate site enrol --renew"):
+    with pytest.raises(ConfigError) as caught:
         admit_site(folder, "east", first)
+    assert str(caught.value) == reason
     assert register_sites(paths) == written
     states = {site: found.state for site, found in _sites(paths, answers=True).items()}
     assert states == {"east": "refused", "north": "registered", "west": "registered"}

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from refusals import refuses
 from report_data import TIMEOUT, Shape, config, make_summary, record, round_metrics
 from rich.console import Console
 
@@ -145,5 +146,6 @@ def test_tensorboard_purges_rounds_that_are_run_again(tmp_path: Path) -> None:
 def test_report_to_names_the_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert configured_trackers(RUN) == []
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)  # as if it could not be imported
-    with pytest.raises(ConfigError, match=r"quorate\[tensorboard\]"):
+    with refuses(ConfigError, where="report_to") as caught:
         configured_trackers(RUN.model_copy(update={"report_to": ("tensorboard",)}))
+    assert "`pip install 'quorate[tensorboard]'`" in str(caught.value)

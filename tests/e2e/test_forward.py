@@ -63,8 +63,9 @@ def test_what_goes_through_the_forwarder_has_the_client_certificate(tmp_path: Pa
     make_node_key(folder)
     site, ports = SiteFolder.find(folder), Ports.free()
     prepare_folders(site)
-    with pytest.raises(ConfigError, match=r"client\.csr"):
+    with pytest.raises(ConfigError) as caught:
         forward_program(site, ports)
+    assert "client.csr" in str(caught.value)
     for name in ("client.crt", "client.key"):
         shutil.copy(tmp_path / name, folder)
     program = forward_program(site, ports)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refuses
 
 from quorate.client.data.mapping import LoadedRow
 from quorate.client.data.placement import Placement, content
@@ -188,11 +189,12 @@ def test_a_group_that_is_no_text_is_an_error_of_its_line(tmp_path: Path) -> None
     lines = [json.dumps({"text": f"t{n}", "patient": "\ud800" if n == 2 else str(n)}) for n in range(9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     source = SourceConfig(source="rows.jsonl", columns={"group": "patient"})
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: column 'patient'"):
+    with refuses(DataError, "group-half-character", f"{tmp_path}/rows.jsonl:3") as caught:
         load_splits(source, tmp_path, {"text": "text"}, [])
+    assert "column 'patient'" in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/a.png", "/a\0b.png", "/\ud800.png"])
 def test_an_image_that_cannot_be_read_is_an_error_of_its_row(path: str) -> None:
-    with pytest.raises(DataError, match=r"^rows:7: the image cannot be read"):
+    with refuses(DataError, where="rows:7"):
         content({"image": path}, ["image"], "rows:7")

@@ -29,7 +29,9 @@ def objects_of(value: Any, label_id: Callable[[Any, str], int], where: str) -> l
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise DataError(f"{where}: the objects are not JSON; write {_FORMS}.") from None
+            raise DataError(
+                f"{where}: the objects are not JSON; write {_FORMS}.", kind="objects-not-json"
+            ) from None
     return [
         (label_id(category, f"{where}, object {number}"), *_box(box, f"{where}, object {number}"))
         for number, (box, category) in enumerate(_pairs(value, where), start=1)
@@ -42,10 +44,11 @@ def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
     boxes = value.get("bbox") if isinstance(value, Mapping) else None
     categories = _categories(value, where) if isinstance(boxes, list | tuple) else None
     if not isinstance(boxes, list | tuple) or not isinstance(categories, list | tuple):
-        raise DataError(f"{where} does not hold boxes and their categories; write {_FORMS}.")
+        raise DataError(f"{where} does not hold boxes and their categories; write {_FORMS}.", kind="no-boxes")
     if len(boxes) != len(categories):
         raise DataError(
-            f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each."
+            f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each.",
+            kind="boxes-and-categories",
         )
     return list(zip(boxes, categories, strict=True))
 
@@ -53,7 +56,9 @@ def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
 def _categories(value: Mapping[str, Any], where: str) -> Any:
     found = [name for name in _CATEGORIES if name in value]
     if len(found) != 1:
-        raise DataError(f"{where}: the objects need one of {', '.join(_CATEGORIES)} beside bbox.")
+        raise DataError(
+            f"{where}: the objects need one of {', '.join(_CATEGORIES)} beside bbox.", kind="no-categories"
+        )
     return value[found[0]]
 
 
@@ -63,8 +68,13 @@ def _box(value: Any, where: str) -> tuple[float, float, float, float]:
         isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
         for each in figures
     ):
-        raise DataError(f"{where}: a box is four finite numbers, x, y, width and height in pixels.")
+        raise DataError(
+            f"{where}: a box is four finite numbers, x, y, width and height in pixels.", kind="box-figures"
+        )
     x, y, width, height = map(float, figures)
     if width <= 0 or height <= 0:
-        raise DataError(f"{where}: the box is {width:g} wide and {height:g} high; correct it or remove it.")
+        raise DataError(
+            f"{where}: the box is {width:g} wide and {height:g} high; correct it or remove it.",
+            kind="box-size",
+        )
     return x, y, width, height

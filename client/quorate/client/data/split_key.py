@@ -120,7 +120,8 @@ def open_splits(site: SiteFolder) -> SiteSplits:
     if made != [(placing.fingerprint,)]:
         raise LedgerError(
             f"{path} is not the key that {book.name} beside it was written with; put both back from one "
-            "backup of the state folder."
+            "backup of the state folder.",
+            kind="another-key",
         )
     if empty and _has_spent(site):
         raise _lost(book, "says what was trained on")
@@ -132,7 +133,8 @@ def _lost(path: Path, what: str) -> LedgerError:
     return LedgerError(
         f"{path} is gone or empty, which {what}, and private runs were trained here: without it rows "
         "of theirs could be measured. Put it back from a backup of the state folder; docs/data.md "
-        "(Splits) says what to do without one."
+        "(Splits) says what to do without one.",
+        kind="key-or-book-gone",
     )
 
 
@@ -174,7 +176,8 @@ def read_placing(path: Path) -> Placement:
         ) from error
     if len(key) != KEY_BYTES:
         raise LedgerError(
-            f"{path} holds {len(key)} bytes and not the {KEY_BYTES} of a key; put it back from a backup."
+            f"{path} holds {len(key)} bytes and not the {KEY_BYTES} of a key; put it back from a backup.",
+            kind="no-key",
         )
     return Placement(key)
 

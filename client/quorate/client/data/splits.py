@@ -89,7 +89,8 @@ def fill_missing_splits(
         raise DataError(
             f"all {len(train)} rows lie in validation and test, and none is left to train on: each row (or "
             "group) is placed by itself, so few of them may all lie on one side; give more rows, lower the "
-            "shares in `split`, or give files for the splits."
+            "shares in `split`, or give files for the splits.",
+            kind="nothing-to-train-on",
         )
     if len(train) > 1 and (empty := [name for name in made if not filled[name]]):
         log.warning(

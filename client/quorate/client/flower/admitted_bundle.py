@@ -42,10 +42,10 @@ def read_bundle(fab: bytes, expected: Mapping[str, bytes] | None) -> dict[str, b
             sizes = sorted((info.filename, info.file_size) for info in infos)
             if expected is not None and sizes != sorted((name, len(text)) for name, text in expected.items()):
                 names = ", ".join(name for name, _ in sizes[:5]) + (", ..." if len(sizes) > 5 else "")
-                raise _refused("the bundle holds other files than ours", names)
+                raise _refused("the bundle holds other files than ours", names, "other-files")
             return {info.filename: archive.read(info) for info in infos}
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
-        raise _refused("the bundle is not a bundle of Flower's", type(error).__name__) from error
+        raise _refused("the bundle is not a bundle of Flower's", type(error).__name__, "no-bundle") from error
 
 
 def check_bundle(fab: bytes) -> None:
@@ -58,7 +58,7 @@ def check_bundle(fab: bytes) -> None:
     expected = own_bundle()
     found = read_bundle(fab, expected)
     if differ := [name for name in expected if found[name] != expected[name]]:
-        raise _refused("files of the bundle differ from ours", ", ".join(differ))
+        raise _refused("files of the bundle differ from ours", ", ".join(differ), "changed-files")
 
 
 def check_overrides(overrides: Mapping[str, object]) -> None:
@@ -67,17 +67,17 @@ def check_overrides(overrides: Mapping[str, object]) -> None:
     Raises: BundleRefused: it does not.
     """
     if set(overrides) != {RUN_KEY}:
-        raise _refused(
-            f"the run's configuration may hold {RUN_KEY!r} alone", ", ".join(sorted(overrides)) or "nothing"
-        )
+        found = ", ".join(sorted(overrides)) or "nothing"
+        raise _refused(f"the run's configuration may hold {RUN_KEY!r} alone", found, "other-overrides")
     run = overrides[RUN_KEY]
     if not isinstance(run, str) or not _RUN_ID.fullmatch(run):
-        raise _refused(f"{RUN_KEY!r} must be 16 hexadecimal digits", repr(run))
+        raise _refused(f"{RUN_KEY!r} must be 16 hexadecimal digits", repr(run), "no-run-id")
 
 
-def _refused(rule: str, value: str) -> BundleRefused:
+def _refused(rule: str, value: str, kind: str) -> BundleRefused:
     shown = "".join(c if c.isprintable() else "?" for c in value)[:200]  # of the sender's choosing
     return BundleRefused(
         f"{rule} (found: {shown}); install the same version of quorate at the coordinator and here. If the "
-        "coordinator's version is the same, then somebody sent code of their own: tell its people."
+        "coordinator's version is the same, then somebody sent code of their own: tell its people.",
+        kind=kind,
     )

@@ -71,7 +71,8 @@ class AnswerStore:
         except (OSError, sqlite3.Error) as error:
             raise OutputError(
                 f"{path}: the stored answers cannot be opened ({error}); mend the file's rights, or move it "
-                "away: runs under way then train their round again."
+                "away: runs under way then train their round again.",
+                kind="answers-not-opened",
             ) from error
 
     def handle(self, request: Request) -> Update:

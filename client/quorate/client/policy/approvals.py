@@ -67,7 +67,8 @@ def approve(state: Path, run_id: str) -> Path:
         known = ", ".join(waiting_runs(state)) or "none"
         raise ConfigError(
             f"no run {run_id!r} has asked here (waiting: {known}); have the coordinator start it, which then "
-            "waits for your word."
+            "waits for your word.",
+            kind="run-not-waiting",
         )
     digest = hashlib.sha256(waiting.read_bytes()).hexdigest()
     word = Approval(by=_user(), at=datetime.now(UTC), config_hash=digest)
@@ -87,7 +88,9 @@ def withdraw(state: Path, run_id: str) -> None:
     Raises: ConfigError: that is no run id. OutputError: the folder cannot be written.
     """
     if not re.fullmatch(RUN_ID, run_id):
-        raise ConfigError(f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`.")
+        raise ConfigError(
+            f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`.", kind="no-run-id"
+        )
     before = withdrawal(state, run_id)
     taken_back = approval(state, run_id) or (before.approval if before else None)
     word = Withdrawal(by=_user(), at=datetime.now(UTC), approval=taken_back)
@@ -102,7 +105,10 @@ def rejoin(state: Path, run_id: str) -> None:
     """
     if not re.fullmatch(RUN_ID, run_id) or not is_withdrawn(state, run_id):
         known = ", ".join(withdrawn_runs(state)) or "none"
-        raise ConfigError(f"this site was not withdrawn from a run {run_id!r} (withdrawn from: {known}).")
+        raise ConfigError(
+            f"this site was not withdrawn from a run {run_id!r} (withdrawn from: {known}).",
+            kind="not-withdrawn",
+        )
     (state / _WITHDRAWN / run_id).unlink()
 
 
@@ -164,6 +170,7 @@ def note_waiting(state: Path, run_id: str, run_config: str) -> None:
             f"{len(waiting)} runs wait for a person already; approve some, or delete their files in "
             f"{path.parent}.",
             code="policy-approval",
+            kind="too-many-waiting",
         )
     _write(state, _WAITING, path.name, content)
     files = sorted((state / _WAITING).glob("*.json"), key=lambda each: each.stat().st_mtime)

@@ -214,7 +214,7 @@ def _plans(run: RunConfig, site: str, privacy: SitePrivacy, units: int, schema: 
             shapes={name: shape for name, shape in schema.items() if name in moved},
         )
     except ConfigError as error:
-        raise ConfigError(f"site {site}: {error}") from error
+        raise ConfigError(f"site {site}: {error}", kind=error.kind) from error
 
 
 def traffic(run: RunConfig, schema: Schema, share: float = 1.0) -> tuple[int, int]:

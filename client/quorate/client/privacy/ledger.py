@@ -240,5 +240,6 @@ def check(findings: Iterable[str]) -> None:
     if said := " ".join(findings):
         raise LedgerError(
             f"the privacy ledger is not what was written: {said} No run with privacy is answered "
-            "until people have found out why; docs/ledger.md says what to do."
+            "until people have found out why; docs/ledger.md says what to do.",
+            kind="ledger-not-as-written",
         )

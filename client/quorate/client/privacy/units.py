@@ -29,7 +29,8 @@ def groups_of(run: RunConfig, site: str, rows: Sequence[Row]) -> list[str] | Non
     if len(groups) < len(rows):
         raise DataError(
             f"site {site}: privacy.unit group protects all rows of a group, but data.{run.data} does not say "
-            "whose row each is; map the column, such as `columns: {group: patient_id}`."
+            "whose row each is; map the column, such as `columns: {group: patient_id}`.",
+            kind="no-group-column",
         )
     return groups
 
@@ -48,7 +49,8 @@ def check_groups_apart(
         raise DataError(
             f"site {site}: {len(shared)} groups have rows in train and in {split}; privacy.unit group "
             "protects all rows of a group, and figures on measured rows are exact: put all rows of a group "
-            "into one split."
+            "into one split.",
+            kind="group-measured-too",
         )
 
 
@@ -71,7 +73,7 @@ def plan_of(run: RunConfig, site: str, rows: Sequence[Row]) -> PrivatePlan | Non
     try:
         return private_plan(run, len(rows) if groups is None else len(set(groups)))
     except ConfigError as error:
-        raise ConfigError(f"site {site}: {error}") from error
+        raise ConfigError(f"site {site}: {error}", kind=error.kind) from error
 
 
 def reported_seconds(run: RunConfig, seconds: float) -> float:

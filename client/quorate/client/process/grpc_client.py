@@ -77,7 +77,8 @@ class RemoteSite:
         socket = os.environ.get(SOCKET)
         if not socket:
             raise QuorateError(
-                f"no resident site is connected; start the site process, and set {SOCKET} to its socket."
+                f"no resident site is connected; start the site process, and set {SOCKET} to its socket.",
+                kind="no-resident-site",
             )
         return cls(Path(socket))
 

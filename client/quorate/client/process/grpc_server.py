@@ -217,7 +217,8 @@ def _claim(socket: Path) -> int:
     if len(os.fsencode(socket)) > _LONGEST_PATH:
         raise ConfigError(
             f"{socket}: a socket's path may have {_LONGEST_PATH} bytes; set `state` in site.yaml to a folder "
-            "with a shorter path."
+            "with a shorter path.",
+            kind="socket-path-too-long",
         )
     try:
         lock = os.open(socket.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -226,14 +227,15 @@ def _claim(socket: Path) -> int:
     try:
         take_lock(lock)
         if socket.exists() and not stat.S_ISSOCK(socket.stat().st_mode):
-            raise ConfigError(f"{socket} is no socket; move it away.")
+            raise ConfigError(f"{socket} is no socket; move it away.", kind="not-a-socket")
         socket.unlink(missing_ok=True)
     except BlockingIOError as error:
         os.close(lock)
         pid = holder(socket.with_suffix(".lock"))
         process = f" (process {pid})" if pid else ""
         raise ConfigError(
-            f"{socket}: a site process is running there already{process}; stop that one first."
+            f"{socket}: a site process is running there already{process}; stop that one first.",
+            kind="site-runs-already",
         ) from error
     except BaseException:
         os.close(lock)

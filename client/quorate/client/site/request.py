@@ -50,7 +50,9 @@ class Request(RoundRequest):
 
         header = message.header
         if len(header.run_config) > _LONGEST_CONFIG:
-            raise ProtocolError(f"a run configuration of more than {_LONGEST_CONFIG} characters.")
+            raise ProtocolError(
+                f"a run configuration of more than {_LONGEST_CONFIG} characters.", kind="config-too-long"
+            )
         try:
             run = RunConfig.model_validate_json(header.run_config)
         except ValidationError as error:

@@ -59,7 +59,7 @@ class SiteData:
                 source, held = self.folder.config.data[run.data], self._splits()
                 splits, units = read_rows(run, source, self.folder.path, held)
             except BadInput as error:
-                raise type(error)(f"{where}: {error}") from error
+                raise type(error)(f"{where}: {error}", kind=error.kind) from error
             self._units = {key: units}
             self._rows[key] = {
                 split: [Row(row.values, row.source, group=row.group) for row in rows]

@@ -89,7 +89,8 @@ class Flower:
         if not (self.home / CONFIG_FILE).is_file():
             raise ServerNotUp(
                 f"{self.home / CONFIG_FILE} is not there: the federation's server was never started; run "
-                "`quorate server start`."
+                "`quorate server start`.",
+                kind="server-never-started",
             )
         command = [sys.executable, "-m", CLI, *arguments, "--format", "json"]
         bypass = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))
@@ -123,7 +124,8 @@ class Flower:
         if _NOT_UP in said:
             raise ServerNotUp(
                 "the federation's SuperLink does not answer; start it with `quorate server start`, or see "
-                "`quorate server status`."
+                "`quorate server status`.",
+                kind="server-silent",
             )
         raise ControlError(f"`flwr {verb}`: {said[-300:]}")
 

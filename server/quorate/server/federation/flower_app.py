@@ -120,7 +120,8 @@ def main(grid: Grid, context: Context) -> None:
         except KeyboardInterrupt:
             message = "the run was stopped; continue it with --resume."
             status(state="interrupted", exit_code=INTERRUPTED, message=message).write(run_dir)
-            raise QuorateError(message) from None  # Flower ends a run in order after an Exception alone
+            # Flower ends a run in order after an Exception alone.
+            raise QuorateError(message, kind="run-stopped") from None
         except QuorumNotMet as error:
             status(state="quorum-not-met", exit_code=error.exit_code, message=str(error)).write(run_dir)
             raise

@@ -103,7 +103,8 @@ class WeightedSum:
         if not self.weight > 0:
             raise AdapterError(
                 "the updates' weights sum to 0, so they have no mean: no site trained on a single row; "
-                "give the sites training rows or set aggregation.weighting: uniform."
+                "give the sites training rows or set aggregation.weighting: uniform.",
+                kind="no-weight",
             )
         return Adapter(
             {name: (total / self.weight).astype(np.float32) for name, total in self.arrays.items()}

@@ -35,20 +35,20 @@ def install(executor: ModuleType) -> None:
     launch = getattr(getattr(executor, "SubprocessExecutor", None), "launch", None)
     names = launch.__code__.co_names if launch is not None else ()
     if missing := [name for name in _USED if name not in names]:
-        raise _moved(f"no longer uses {', '.join(missing)}")
+        raise _moved(f"no longer uses {', '.join(missing)}", "moved-launch")
     # Nothing else of `subprocess` is there: another way to start a process is an error, not a leak.
     executor.__dict__["subprocess"] = SimpleNamespace(Popen=_start, DEVNULL=subprocess.DEVNULL)
 
 
 def _start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     if list(arguments).count(TOKEN) != 1 or arguments[-1] == TOKEN:
-        raise _moved(f"no longer gives {TOKEN} to {arguments[0]}")
+        raise _moved(f"no longer gives {TOKEN} to {arguments[0]}", "no-token")
     at = list(arguments).index(TOKEN)
     token = arguments[at + 1]
     with _in_memory(token) as descriptor:
         hidden = [*arguments[:at], TOKEN_FILE, f"/proc/self/fd/{descriptor}", *arguments[at + 2 :]]
         if any(token in each for each in hidden):
-            raise _moved(f"gives the token to {arguments[0]} twice")
+            raise _moved(f"gives the token to {arguments[0]} twice", "token-twice")
         return subprocess.Popen(hidden, pass_fds=[descriptor], **options)
 
 
@@ -69,8 +69,9 @@ def read(path: str) -> str:
     return Path(path).read_text(encoding="ascii").strip()
 
 
-def _moved(how: str) -> QuorateError:
+def _moved(how: str, kind: str) -> QuorateError:
     return QuorateError(
         f"this version of flwr {how}, so a task's token could be read in the process list; "
-        "install the version that quorate asks for."
+        "install the version that quorate asks for.",
+        kind=kind,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from refusals import refuses
 
 from quorate.client.data.splits import load_splits
 from quorate.shared.config.sites_config import SourceConfig
@@ -96,8 +97,9 @@ def test_coco_splits_and_an_images_own_columns(tmp_path: Path) -> None:
     rows = load_splits(SourceConfig(source=str(tmp_path)), Path("/nowhere"), COLUMNS, LABELS)["test"]
     assert {row.raw["ward"] for row in rows} == {"north"}, "for partitions by column"
     write(tmp_path / "annotations" / "instances_val.json", coco())
-    with pytest.raises(DataError, match="for validation; keep one"):
+    with refuses(DataError, "two-for-one-split") as caught:
         load(tmp_path)
+    assert "validation" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["names", "numbers", "list", "csv"])
@@ -128,57 +130,71 @@ def test_categories_are_mapped_as_labels_are(tmp_path: Path) -> None:
     data["categories"][0]["name"] = "hound"
     write(tmp_path / "train.coco.json", data)
     assert load(tmp_path, labels={"hound": "dog"}) == {"train": WANTED}
-    with pytest.raises(
-        DataError, match=r"train\.coco\.json: image a\.png: column 'objects', object 2: label 'hound' is not"
-    ):
+    with refuses(DataError, "unknown-label", str(tmp_path / "train.coco.json")) as caught:
         load(tmp_path)
+    assert ": image a.png: column 'objects', object 2: label 'hound'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "kind", "facts"),
     [
         (
             lambda d: d["annotations"][0].update(bbox=[1, 2, -3, 4]),
-            r"image a\.png.*object 1: the box is -3 wide",
+            "box-size",
+            ["image a.png", "object 1", " -3 "],
         ),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, 0]), r"image a\.png.*object 2.* 0 high"),
+        (
+            lambda d: d["annotations"][1].update(bbox=[1, 2, 3, 0]),
+            "box-size",
+            ["image a.png", "object 2", " 0 "],
+        ),
         (
             lambda d: d["annotations"][1].update(bbox=[1, 2, float("nan"), 3]),
-            "object 2: a box is four finite",
+            "box-figures",
+            ["object 2"],
         ),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "object 2: a box is four finite"),
-        (lambda d: d["annotations"][1].pop("bbox"), "object 2: a box is four finite"),
+        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "box-figures", ["object 2"]),
+        (lambda d: d["annotations"][1].pop("bbox"), "box-figures", ["object 2"]),
         (
             lambda d: d["annotations"][2].update(image_id=5),
-            "annotation 2 is of image 5, which `images` does not",
+            "image-not-listed",
+            ["annotation 2 ", "image 5,"],
         ),
-        (lambda d: d["annotations"][2].update(category_id=5), "annotation 2 is of category 5"),
-        (lambda d: d["images"][1].update(id=70), "image id 70 is listed twice"),
+        (
+            lambda d: d["annotations"][2].update(category_id=5),
+            "category-not-listed",
+            ["annotation 2 ", "category 5,"],
+        ),
+        (lambda d: d["images"][1].update(id=70), "image-id-twice", ["id 70 "]),
         (
             lambda d: d["images"][1].update(file_name="gone.png"),
-            r"image gone\.png: there is no file .*gone\.png",
+            "image-not-there",
+            ["image gone.png: ", "/gone.png"],
         ),
-        (lambda d: d["images"][1].pop("file_name"), "image 71 has no file_name"),
-        (lambda d: d.pop("annotations"), "no list of objects 'annotations'"),
-        (lambda d: d.update(images=[]), "'images' holds nothing"),
+        (lambda d: d["images"][1].pop("file_name"), "no-file-name", ["image 71 "]),
+        (lambda d: d.pop("annotations"), "coco-no-list", ["'annotations'"]),
+        (lambda d: d.update(images=[]), "coco-empty-list", ["'images'"]),
     ],
 )
-def test_what_is_wrong_in_a_coco_file_is_named(tmp_path: Path, change: Any, words: str) -> None:
+def test_what_is_wrong_in_a_coco_file_is_named(
+    tmp_path: Path, change: Any, kind: str, facts: list[str]
+) -> None:
     pictures(tmp_path / "train")
     data = coco()
     change(data)
     write(tmp_path / "train.coco.json", data)
-    with pytest.raises(DataError, match=words) as caught:
+    with refuses(DataError, kind) as caught:
         load(tmp_path)
-    assert "train.coco.json" in str(caught.value)
+    assert all(fact in str(caught.value) for fact in ["train.coco.json", *facts]), str(caught.value)
 
 
 def test_a_file_that_is_no_coco_file(tmp_path: Path) -> None:
     path = tmp_path / "train.coco.json"
-    for text, words in (('{"images": [', "cut off"), ("[]", "must hold an object")):
+    for text, kind in (('{"images": [', "coco-not-json"), ("[]", "coco-no-object")):
         path.write_text(text)
-        with pytest.raises(DataError, match=words):
+        with refuses(DataError, kind) as caught:
             load(tmp_path)
+        assert str(path) in str(caught.value)
 
 
 def test_crowds_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,23 +210,24 @@ def test_crowds_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    ("objects", "words"),
+    ("objects", "kind"),
     [
-        ({"bbox": [[1, 1, 2, 2]], "categories": []}, "1 boxes and 0 categories"),
-        ({"bbox": [[1, 1, 2, 2]]}, "need one of category"),
-        ({"bbox": [], "category": [], "label": []}, "need one of category"),
-        ({"boxes": []}, "does not hold boxes"),
-        (3, "does not hold boxes"),
-        ("[oops", "not JSON"),
-        (None, "is empty"),
+        ({"bbox": [[1, 1, 2, 2]], "categories": []}, "boxes-and-categories"),
+        ({"bbox": [[1, 1, 2, 2]]}, "no-categories"),
+        ({"bbox": [], "category": [], "label": []}, "no-categories"),
+        ({"boxes": []}, "no-boxes"),
+        (3, "no-boxes"),
+        ("[oops", "objects-not-json"),
+        (None, "empty-cell"),
     ],
 )
-def test_objects_of_another_form_are_refused(tmp_path: Path, objects: Any, words: str) -> None:
+def test_objects_of_another_form_are_refused(tmp_path: Path, objects: Any, kind: str) -> None:
     pictures(tmp_path / "train")
     row = {"file_name": "a.png", "objects": objects}
     (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=rf"metadata\.jsonl:1: column 'objects'.*{words}"):
+    with refuses(DataError, kind, f"{tmp_path}/train/metadata.jsonl:1") as caught:
         load(tmp_path)
+    assert "column 'objects'" in str(caught.value)
 
 
 def test_both_forms_of_the_real_images_say_the_same(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from refusals import refuses
 
 from quorate.client.data.splits import LoadedRow, load_splits
 from quorate.shared.config.sites_config import SourceConfig
@@ -67,106 +68,110 @@ def test_labels(tmp_path: Path, values: list[Any], mapping: dict[Any, str], expe
 def test_a_csv_cell_holds_a_number_a_name_or_a_list(tmp_path: Path) -> None:
     csv = 'text,label\na,2\nb,causes\nc,"[""causes"", 0]"\n'
     assert ids(load(tmp_path, csv)) == [2, 1, [0, 1]]
-    with pytest.raises(DataError, match=r"rows\.csv:2: column 'label': the list of labels is not JSON"):
+    with refuses(DataError, "labels-not-json", f"{tmp_path}/rows.csv:2") as caught:
         load(tmp_path, "text,label\na,[causes; symptoms\n")
+    assert "column 'label'" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [3, -1, "3", "cause", "Causes", 1.5, True, ["causes", "cause"]])
 def test_an_unknown_label_is_named(tmp_path: Path, value: Any) -> None:
     shown = {"['causes', 'cause']": "cause", "True": "true"}.get(str(value), str(value))
-    message = (
-        rf"rows\.jsonl:2: column 'label': label '{shown}' is not among .*symptoms, causes, exams and tests"
-    )
-    with pytest.raises(DataError, match=message + r".*Map it with `labels`") as caught:
+    with refuses(DataError, "unknown-label", f"{tmp_path}/rows.jsonl:2") as caught:
         load(tmp_path, labelled("causes", value))
-    assert SECRET not in str(caught.value)
+    said = str(caught.value)
+    assert all(fact in said for fact in ("column 'label'", f"'{shown}'", ", ".join(LABELS), "`labels`"))
+    assert SECRET not in said
 
 
 def test_a_text_taken_for_a_label_is_not_quoted(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r":1: column 'text': label 'a value of 61 characters' is not"
-    ) as caught:
+    with refuses(DataError, "unknown-label", f"{tmp_path}/rows.jsonl:1") as caught:
         load(tmp_path, labelled("causes"), columns={"label": "text"})
+    assert "column 'text'" in str(caught.value) and "61 characters" in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
 def test_a_number_that_a_mapping_leaves_out_is_not_an_id(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r":3: column 'label': label '0' is not among"):
+    with refuses(DataError, "unknown-label", f"{tmp_path}/rows.jsonl:3") as caught:
         load(tmp_path, labelled(1, 2, 0), labels={1: "symptoms", 2: "causes"})
+    assert "label '0'" in str(caught.value)
 
 
 def test_a_number_that_is_name_and_id_is_refused(tmp_path: Path) -> None:
     stars = ("1", "2", "3")
-    with pytest.raises(
-        DataError, match=r":1: column 'label': 2 may be the label of that name or label number 2"
-    ):
+    with refuses(DataError, "ambiguous-label", f"{tmp_path}/rows.jsonl:1") as caught:
         load(tmp_path, labelled(2), stars)
+    assert "column 'label'" in str(caught.value) and "label number 2" in str(caught.value)
     assert ids(load(tmp_path, labelled(1, "2"), stars, labels={"1": "1", "2": "2"})) == [0, 1]
     assert ids(load(tmp_path, labelled(0, "1"), ("0", "1"))) == [0, 1]
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", "  ", [None]])
 def test_a_null_label_is_named(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: column 'label' has no label; fill it in or remove"):
+    with refuses(DataError, "no-label", f"{tmp_path}/rows.jsonl:2") as caught:
         load(tmp_path, labelled("causes", value))
+    assert "column 'label'" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", " \n"])
 def test_an_empty_text_is_named(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"rows\.jsonl:1: column 'words' is empty; fill it in or remove the row"
-    ):
+    with refuses(DataError, "empty-cell", f"{tmp_path}/rows.jsonl:1") as caught:
         load(tmp_path, [{"words": value, "label": 0}], columns={"text": "words"})
+    assert "column 'words'" in str(caught.value)
 
 
 @pytest.mark.parametrize(("value", "kind"), [(5, "int"), (["a"], "list"), ({"a": 1}, "dict")])
 def test_a_text_is_a_text(tmp_path: Path, value: Any, kind: str) -> None:
-    with pytest.raises(DataError, match=rf":1: column 'text' holds a {kind}, not a text; use `template`"):
+    with refuses(DataError, "not-a-text", f"{tmp_path}/rows.jsonl:1") as caught:
         load(tmp_path, [{"text": value, "label": 0}])
+    assert all(fact in str(caught.value) for fact in ("column 'text'", f" {kind}", "`template`"))
 
 
 def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
     rows = [{"texte": SECRET, "label": 0, "site": "north"}]
-    message = r"rows\.jsonl:1: column 'text' is missing here .*; the data have: texte, label, site"
-    with pytest.raises(DataError, match=message) as caught:
+    with refuses(DataError, "column-missing", f"{tmp_path}/rows.jsonl:1") as caught:
         load(tmp_path, rows)
+    assert "column 'text'" in str(caught.value) and "texte, label, site" in str(caught.value)
     assert SECRET not in str(caught.value)
-    with pytest.raises(
-        DataError, match=r"rows\.jsonl:2: column 'text' is missing; this row has: texte, label"
-    ):
+    with refuses(DataError, "cell-missing", f"{tmp_path}/rows.jsonl:2") as caught:
         load(tmp_path, [{"text": "a", "label": 0}, {"texte": SECRET, "label": 0}])
+    assert "column 'text'" in str(caught.value) and "texte, label" in str(caught.value)
 
 
 def test_a_misspelt_column_is_found_even_where_it_may_be_left_out(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"column 'sugr' is missing .*the data have: age, sugar, label"):
+    with refuses(DataError, "column-missing") as caught:
         load(tmp_path, "age,sugar,label\n61,7,causes\n", template="{age}[[, {sugr}]]")
+    assert "column 'sugr'" in str(caught.value) and "age, sugar, label" in str(caught.value)
 
 
 def test_mappings_that_do_not_fit_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"columns\.txt: the task has no such column; it has text, label"):
+    with refuses(ConfigError, where="columns.txt") as caught:
         load(tmp_path, labelled(0), columns={"txt": "text"})
-    with pytest.raises(
-        ConfigError, match=r"labels: 'K' is mapped to 'cause', which the run does not list; its"
-    ):
+    assert "text, label" in str(caught.value)
+    with refuses(ConfigError, where="labels") as caught:
         load(tmp_path, labelled(0), labels={"K": "cause"})
+    assert "'K'" in str(caught.value) and "'cause'" in str(caught.value)
     source = SourceConfig(source="rows.jsonl", template="{text}")
-    with pytest.raises(ConfigError, match="template builds a text, but the task has no column `text`"):
+    with refuses(ConfigError, "no-text-column"):
         load_splits(source, tmp_path, {"tokens": "tokens", "ner_tags": "tags"}, ())
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "place", "kind", "named"),
     [
-        ({"template": "{a}", "columns": {"text": "b"}}, "keep one"),
-        ({"labels": {1: "a", "1": "b"}}, "two keys stand for the same value"),
-        ({"revision": "main"}, "revision belongs to a hub data set"),
-        ({"split": {"validation": 0.5, "test": 0.5}}, "must leave rows to train on"),
-        ({"split": {"test": 1.0}}, "less than 1"),
+        ({"template": "{a}", "columns": {"text": "b"}}, (), "value_error", "columns.text"),
+        ({"labels": {1: "a", "1": "b"}}, ("labels",), "value_error", ""),
+        ({"revision": "main"}, (), "value_error", "revision"),
+        ({"split": {"validation": 0.5, "test": 0.5}}, ("split",), "value_error", ""),
+        ({"split": {"test": 1.0}}, ("split", "test"), "less_than", "1"),
     ],
 )
-def test_sources_that_contradict_themselves(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_sources_that_contradict_themselves(
+    fields: dict[str, Any], place: tuple[str, ...], kind: str, named: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
         SourceConfig(source="rows.csv", **fields)
+    (found,) = caught.value.errors()
+    assert (found["loc"], found["type"]) == (place, kind) and named in found["msg"]
 
 
 def many(count: int) -> Raw:
@@ -193,7 +198,7 @@ def test_one_file_is_split_by_share(tmp_path: Path) -> None:
 def test_a_split_that_chance_leaves_without_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     splits = split_file(tmp_path, many(2), validation=0.01, test=0.01)
     assert len(splits["train"]) == 2 and "no row of 2 lies in validation and test" in caplog.text
-    with pytest.raises(DataError, match="all 2 rows lie in validation and test"):
+    with refuses(DataError, "nothing-to-train-on"):
         split_file(tmp_path, many(2), validation=0.499, test=0.5)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import refuses
 
 from quorate.client.data.readers.hub import read_hub
 from quorate.client.data.splits import load_splits
@@ -132,42 +133,51 @@ def test_a_hub_data_set_gives_files_not_opened(tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_image_is_named_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("image,label\na.png,cat\n")
-    with pytest.raises(DataError, match=r"rows\.csv:2: column 'image': there is no image .*/a\.png"):
+    with refuses(DataError, "image-not-there", f"{tmp_path}/rows.csv:2") as caught:
         load(tmp_path / "rows.csv")
+    assert "column 'image'" in str(caught.value) and str(tmp_path / "a.png") in str(caught.value)
     write(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "label": "cat"}])
-    with pytest.raises(DataError, match=r"metadata\.jsonl:1: column 'file_name': there is no image"):
+    with refuses(DataError, "image-not-there", f"{tmp_path}/metadata.jsonl:1") as caught:
         load(tmp_path)
+    assert "column 'file_name'" in str(caught.value)
     write(tmp_path / "metadata.jsonl", [{"name": "a.png", "label": "cat"}])
-    with pytest.raises(DataError, match=r"metadata\.jsonl:1: has no 'file_name'"):
+    with refuses(DataError, "no-image-named", f"{tmp_path}/metadata.jsonl:1") as caught:
         load(tmp_path)
+    assert "'file_name'" in str(caught.value)
 
 
 def test_a_cell_that_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"image": 3, "label": "cat"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'image' holds a int, not an image"):
+    with refuses(DataError, "not-an-image", f"{tmp_path}/rows.jsonl:1") as caught:
         load(tmp_path / "rows.jsonl")
+    assert "column 'image'" in str(caught.value) and " int" in str(caught.value)
     (tmp_path / "rows.csv").write_text("image,label\n,cat\n")
-    with pytest.raises(DataError, match=r"rows\.csv:2: column 'image' is empty"):
+    with refuses(DataError, "empty-cell", f"{tmp_path}/rows.csv:2") as caught:
         load(tmp_path / "rows.csv")
+    assert "column 'image'" in str(caught.value)
 
 
 def test_layouts_that_could_mean_two_things_are_refused(tmp_path: Path) -> None:
     folder_of(tmp_path)
     picture(tmp_path / "train" / "loose.png", 1)
-    with pytest.raises(DataError, match=r"loose\.png lies beside the class folders"):
+    with refuses(DataError, "image-beside-classes") as caught:
         load(tmp_path)
+    assert str(tmp_path / "train" / "loose.png") in str(caught.value)
     (tmp_path / "train" / "loose.png").unlink()
     (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/cat/a.png,cat\n")
-    with pytest.raises(DataError, match=r"metadata\.csv lies beside folders that are splits \(train, val\)"):
+    with refuses(DataError, "metadata-beside-splits") as caught:
         load(tmp_path)
+    assert str(tmp_path / "metadata.csv") in str(caught.value) and "train, val" in str(caught.value)
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "dev").mkdir()
-    with pytest.raises(DataError, match="holds both dev and val"):
+    with refuses(DataError, "two-for-one-split") as caught:
         load(tmp_path)
+    assert "dev and val" in str(caught.value)
     (tmp_path / "dev").rmdir()
     (tmp_path / "test").mkdir()
-    with pytest.raises(DataError, match="test holds no images"):
+    with refuses(DataError, "no-images") as caught:
         load(tmp_path)
+    assert str(tmp_path / "test") in str(caught.value)
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -178,25 +188,27 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         noise.save(path)
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(DataError, match=rf"a\.csv:7: image .*cut\.{kind} is (cut off|damaged)"):
-            decode(str(path), "a.csv:7")
-        with pytest.raises(DataError, match=r"a\.csv:7: an image of \d+ bytes is (cut off|damaged)"):
-            decode(path.read_bytes(), "a.csv:7")
+        for value, named in ((str(path), str(path)), (path.read_bytes(), f"{len(whole) // 2} bytes")):
+            with refuses(DataError, "damaged-image", "a.csv:7") as caught:
+                decode(value, "a.csv:7")
+            assert named in str(caught.value)
     (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(DataError, match=r"text\.png is not a readable image"):
-        decode(str(tmp_path / "text.png"), "a.csv:7")
-    with pytest.raises(DataError, match=r"gone\.png does not exist"):
-        decode(str(tmp_path / "gone.png"), "a.csv:7")
     Image.new("F", (3, 3)).save(tmp_path / "float.tif")
-    with pytest.raises(DataError, match=r"float\.tif has pixels of 32 bits"):
-        decode(str(tmp_path / "float.tif"), "a.csv:7")
+    for name, refused in (
+        ("text.png", "unreadable-image"),
+        ("gone.png", "image-not-there"),
+        ("float.tif", "wide-pixels"),
+    ):
+        with refuses(DataError, refused, "a.csv:7") as caught:
+            decode(str(tmp_path / name), "a.csv:7")
+        assert str(tmp_path / name) in str(caught.value)
 
 
 def test_an_image_made_to_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png", 1)  # 24 pixels
     for limit in (20, 10):  # Pillow warns above its limit, and raises above twice that
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(DataError, match="million pixels"):
+        with refuses(DataError, "image-too-large", "a.csv:7"):
             decode(str(path), "a.csv:7")
 
 

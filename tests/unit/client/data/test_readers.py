@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refuses
 
 from quorate.client.data.readers import describe_columns, read_source
 from quorate.shared.config.sites_config import SourceConfig
@@ -85,28 +86,31 @@ def test_a_folder_has_a_file_per_split(tmp_path: Path, validation: str) -> None:
 
 
 def test_a_folder_without_train_lists_its_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no training rows: there is no train file .*only: nothing"):
+    with refuses(DataError, "no-train-file") as caught:
         read(tmp_path)
+    assert "nothing" in str(caught.value)
     jsonl(tmp_path / "training.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"no training rows.*only: training\.jsonl\. Rename the file"):
+    with refuses(DataError, "no-train-file") as caught:
         read(tmp_path)
+    assert "training.jsonl" in str(caught.value)
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", ROWS)
     jsonl(tmp_path / "val.jsonl", ROWS)
     table(tmp_path / "dev.csv", ",")
-    with pytest.raises(DataError, match=r"holds both dev\.csv and val\.jsonl for validation; keep one"):
+    with refuses(DataError, "two-for-one-split") as caught:
         read(tmp_path)
+    assert "dev.csv and val.jsonl for validation" in str(caught.value)
 
 
 JSONL_DAMAGE = {
-    f'{{"text": "{SECRET}", "lab': r":2: not one whole JSON object on the line \(at character \d+\).*cut off",
-    f'["{SECRET}"]': r":2: a line must be a JSON object, this one is a list",
-    f'"{SECRET}"': r":2: a line must be a JSON object, this one is a string",
-    "null": r":2: a line must be a JSON object, this one is a null",
-    "17": r":2: a line must be a JSON object, this one is a number",
-    "[" * 100_000: r":2: not one whole JSON object",
+    f'{{"text": "{SECRET}", "lab': ("not-json", f"character {len(SECRET) + 18}"),
+    f'["{SECRET}"]': ("not-an-object", "list"),
+    f'"{SECRET}"': ("not-an-object", "string"),
+    "null": ("not-an-object", "null"),
+    "17": ("not-an-object", "number"),
+    "[" * 100_000: ("not-json", ""),
 }
 
 
@@ -114,8 +118,10 @@ JSONL_DAMAGE = {
 def test_damaged_json_lines(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match="rows.jsonl" + JSONL_DAMAGE[line]) as caught:
+    kind, named = JSONL_DAMAGE[line]
+    with refuses(DataError, kind, f"{path}:2") as caught:
         read(path)
+    assert named in str(caught.value)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None  # json's own error holds the line
 
@@ -125,25 +131,24 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     first = b'{"text": "fine"}\n' if name.endswith("jsonl") else b"text\n"
     path.write_bytes(first + f"{SECRET} ü".encode("latin-1") + b"\n")
-    with pytest.raises(
-        DataError, match=rf"{name}:2: byte {len(SECRET) + 2} of the line is not UTF-8; save"
-    ) as caught:
+    with refuses(DataError, "not-utf8", f"{path}:2") as caught:
         read(path)
+    assert f"byte {len(SECRET) + 2} " in str(caught.value)
     assert SECRET not in str(caught.value)
     assert caught.value.__suppress_context__
 
 
 CSV_DAMAGE = {
-    f"text,label\nfine,a\n{SECRET}\n": r":3: 1 cells under a header of 2 columns; .*double quotes",
-    f"text,label\n{SECRET},b,c\n": r":2: 3 cells under a header of 2 columns",
-    f'text,label\nfine,a\n"{SECRET},b\n': r":3: not a row of a CSV file: unexpected end of data",
-    f'text,label\n"{SECRET}"x,b\n': r":2: not a row of a CSV file",
-    f"{SECRET},1\nmore,0\n": r":1: the first line holds numbers, so it looks like a row",
-    "text,label,text\na,b,c\n": r":1: two columns have the same name",
-    "text,label\ra,b\r": r":1: not a row of a CSV file: new-line",
-    ",,\n": r" is empty: it has no header line",
-    "": r" is empty: it has no header line",
-    "text,label\n\n": r" is empty: it holds no row",
+    f"text,label\nfine,a\n{SECRET}\n": ("cell-count", ":3: 1 cells under a header of 2 "),
+    f"text,label\n{SECRET},b,c\n": ("cell-count", ":2: 3 cells under a header of 2 "),
+    f'text,label\nfine,a\n"{SECRET},b\n': ("not-csv", ":3: "),
+    f'text,label\n"{SECRET}"x,b\n': ("not-csv", ":2: "),
+    f"{SECRET},1\nmore,0\n": ("header-of-numbers", ":1: "),
+    "text,label,text\na,b,c\n": ("column-twice", ":1: "),
+    "text,label\ra,b\r": ("not-csv", ":1: "),
+    ",,\n": ("no-header", " "),
+    "": ("no-header", " "),
+    "text,label\n\n": ("no-rows", " "),
 }
 
 
@@ -151,8 +156,10 @@ CSV_DAMAGE = {
 def test_damaged_csv(tmp_path: Path, content: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(content.encode())
-    with pytest.raises(DataError, match="rows.csv" + CSV_DAMAGE[content]) as caught:
+    kind, after = CSV_DAMAGE[content]
+    with refuses(DataError, kind) as caught:
         read(path)
+    assert f"{path}{after}" in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
@@ -160,23 +167,28 @@ def test_damaged_csv(tmp_path: Path, content: str) -> None:
 def test_damaged_parquet(tmp_path: Path, keep: int) -> None:
     path = parquet(tmp_path / "rows.parquet")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"rows\.parquet: not a readable Parquet file"):
+    with refuses(DataError, "not-parquet", str(path)):
         read(path)
 
 
 def test_empty_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n \n")
-    with pytest.raises(DataError, match=r"rows\.jsonl is empty: it holds no row"):
+    with refuses(DataError, "no-rows") as caught:
         read(tmp_path / "rows.jsonl")
+    assert str(tmp_path / "rows.jsonl") in str(caught.value)
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"files ending in '\.xlsx' cannot be read; use \.jsonl"):
+    with refuses(DataError, "unknown-ending", str(tmp_path / "rows.xlsx")) as caught:
         read(tmp_path / "rows.xlsx")
-    with pytest.raises(DataError, match=r"source: .*absent\.csv does not exist"):
+    assert ".jsonl" in str(caught.value)
+    with refuses(DataError, where="source") as caught:
         read(tmp_path / "absent.csv")
+    assert str(tmp_path / "absent.csv") in str(caught.value)
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "folder.csv" / "train.csv").mkdir()
-    with pytest.raises(DataError, match=r"train\.csv cannot be read: Is a directory"):
+    with refuses(DataError, "unreadable-file") as caught:
         read(tmp_path / "folder.csv")
+    assert str(tmp_path / "folder.csv" / "train.csv") in str(caught.value)
+    assert "Is a directory" in str(caught.value)
 
 
 def test_long_names_are_not_shown_as_columns() -> None:
@@ -198,5 +210,6 @@ def test_data_inside_scikit_learn(name: str, rows: int, labels: int) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "california_housing", "files", ""])
 def test_other_loaders_of_scikit_learn_are_not_called(name: str) -> None:
-    with pytest.raises(DataError, match=rf"sklearn:{name} is not among .*: breast_cancer, iris, wine"):
+    with refuses(DataError, "unknown-toy") as caught:
         read_source(SourceConfig(source=f"sklearn:{name}"), Path("/nowhere"))
+    assert f"sklearn:{name} " in str(caught.value) and "breast_cancer, iris, wine" in str(caught.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from refusals import refuses
 
 from quorate.client.flower.admitted_bundle import BundleRefused, check_bundle, check_overrides, own_bundle
 from quorate.client.flower.allowed_commands import GUARDED, REFUSING, write_commands
@@ -62,20 +63,21 @@ def test_our_bundle_is_admitted_however_it_is_compressed() -> None:
     ],
 )
 def test_a_file_more_or_another_content_is_refused(change: dict[str, bytes]) -> None:
-    with pytest.raises(BundleRefused, match="same version of quorate"):
+    with refuses(BundleRefused, "other-files"):
         check_bundle(packed({**own_bundle(), **change}))
 
 
 def test_the_same_sizes_with_another_byte_are_refused() -> None:
     ours = own_bundle()["pyproject.toml"]
     changed = ours.replace(b"process.flower_app:app", b"process.flower_apq:app")
-    with pytest.raises(BundleRefused, match=r"differ from ours \(found: pyproject\.toml\)"):
+    with refuses(BundleRefused, "changed-files") as caught:
         check_bundle(packed({**own_bundle(), "pyproject.toml": changed}))
+    assert "pyproject.toml" in str(caught.value)
 
 
 def test_a_name_twice_is_refused() -> None:
     stream = BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+    with zipfile.ZipFile(stream, "w") as archive, pytest.warns(UserWarning):
         for name, content in [*own_bundle().items(), ("pyproject.toml", b"")]:
             archive.writestr(name, content)
     with pytest.raises(BundleRefused):
@@ -106,7 +108,7 @@ def test_overrides_hold_a_run_id_and_nothing_else() -> None:
     ):
         with pytest.raises(BundleRefused):
             check_overrides(wrong)
-    with pytest.raises(BundleRefused, match="alone"):
+    with refuses(BundleRefused, "other-overrides"):
         check_overrides({"run": "0123456789abcdef", "data": "x"})
 
 
@@ -155,22 +157,23 @@ def test_folders_are_private_to_whoever_starts_the_site(site: SiteFolder) -> Non
 def test_a_link_in_place_of_the_state_is_refused(site: SiteFolder, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     site.state.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="not a link"):
+    with refuses(ConfigError, "link-for-a-folder", str(site.state)):
         prepare_folders(site)
 
 
 def test_a_folder_without_a_kit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"connection\.yaml"):
+    with refuses(ConfigError, where=str(tmp_path)) as caught:
         SiteFolder.find(tmp_path)
+    assert "connection.yaml" in str(caught.value)
 
 
 def test_users_must_exist_and_differ(site: SiteFolder) -> None:
-    for users, word in (
-        ("{site: no-such-user, supernode: nobody}", "useradd"),
-        ("{site: nobody, supernode: nobody}", "two"),
+    for users, kind in (
+        ("{site: no-such-user, supernode: nobody}", "no-user"),
+        ("{site: nobody, supernode: nobody}", "one-user-for-both"),
     ):
         (site.path / "site.yaml").write_text(f"data: {{notes: {{source: notes.csv}}}}\nusers: {users}\n")
-        with pytest.raises(ConfigError, match=word):
+        with refuses(ConfigError, kind, "users"):
             prepare_folders(SiteFolder(site.path))
 
 
@@ -224,9 +227,9 @@ def test_a_site_leaves_a_run_and_comes_back(tmp_path: Path) -> None:
     assert withdrawn_runs(tmp_path) == ["0123456789abcdef"]
     rejoin(tmp_path, "0123456789abcdef")
     assert withdrawn_runs(tmp_path) == []
-    with pytest.raises(ConfigError, match="none"):
+    with refuses(ConfigError, "not-withdrawn"):
         rejoin(tmp_path, "0123456789abcdef")
-    with pytest.raises(ConfigError, match="no run id"):
+    with refuses(ConfigError, "no-run-id"):
         withdraw(tmp_path, "../node.key")
 
 

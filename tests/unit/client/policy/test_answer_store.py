@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refuses
 from site_folder import RUN_ID, SITE, request
 
 from quorate.client.policy import answer_store
@@ -175,5 +176,5 @@ def test_an_answer_that_cannot_be_stored_does_not_leave(site: Any, run: Any) -> 
 
 def test_a_damaged_database_says_what_to_do(tmp_path: Path, make_sites: Any) -> None:
     (tmp_path / "answers.db").write_bytes(b"no database" * 100)
-    with pytest.raises(OutputError, match="move it away"):
+    with refuses(OutputError, "answers-not-opened", str(tmp_path / "answers.db")):
         AnswerStore(tmp_path / "answers.db", OneAtATime(Site(make_sites(north=3))))

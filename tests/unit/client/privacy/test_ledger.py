@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from ledgers import EVENT, NOTES, Place, answer, key
+from refusals import refuses
 
 from quorate.client.privacy.ledger import Ledger
 from quorate.client.privacy.ledger_records import BEFORE_ALL, Commit, ProtectedData
@@ -22,6 +23,14 @@ ROUNDS = 4
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path / "site")
+
+
+def assert_not_opened(place: Place) -> None:
+    """Assert that it is refused for what `verify` finds."""
+    assert place.findings()
+    with refuses(LedgerError, "ledger-not-as-written") as caught:
+        place.open()
+    assert " ".join(place.findings()) in str(caught.value)
 
 
 def spent(ledger: Ledger) -> int:
@@ -85,9 +94,9 @@ def test_two_jobs_and_a_crash_cost_what_one_long_job_costs(place: Place) -> None
 )
 def test_the_database_refuses_everything_but_the_next_row(place: Place, statement: str) -> None:
     place.fill(ROUNDS)
-    refused = pytest.raises(sqlite3.IntegrityError, match="rows of the ledger are")
-    with sqlite3.connect(place.database) as db, refused:
+    with sqlite3.connect(place.database) as db, pytest.raises(sqlite3.IntegrityError) as caught:
         db.execute(statement)
+    assert caught.value.sqlite_errorname == "SQLITE_CONSTRAINT_TRIGGER"
     assert not place.findings()
 
 
@@ -110,7 +119,7 @@ def test_every_row_is_synced(place: Place) -> None:
 
 def test_one_process_at_a_time(place: Place) -> None:
     ledger = place.open()
-    with pytest.raises(OutputError, match="another process has the privacy ledger"):
+    with refuses(OutputError, where=str(place.database.parent)):
         place.open()
     ledger.close()
     place.open().close()
@@ -172,8 +181,7 @@ def test_the_anchor_may_lack_the_newest_row_and_no_more(place: Place) -> None:
     assert not place.findings()
     place.heads.write_text("".join(lines[:-2]))
     assert "its end is gone" in " ".join(place.findings())
-    with pytest.raises(LedgerError, match="No run with privacy is answered"):
-        place.open()
+    assert_not_opened(place)
 
 
 def test_a_crash_while_the_ledger_is_made_is_no_alarm(place: Place) -> None:
@@ -193,7 +201,7 @@ def test_what_cannot_be_written_is_not_spent_on(place: Place) -> None:
     ledger = place.open()
     with sqlite3.connect(place.database) as db:
         db.execute("CREATE TRIGGER full BEFORE INSERT ON rows BEGIN SELECT RAISE(FAIL, 'disk full'); END")
-    with pytest.raises(OutputError, match="Nothing that costs privacy leaves this site"):
+    with refuses(OutputError, where=str(place.database)):
         ledger.reserve(key(2), "notes", NOTES, EVENT)
     with sqlite3.connect(place.database) as db:
         db.execute("DROP TRIGGER full")
@@ -206,10 +214,12 @@ def test_what_cannot_be_anchored_is_not_spent_on(place: Place) -> None:
     place.fill(1)
     ledger = place.open()
     away = place.heads.rename(place.heads.with_name("away"))
-    with pytest.raises(OutputError, match=r"ledger\.head"):
+    with pytest.raises(OutputError) as unwritten:
         ledger.reserve(key(2), "notes", NOTES, EVENT)
-    with pytest.raises(LedgerError, match="is missing"):
+    assert str(place.heads) in str(unwritten.value)
+    with refuses(LedgerError, "ledger-not-as-written") as caught:
         ledger.reserve(key(2), "notes", NOTES, EVENT)
+    assert " ".join(place.findings()) in str(caught.value) and place.findings()
     away.rename(place.heads)
     reserved = ledger.reserve(key(2), "notes", NOTES, EVENT)
     assert reserved == 3 and len(ledger.reservations) == 2, "the row that the anchor lacked"
@@ -222,8 +232,7 @@ def test_an_anchor_that_is_gone_is_not_made_anew(place: Place) -> None:
     place.fill(1)
     place.heads.unlink()
     assert "is missing, and the database has 2 rows" in " ".join(place.findings())
-    with pytest.raises(LedgerError, match="is missing"):
-        place.open()
+    assert_not_opened(place)
     assert not place.heads.exists()
 
 

@@ -31,7 +31,7 @@ def read_hub(repo_id: str, revision: str | None) -> dict[Split, list[Row]]:
     """
     origin = f"hub:{repo_id}"
     if not _HUB_ID.fullmatch(repo_id):
-        raise DataError(f"{origin} is not hub:ORGANISATION/NAME.")
+        raise DataError(f"{origin} is not hub:ORGANISATION/NAME.", kind="not-a-hub-id")
     library = _datasets(origin)
     log.warning("reading %s from the local cache or the hub (HF_HUB_OFFLINE=1 forbids fetching)", origin)
     try:
@@ -58,7 +58,8 @@ def _datasets(origin: str) -> Any:
         library = import_module("datasets")
     except ImportError as error:
         raise DataError(
-            f"{origin} needs the library datasets: pip install 'datasets>=4', or give a file or folder."
+            f"{origin} needs the library datasets: pip install 'datasets>=4', or give a file or folder.",
+            kind="no-datasets-library",
         ) from error
     version = metadata.version("datasets")
     if int(version.split(".")[0]) < 4:

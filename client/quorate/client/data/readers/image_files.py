@@ -38,7 +38,10 @@ def read_image_folder(folder: Path) -> dict[Split, list[Row]] | None:
     for path in _folders(folder):
         if (split := split_of(path.name)) is not None:
             if split in splits:
-                raise DataError(f"{folder} holds both {splits[split].name} and {path.name}; keep one.")
+                raise DataError(
+                    f"{folder} holds both {splits[split].name} and {path.name}; keep one.",
+                    kind="two-for-one-split",
+                )
             splits[split] = path
     if not splits:
         rows = _read_split(folder)
@@ -46,14 +49,16 @@ def read_image_folder(folder: Path) -> dict[Split, list[Row]] | None:
     if named := _metadata_file(folder):
         raise DataError(
             f"{named} lies beside folders that are splits ({', '.join(p.name for p in splits.values())}); "
-            "put a metadata file into each of them, with file names that start there."
+            "put a metadata file into each of them, with file names that start there.",
+            kind="metadata-beside-splits",
         )
     found = {split: _read_split(path) for split, path in splits.items()}
     for split, rows in found.items():
         if not rows:
             raise DataError(
                 f"{splits[split]} holds no images ({', '.join(IMAGE_SUFFIXES)}): put them into a folder for "
-                "each class, or add a metadata.jsonl or metadata.csv with a column file_name."
+                "each class, or add a metadata.jsonl or metadata.csv with a column file_name.",
+                kind="no-images",
             )
     return dict(found)
 
@@ -88,7 +93,8 @@ def _located(value: Any, folder: Path, where: str) -> Any:
     if not path.is_file():
         raise DataError(
             f"{where}: there is no image {path}; relative paths start at the table's folder: "
-            "correct the path, put the file there, or remove the row."
+            "correct the path, put the file there, or remove the row.",
+            kind="image-not-there",
         )
     return str(path)
 
@@ -99,7 +105,9 @@ def _read_split(folder: Path) -> list[Row]:
         rows = read_file(table)
         for row in rows:
             if not isinstance(row.values.get(FILE_NAME), str):
-                raise DataError(f"{row.source}: has no {FILE_NAME!r}, which names the row's image.")
+                raise DataError(
+                    f"{row.source}: has no {FILE_NAME!r}, which names the row's image.", kind="no-image-named"
+                )
         return [
             Row({**row.values, IMAGE: row.values[FILE_NAME]}, row.source)
             for row in locate_images(rows, [FILE_NAME], folder)
@@ -111,7 +119,10 @@ def _read_split(folder: Path) -> list[Row]:
     ]
     loose = [path for path in folder.iterdir() if _is_image(path)]
     if rows and loose:
-        raise DataError(f"{min(loose)} lies beside the class folders; put it into one of them, or remove it.")
+        raise DataError(
+            f"{min(loose)} lies beside the class folders; put it into one of them, or remove it.",
+            kind="image-beside-classes",
+        )
     return rows
 
 

@@ -61,4 +61,4 @@ def load_rows(sites: SitesConfig, path: Path, run: RunConfig) -> dict[str, dict[
     try:
         return load_sites(sites, path.parent, run)
     except BadInput as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}", kind=error.kind) from error

@@ -97,7 +97,7 @@ def check_trained(
     with np.errstate(over="ignore"):
         norm = update.arrays.minus(start).l2_norm
     if not math.isfinite(norm):
-        raise NonFiniteUpdate("moved further than float32 can hold.")
+        raise NonFiniteUpdate("moved further than float32 can hold.", kind="too-far")
     if max_norm is not None and norm > max_norm:
         raise UpdateTooLarge(
             f"moved {norm:.4g} from where it started; federation.max_update_norm allows {max_norm:.4g}."

@@ -44,7 +44,10 @@ class RowMapper:
         self.group = source.columns.get(GROUP)
         self.template = TextTemplate.parse(source.template) if source.template is not None else None
         if self.template is not None and self.columns.pop(TEXT, None) is None:
-            raise ConfigError("template builds a text, but the task has no column `text`; leave it out.")
+            raise ConfigError(
+                "template builds a text, but the task has no column `text`; leave it out.",
+                kind="no-text-column",
+            )
         self.kinds = kinds
         self.labels = _Labels(source.labels, labels)
 
@@ -63,7 +66,8 @@ class RowMapper:
             if column not in known:
                 raise DataError(
                     f"{rows[0].source}: column {column!r} is missing here and in every other row; the data "
-                    f"have: {describe_columns(known)}. Map it with `columns`, or correct the template."
+                    f"have: {describe_columns(known)}. Map it with `columns`, or correct the template.",
+                    kind="column-missing",
                 )
         mapped: list[LoadedRow] = []
         for row in rows:
@@ -81,7 +85,8 @@ class RowMapper:
             if column not in row.values:
                 raise DataError(
                     f"{row.source}: column {column!r} is missing; this row has: "
-                    f"{describe_columns(row.values)}. Fill it in or remove the row."
+                    f"{describe_columns(row.values)}. Fill it in or remove the row.",
+                    kind="cell-missing",
                 )
             values[name] = row.values[column]
         for name, value in values.items():
@@ -97,13 +102,15 @@ class RowMapper:
         if is_missing(value):
             raise DataError(
                 f"{row.source}: column {self.group!r} is empty, so nothing says which group the row belongs "
-                "to; fill it in or remove the row."
+                "to; fill it in or remove the row.",
+                kind="no-group",
             )
         group = as_key(value)
         if not is_text(group):
             raise DataError(
                 f"{row.source}: column {self.group!r} {_HALF}, so nothing says which group the row "
-                "belongs to; mend it or remove the row."
+                "belongs to; mend it or remove the row.",
+                kind="group-half-character",
             )
         return group
 
@@ -115,16 +122,20 @@ class RowMapper:
         if kind == "label":
             return self.labels.ids(value, where)
         if is_missing(value):
-            raise DataError(f"{where} is empty; fill it in or remove the row.")
+            raise DataError(f"{where} is empty; fill it in or remove the row.", kind="empty-cell")
         if kind == "text" and not isinstance(value, str):
             remedy = "use `template` to write texts from columns" if TEXT in self.kinds else "make it one"
-            raise DataError(f"{where} holds a {type(value).__name__}, not a text; {remedy}.")
+            raise DataError(
+                f"{where} holds a {type(value).__name__}, not a text; {remedy}.", kind="not-a-text"
+            )
         if kind == "text" and not is_text(value):
             raise DataError(f"{where} {_HALF}; the text was cut there: mend it or remove the row.")
         if kind == "number":
             return _as_number(value, where)
         if kind == "image" and not isinstance(value, str | bytes):
-            raise DataError(f"{where} holds a {type(value).__name__}, not an image's path or bytes.")
+            raise DataError(
+                f"{where} holds a {type(value).__name__}, not an image's path or bytes.", kind="not-an-image"
+            )
         if kind in ("tokens", "tags"):
             return self._words(kind, value, where)
         if kind == "objects":
@@ -168,7 +179,8 @@ class _Labels:
                 value = json.loads(value)
             except json.JSONDecodeError:
                 raise DataError(
-                    f'{where}: the list of labels is not JSON; write ["one", "two"] in the cell.'
+                    f'{where}: the list of labels is not JSON; write ["one", "two"] in the cell.',
+                    kind="labels-not-json",
                 ) from None
         if isinstance(value, (list, tuple)):
             return sorted({self.id(item, where) for item in value})
@@ -177,7 +189,7 @@ class _Labels:
     def id(self, value: Any, where: str) -> int:
         """Return the id of one label."""
         if is_missing(value):
-            raise DataError(f"{where} has no label; fill it in or remove the row.")
+            raise DataError(f"{where} has no label; fill it in or remove the row.", kind="no-label")
         key = as_key(value)
         if key in self.mapping:
             return self.index[self.mapping[key]]
@@ -186,7 +198,8 @@ class _Labels:
             if number not in (None, self.index[key]):
                 raise DataError(
                     f"{where}: {key} may be the label of that name or label number {key} counted from 0; "
-                    f"say which with `labels: {{{key}: ...}}` for each value."
+                    f"say which with `labels: {{{key}: ...}}` for each value.",
+                    kind="ambiguous-label",
                 )
             return self.index[key]
         # A mapping that leaves a number out says nothing of it; to take it for an id would be a guess.
@@ -195,7 +208,8 @@ class _Labels:
         shown = key if len(key) <= 60 else f"a value of {len(key)} characters"
         raise DataError(
             f"{where}: label {shown!r} is not among the run's labels; {self._listed()} "
-            "Map it with `labels`, correct it, or remove the row."
+            "Map it with `labels`, correct it, or remove the row.",
+            kind="unknown-label",
         )
 
     def _listed(self) -> str:
@@ -229,25 +243,29 @@ def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise DataError(
-                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
+                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].',
+                kind="messages-not-json",
             ) from None
     if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{where} does not hold a list of messages; give it one, or remove the row.")
+        message = f"{where} does not hold a list of messages; give it one, or remove the row."
+        raise DataError(message, kind="no-messages")
     messages = []
     for number, message in enumerate(value, start=1):
         place = f"{where}, message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{place} is not an object with `role` and `content`.")
+            raise DataError(f"{place} is not an object with `role` and `content`.", kind="not-a-message")
         if more := [key for key, held in message.items() if key not in ("role", "content") and held]:
             raise DataError(
                 f"{place} has fields besides `role` and `content` ({describe_columns(map(str, more))}), "
-                "which would be lost; put what they say into the content, or remove them."
+                "which would be lost; put what they say into the content, or remove them.",
+                kind="message-fields",
             )
         if message["role"] not in ROLES:
-            raise DataError(f"{place}: its role is none of {', '.join(ROLES)}.")
+            raise DataError(f"{place}: its role is none of {', '.join(ROLES)}.", kind="message-role")
         if not isinstance(message["content"], str) or is_missing(message["content"]):
-            raise DataError(f"{place}: its content is empty or not a text.")
+            raise DataError(f"{place}: its content is empty or not a text.", kind="message-content")
         messages.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} holds no message of the assistant, so there is nothing to learn from it.")
+        message = f"{where} holds no message of the assistant, so there is nothing to learn from it."
+        raise DataError(message, kind="no-answer")
     return messages

@@ -91,7 +91,8 @@ def check_trained(
         raise ProtocolError("sent an update trained on no rows.")
     _check_rows(update, rows)
     if weighting == "tokens" and update.header.num_tokens < 1:
-        raise ProtocolError("sent an update without the number of tokens that it is weighed by.")
+        message = "sent an update without the number of tokens that it is weighed by."
+        raise ProtocolError(message, kind="no-tokens")
     if not all(abs(value) <= _LARGEST for value in update.header.metrics.values()):
         raise NonFiniteUpdate("reports a training figure that is NaN, infinite or near to that.")
     with np.errstate(over="ignore"):

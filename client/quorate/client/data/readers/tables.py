@@ -44,7 +44,10 @@ def read_file(path: Path, refuse: Refuse = stop) -> list[Row]:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: files ending in {suffix!r} cannot be read; use {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"{path}: files ending in {suffix!r} cannot be read; use {', '.join(SUFFIXES)}.",
+            kind="unknown-ending",
+        )
     try:
         if suffix == ".parquet":
             rows = list(_read_parquet(path))
@@ -53,9 +56,11 @@ def read_file(path: Path, refuse: Refuse = stop) -> list[Row]:
         else:
             rows = list(_read_jsonl(path, refuse))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}.", kind="unreadable-file") from error
     if not rows:
-        raise DataError(f"{path} is empty: it holds no row; give it rows, or name another file.")
+        raise DataError(
+            f"{path} is empty: it holds no row; give it rows, or name another file.", kind="no-rows"
+        )
     return rows
 
 
@@ -72,14 +77,16 @@ def read_folder(folder: Path, refuse: Refuse = stop) -> dict[Split, list[Row]]:
         if split in chosen:
             raise DataError(
                 f"{folder} holds both {chosen[split].name} and {path.name} for {split}; "
-                "keep one, or name the one file as source."
+                "keep one, or name the one file as source.",
+                kind="two-for-one-split",
             )
         chosen[split] = path
     if "train" not in chosen:
         found = ", ".join(path.name for path in files[:10]) or "nothing"
         raise DataError(
             f"{folder} has no training rows: there is no train file ({', '.join(SUFFIXES)}), only: {found}."
-            " Rename the file, or name it as source and it is split."
+            " Rename the file, or name it as source and it is split.",
+            kind="no-train-file",
         )
     return {split: read_file(chosen[split], refuse) for split in SPLIT_NAMES if split in chosen}
 
@@ -113,7 +120,8 @@ def _lines(path: Path, refuse: Refuse) -> Iterator[str]:
                 refuse(
                     DataError(
                         f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8; "
-                        "save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8 helps with most)."
+                        "save the file as UTF-8 (iconv -f WINDOWS-1252 -t UTF-8 helps with most).",
+                        kind="not-utf8",
                     )
                 )
                 yield "\n"  # the lines after it keep their numbers
@@ -131,13 +139,18 @@ def _read_jsonl(path: Path, refuse: Refuse) -> Iterator[Row]:
             refuse(
                 DataError(
                     f"{source}: not one whole JSON object on the line{column}; "
-                    "the line may be cut off, or the file may be one JSON list instead of JSON lines."
+                    "the line may be cut off, or the file may be one JSON list instead of JSON lines.",
+                    kind="not-json",
                 )
             )
             continue
         if not isinstance(values, dict):
             kind = _json_type(values)
-            refuse(DataError(f"{source}: a line must be a JSON object, this one is a {kind}."))
+            refuse(
+                DataError(
+                    f"{source}: a line must be a JSON object, this one is a {kind}.", kind="not-an-object"
+                )
+            )
             continue
         yield Row(values, source)
 
@@ -160,7 +173,8 @@ def _read_csv(path: Path, refuse: Refuse) -> Iterator[Row]:
             refuse(
                 DataError(
                     f"{source}: {len(cells)} cells under a header of {len(header)} columns; "
-                    "a cell that holds the separator needs double quotes around it."
+                    "a cell that holds the separator needs double quotes around it.",
+                    kind="cell-count",
                 )
             )
             continue
@@ -183,7 +197,7 @@ def _csv_rows(
             advice = (
                 'a double quote that opens a cell must be closed, and one inside a cell is written twice ("")'
             )
-            refuse(DataError(f"{path}:{line}: not a row of a CSV file: {error}; {advice}."))
+            refuse(DataError(f"{path}:{line}: not a row of a CSV file: {error}; {advice}.", kind="not-csv"))
             cells = []
         if cells:
             yield line, cells
@@ -193,15 +207,21 @@ def _csv_rows(
 def _header(cells: list[str], path: Path) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not any(names):
-        raise DataError(f"{path} is empty: it has no header line; give it column names and rows.")
+        raise DataError(
+            f"{path} is empty: it has no header line; give it column names and rows.", kind="no-header"
+        )
     if any(_is_number(name) for name in names):
         raise DataError(
             f"{path}:1: the first line holds numbers, so it looks like a row; put a line of column names "
-            "first."
+            "first.",
+            kind="header-of-numbers",
         )
     named = [name for name in names if name]
     if len(set(named)) < len(named):
-        raise DataError(f"{path}:1: two columns have the same name; give every column a name of its own.")
+        raise DataError(
+            f"{path}:1: two columns have the same name; give every column a name of its own.",
+            kind="column-twice",
+        )
     return names
 
 
@@ -230,5 +250,6 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 yield Row(values, f"{path}:{number}")
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
         raise DataError(
-            f"{path}: not a readable Parquet file; it may be cut off, or be something else."
+            f"{path}: not a readable Parquet file; it may be cut off, or be something else.",
+            kind="not-parquet",
         ) from error

@@ -241,17 +241,20 @@ def decode(value: str | bytes, where: str) -> Image:
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
-        raise DataError(f"{where}: {named} does not exist; {_ADVICE}") from None
+        raise DataError(f"{where}: {named} does not exist; {_ADVICE}", kind="image-not-there") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise DataError(f"{where}: {named} has more than {limit} million pixels; make it smaller.") from None
+        raise DataError(
+            f"{where}: {named} has more than {limit} million pixels; make it smaller.", kind="image-too-large"
+        ) from None
     except UnidentifiedImageError:
         raise DataError(
-            f"{where}: {named} is not a readable image ({', '.join(_FORMATS)}); {_ADVICE}"
+            f"{where}: {named} is not a readable image ({', '.join(_FORMATS)}); {_ADVICE}",
+            kind="unreadable-image",
         ) from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         what = "is cut off" if "truncated" in str(error) else f"is damaged ({type(error).__name__})"
-        raise DataError(f"{where}: {named} {what}; {_ADVICE}") from None
+        raise DataError(f"{where}: {named} {what}; {_ADVICE}", kind="damaged-image") from None
     return _rgb(image, f"{where}: {named}")
 
 
@@ -260,7 +263,8 @@ def _rgb(image: Image, where: str) -> Image:
 
     if image.mode in ("I", "F"):
         raise DataError(
-            f"{where} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16 bits."
+            f"{where} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16 bits.",
+            kind="wide-pixels",
         )
     if image.mode.startswith("I;16"):
         import numpy as np

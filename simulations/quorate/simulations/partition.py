@@ -96,7 +96,7 @@ def _dirichlet(kind: Dirichlet, rows: Rows, sites: int) -> dict[Split, npt.NDArr
         raise DataError(
             f"{len(train)} training rows cannot give each of {sites} sites min_rows {kind.min_rows}; "
             "lower min_rows or use fewer sites.",
-            kind="too-few-rows",
+            kind="below-min-rows",
         )
     strata = {split: _strata(members) for split, members in rows.items()}
     labels = sorted({label for groups in strata.values() for label in groups})

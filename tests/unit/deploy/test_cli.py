@@ -322,7 +322,7 @@ def test_a_text_is_a_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("where", "content", "kind", "named"),
     [
-        ("a.jsonl:2", b'{"text": "secret"}\n{"text": secret}', "not-json", ""),
+        ("a.jsonl:2", b'{"text": "secret"}\n{"text": secret}', "text-not-json", ""),
         ("a.jsonl:1", b'{"txt": "secret"}', "no-text-field", "`text`"),
         ("a.jsonl:1", b'["secret"]', "no-text-field", "`text`"),
         ("a.txt", b"secret \xff", "not-utf-8", "byte 7"),

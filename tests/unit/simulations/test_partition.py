@@ -95,7 +95,7 @@ def test_a_site_without_training_rows() -> None:
 
 
 def test_min_rows_that_cannot_be_met() -> None:
-    with refuses(DataError, "too-few-rows") as caught:
+    with refuses(DataError, "below-min-rows") as caught:
         partition(Dirichlet(by="dirichlet", sites=4, alpha=0.5), make(*["x"] * 30))
     assert all(said in str(caught.value) for said in ("30 ", "4 sites", "min_rows 10"))
     with refuses(DataError, "no-such-partition") as caught:

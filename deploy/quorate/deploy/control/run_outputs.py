@@ -107,7 +107,7 @@ def old_run(folder: FederationFolder, config: RunConfig, output_dir: Path, run_i
             raise CheckpointError(
                 f"run {run.run_id} has other settings ({changed}); resume it with the same run file and "
                 "overrides, or start a new one without --resume.",
-                kind="other-settings",
+                kind="run-has-other-settings",
             )
     else:
         same = [run for run in list_runs(folder) if run.config == config]

@@ -169,5 +169,5 @@ def _check_same_but_seed(folders: Sequence[Path]) -> None:
             raise OutputError(
                 f"{folder} and {folders[0]} differ in more than their seed, so a mean over them means "
                 "nothing; compare runs of one run file.",
-                kind="other-settings",
+                kind="settings-differ",
             )

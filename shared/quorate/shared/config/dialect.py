@@ -109,7 +109,7 @@ def read_mapping(path: Path) -> tuple[dict[Any, Any], Lines]:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text.") from error
     except OSError as error:
         message = f"{path}: cannot be read: {error.strerror}; check the path."
-        raise ConfigError(message, kind="unreadable-file") from error
+        raise ConfigError(message, kind="config-unreadable") from error
     content, lines = _parse(text, str(path))
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"

@@ -200,7 +200,7 @@ class RoundRequest(Message[RequestHeader]):
         if self.header.site == site:
             return self
         if self.header.site:
-            raise ProtocolError(f"a request for another site reached {site}.", kind="for-another-site")
+            raise ProtocolError(f"a request for another site reached {site}.", kind="another-site")
         return RoundRequest(self.header.model_copy(update={"site": site}), self.arrays)
 
 

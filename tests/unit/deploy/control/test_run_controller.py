@@ -272,7 +272,7 @@ def test_runs_are_found_by_id_and_by_settings(folder: FederationFolder, tmp_path
     other = RUN.model_copy(update={"seed": 8})
     with refuses(ConfigError, "none-to-resume"):
         run_outputs.old_run(folder, other, tmp_path / "two", None)
-    with refuses(CheckpointError, "other-settings") as caught:
+    with refuses(CheckpointError, "run-has-other-settings") as caught:
         run_outputs.old_run(folder, other, tmp_path / "two", first.run_id)
     assert "(seed)" in str(caught.value)
 

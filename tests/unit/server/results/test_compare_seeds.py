@@ -69,7 +69,7 @@ def test_runs_that_have_no_common_mean_are_refused(
     (folders[1] / "run.yaml").write_text(
         (folders[1] / "run.yaml").read_text().replace("rounds: 2", "rounds: 3")
     )
-    with refuses(OutputError, "other-settings") as caught:
+    with refuses(OutputError, "settings-differ") as caught:
         compare(folders)
     assert str(folders[0]) in str(caught.value) and str(folders[1]) in str(caught.value)
     with refuses(OutputError, "same-seed") as caught:

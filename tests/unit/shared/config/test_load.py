@@ -181,7 +181,7 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "No such file" in problems(tmp_path / "run.yaml")[0]
     (tmp_path / "folder").mkdir()
-    with refuses(ConfigError, "unreadable-file", where=str(tmp_path / "folder")):
+    with refuses(ConfigError, "config-unreadable", where=str(tmp_path / "folder")):
         load_run(tmp_path / "folder")
 
 

@@ -120,7 +120,7 @@ def _text_field(line: str, where: str) -> str:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: is not JSON; give one object a line.", kind="not-json") from error
+        raise DataError(f"{where}: is not JSON; give one object a line.", kind="text-not-json") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
         message = f"{where}: has no field `text` that holds a text; give it one, or take the line out."
         raise DataError(message, kind="no-text-field")

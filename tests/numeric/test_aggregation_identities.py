@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import numpy.typing as npt
 import pytest
+from refusals import refuses
 
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import FFA, FedAvg, FedEx, GlobalState
@@ -213,8 +214,9 @@ def test_compress_forms_nothing_of_the_size_of_the_layer() -> None:
 
 
 def test_fedex_refuses_dora_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"magnitude.*use_dora: false"):
+    with pytest.raises(ValueError) as caught:
         FedEx().check_compatible(use_dora=True)
+    assert "adapter.use_dora: false" in str(caught.value)
     FedEx().check_compatible(use_dora=False)
     FedAvg().check_compatible(use_dora=True)
 
@@ -223,5 +225,6 @@ def test_fedex_refuses_a_factor_that_is_not_a_matrix() -> None:
     convolution = Adapter(
         {LAYER + LORA_A: np.ones((2, 3, 3, 3), np.float32), LAYER + LORA_B: np.ones((4, 2, 1, 1), np.float32)}
     )
-    with pytest.raises(AdapterError, match=r"encoder\.query is not a linear layer"):
+    with refuses(AdapterError, "not-linear") as caught:
         run_round(FedEx(), GlobalState(convolution), [(1.0, convolution)])
+    assert "encoder.query " in str(caught.value)

@@ -65,10 +65,12 @@ def test_guesses_go_by_the_extremes(made: int) -> None:
 
 
 def test_impossible_guesses_are_refused() -> None:
-    with pytest.raises(ValueError, match="guesses on 10"):
+    with pytest.raises(ValueError) as caught:
         lower_bound(Guesses(canaries=10, made=11, right=3), 0.0, 0.95)
-    with pytest.raises(ValueError, match="11 guesses"):
+    assert all(figure in str(caught.value) for figure in ("3", "11", "10"))
+    with pytest.raises(ValueError) as caught:
         guess(np.zeros(10), np.zeros(10, dtype=bool), 11)
+    assert all(figure in str(caught.value) for figure in ("11", "10"))
 
 
 @pytest.mark.parametrize(
@@ -158,10 +160,12 @@ def test_the_area_is_the_share_of_pairs_in_order() -> None:
 
 @pytest.mark.parametrize("score", [np.nan, np.inf])
 def test_scores_that_are_no_numbers_are_refused(score: float) -> None:
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError) as caught:
         attack(np.array([0.0, score]), np.zeros(3))
-    with pytest.raises(ValueError, match="trained on"):
+    assert "score" in str(caught.value)
+    with pytest.raises(ValueError) as caught:
         attack(np.array([]), np.zeros(3))
+    assert "rows" in str(caught.value)
 
 
 def test_rmia_undoes_the_difficulty_of_a_row() -> None:

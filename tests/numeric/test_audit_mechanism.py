@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refuses
 
 from quorate.client.audit.mechanism import audit_mechanism
 from quorate.client.audit.shadow_models import Shadow
@@ -86,10 +87,11 @@ def test_places_are_distinct_and_gradients_hold_one_number() -> None:
         assert gradients[name].shape == (22, *shape)
     flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
     assert (flat.abs().sum(dim=1) == 5.0).all() and (flat.abs().sum(dim=0) == 5.0).all()
-    with pytest.raises(ValueError, match="23 canaries in 22"):
+    with pytest.raises(ValueError) as caught:
         Canaries.draw(shapes, 23, np.random.default_rng(0))
+    assert "23" in str(caught.value) and "22" in str(caught.value)
 
 
 def test_a_run_without_a_claim_has_nothing_to_audit(make_run: Any, make_sites: Any) -> None:
-    with pytest.raises(ConfigError, match="claims no"):
+    with refuses(ConfigError, "no-claim", where="privacy"):
         audited(make_run(), make_sites)

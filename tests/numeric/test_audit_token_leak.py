@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from refusals import refuses
 
 from quorate.client.audit.shadow_models import Shadow
 from quorate.client.audit.token_leak import NotChecked, token_leaks
@@ -37,18 +38,19 @@ def test_noise_hides_them(make_run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "why"),
+    ("sections", "kind"),
     [
-        ({"aggregation": {"name": "ffa"}}, "no factor A moves"),
-        ({"adapter": {"r": 4, "target_modules": ["output.dense"]}}, "mixed with their context"),
-        ({"training": {"freeze_layers": 1}}, "mixed with their context"),
+        ({"aggregation": {"name": "ffa"}}, "no-factor-moves"),
+        ({"adapter": {"r": 4, "target_modules": ["output.dense"]}}, "tokens-mixed"),
+        ({"training": {"freeze_layers": 1}}, "tokens-mixed"),
     ],
 )
-def test_where_it_does_not_apply_it_says_so(make_run: Any, sections: Any, why: str) -> None:
-    with pytest.raises(NotChecked, match=why):
+def test_where_it_does_not_apply_it_says_so(make_run: Any, sections: Any, kind: str) -> None:
+    with refuses(NotChecked, kind):
         checked(make_run(**sections), [TEXT])
 
 
 def test_too_few_words_say_nothing(make_run: Any) -> None:
-    with pytest.raises(NotChecked, match="2 tokens in its rows"):
+    with refuses(NotChecked, "too-few-tokens") as caught:
         checked(make_run(training=SGD), ["heart liver"])
+    assert " 2 tokens" in str(caught.value)

@@ -12,6 +12,7 @@ import small_images as small
 import torch
 from peft import PeftModel
 from PIL import Image
+from refusals import refuses
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -249,10 +250,12 @@ def test_predict_takes_image_files(finished: tuple[Any, Path], rows: Any, tmp_pa
     _, output = finished
     (found,) = predict(output / "adapter", [rows["north"][0].values["image"]], images=True)
     assert found["label"] in small.LABELS and sum(found["scores"].values()) == pytest.approx(1)
-    with pytest.raises(DataError, match=r"gone\.png does not exist"):
+    with refuses(DataError, "image-not-there") as caught:
         predict(output / "adapter", [str(tmp_path / "gone.png")], images=True)
-    with pytest.raises(AdapterError, match="does image_classification, which takes no text"):
+    assert "gone.png" in str(caught.value)
+    with refuses(AdapterError, "other-input") as caught:
         predict(output / "adapter", ["a cell"])
+    assert "image_classification" in str(caught.value) and "text" in str(caught.value)
 
 
 @pytest.mark.slow
@@ -289,8 +292,9 @@ def test_a_number_can_be_read_off_an_image(resnet: Path, rows: Any, tmp_path: Pa
 
 def test_a_size_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
     run = small.make_run(small.save_model(tmp_path, "ViT"), task={"image_size": 48})
-    with pytest.raises(ModelError, match=r"task\.image_size: .* does not take images of 48 by 48 pixels"):
+    with refuses(ModelError, where="task.image_size") as caught:
         load_model(run)
+    assert "48 by 48" in str(caught.value)
 
 
 def test_dilated_convolutions_are_left_out_and_refused_by_name(tmp_path: Path, resnet: Path) -> None:
@@ -307,5 +311,6 @@ def test_dilated_convolutions_are_left_out_and_refused_by_name(tmp_path: Path, r
     run = small.make_run(resnet)
     assert run.task.default_targets(Dilated()) == ("body.1",)
     named = small.make_run(resnet, adapter={"target_modules": ["body.0"]})
-    with pytest.raises(ModelError, match=r"body\.0 is a dilated convolution"):
+    with refuses(ModelError, "dilated") as caught:
         attach_lora(Dilated(), named.adapter, named.task)
+    assert "body.0 " in str(caught.value)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from pydantic import ValidationError
 
 from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.shared.metrics.outcomes import Outcomes
@@ -34,14 +35,17 @@ def test_pooling_is_counting_together(parts: list[Any]) -> None:
 
 
 def test_an_inconsistent_count_is_refused() -> None:
-    for fields in (
-        {"values": ((0, 1),), "counts": ()},
-        {"values": ((0, 1),), "counts": (-1,)},
-        {"values": ((0, 1), (0,)), "counts": (1, 1)},
-        {"values": (), "counts": (), "loss_sum": float("nan")},
+    of_all: tuple[str, ...] = ()
+    for fields, place, wrong in (
+        ({"values": ((0, 1),), "counts": ()}, of_all, "value_error"),
+        ({"values": ((0, 1),), "counts": (-1,)}, of_all, "value_error"),
+        ({"values": ((0, 1), (0,)), "counts": (1, 1)}, of_all, "value_error"),
+        ({"values": (), "counts": (), "loss_sum": float("nan")}, ("loss_sum",), "finite_number"),
     ):
-        with pytest.raises(ValueError, match=r"outcomes|finite"):
+        with pytest.raises(ValidationError) as caught:
             Outcomes.model_validate(fields)
+        (error,) = caught.value.errors()
+        assert (error["loc"], error["type"]) == (place, wrong)
 
 
 def test_a_summary_pools_rows_and_averages_sites() -> None:

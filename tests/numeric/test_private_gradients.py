@@ -12,6 +12,7 @@ import pytest
 import small_images
 import tiny_lm
 import torch
+from refusals import refuses
 from row_gradients import kept, largest_error, noisy, one_by_one
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -266,8 +267,9 @@ def test_a_layer_trained_by_mistake_is_caught(case: MakeCase) -> None:
             True
         )
 
-    with pytest.raises(ModelError, match=r"embeddings\.LayerNorm\.weight was summed over the rows"):
+    with refuses(ModelError, "summed-over-rows") as caught:
         kept(run, [rows], [start], prepare=plant)
+    assert "embeddings.LayerNorm.weight " in str(caught.value)
     (found,) = kept(run, [rows], [start])
     assert largest_error(found, one_by_one(run, rows, start, unfrozen=frozen)) == float("inf")
 
@@ -283,7 +285,7 @@ def test_a_loss_averaged_over_the_batch_is_caught(case: MakeCase, monkeypatch: p
     )
     (found,) = kept(run, [rows], [start])
     assert largest_error(found, one_by_one(run, rows, start)) > 0.5
-    with pytest.raises(ModelError, match="the gradient of a row changes with the other rows"):
+    with refuses(ModelError, "rows-mixed"):
         prove(run, rows)
 
 
@@ -302,7 +304,7 @@ def test_a_loss_over_the_batchs_tokens_is_caught(case: MakeCase, monkeypatch: py
     monkeypatch.setattr(TokenClassification, "loss", shared)
     (found,) = kept(run, [rows], [start])
     assert largest_error(found, one_by_one(run, rows, start)) > 0.1
-    with pytest.raises(ModelError, match="the gradient of a row changes with the other rows"):
+    with refuses(ModelError, "rows-mixed"):
         prove(run, rows)
 
 
@@ -319,7 +321,7 @@ def test_a_row_counted_twice_is_caught(case: MakeCase, monkeypatch: pytest.Monke
     monkeypatch.setattr(PerSample, "add", twice)
     (found,) = kept(run, [rows], [start])
     assert largest_error(found, one_by_one(run, rows, start)) > 0.1
-    with pytest.raises(ModelError, match="the gradient of a row changes"):
+    with refuses(ModelError, "rows-mixed"):
         prove(run, rows)
 
 
@@ -344,12 +346,13 @@ def test_batch_statistics_are_refused(case: MakeCase) -> None:
     examples = run.task.encode(rows, model.processor)
     norms = [module for module in model.peft.modules() if isinstance(module, nn.BatchNorm2d)]
     norms[0].train()
-    with pytest.raises(ModelError, match=r"\(BatchNorm2d\) is in training mode.*choose a base model"):
+    with refuses(ModelError, "batch-statistics") as caught:
         check_batch_statistics(model)
+    assert "(BatchNorm2d)" in str(caught.value)
     with training_mode(stack, run, seed=0):
         check_batch_statistics(model)  # the trainer's own mode puts it right
     norms[0].running_mean = norms[0].running_var = None  # then even eval mode looks at the batch
-    with pytest.raises(ModelError, match=r"keeps no running statistics"):
+    with refuses(ModelError, "batch-statistics"):
         check_rows_apart(stack, run, "a", examples)
 
 
@@ -430,6 +433,6 @@ def test_a_layer_that_sees_another_number_of_rows_is_refused() -> None:
     layout = InFlight(Layout((0,), per_sample=PerSample(4)))
     layer = StackedLinear(nn.Linear(3, 2), layout)
     layer(torch.zeros(8, 3)), layer(torch.zeros(4, 5, 3))  # windows or tokens of a row
-    with pytest.raises(ModelError, match="mixes the rows of a batch"):
+    with refuses(ModelError, "not-by-rows"):
         layer(torch.zeros(6, 3))
     assert np.isfinite(layer.weight.detach().numpy()).all()

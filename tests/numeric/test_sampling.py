@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
@@ -71,10 +72,10 @@ def test_balanced_is_refused_where_rows_have_no_labels(make_run: Any) -> None:
     run = make_run(training={"sampling": "balanced"}).model_dump()
     run["task"] = {"name": "sequence_regression"}
     run["evaluation"] = {}
-    with pytest.raises(
-        ValueError, match="balanced needs rows with labels, which sequence_regression has not"
-    ):
+    with pytest.raises(ValidationError) as caught:
         type(make_run()).model_validate(run)
+    (error,) = caught.value.errors()
+    assert "training.sampling balanced" in error["msg"] and "sequence_regression" in error["msg"]
 
 
 def macro_f1(run: Any, rows: list[Row], test: list[Row]) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refuses
 from torch import Tensor, nn
 
 from quorate.client.trainer.stack import InFlight, Layout, StackedConv2d, StackedDropout
@@ -69,10 +70,12 @@ def test_what_a_stack_cannot_do_as_the_layer_does_is_refused() -> None:
     class Scaled(nn.Conv2d):
         pass
 
-    with pytest.raises(AdapterError, match="a Scaled cannot be trained"):
+    with refuses(AdapterError, "special-convolution") as caught:
         StackedConv2d(Scaled(2, 2, 1), InFlight())
-    with pytest.raises(AdapterError, match="padding_mode 'circular' cannot be trained"):
+    assert "Scaled" in str(caught.value)
+    with refuses(AdapterError, "padding-mode") as caught:
         StackedConv2d(nn.Conv2d(2, 2, 3, padding_mode="circular"), InFlight())
+    assert "'circular'" in str(caught.value)
 
 
 def test_dropout_of_images_is_the_same_stacked_or_alone() -> None:

@@ -145,11 +145,13 @@ def audit_clients(
     privacy = run.privacy
     assert isinstance(privacy, ClientPrivacy)
     if count < 2:
-        raise ConfigError("--canaries: an audit of site-level privacy needs 2 or more.")
+        message = "--canaries: an audit of site-level privacy needs 2 or more."
+        raise ConfigError(message, kind="too-few-canaries")
     if privacy.delta * (len(rows) + count) >= 1:
         raise ConfigError(
             f"--canaries: with {count} canary sites beside {len(rows)}, privacy.delta {privacy.delta:g} is "
-            f"not below 1 / sites; ask for fewer than {round(1 / privacy.delta) - len(rows)}."
+            f"not below 1 / sites; ask for fewer than {round(1 / privacy.delta) - len(rows)}.",
+            kind="too-many-canaries",
         )
     prefix = "canary"
     while any(name.startswith(prefix) for name in rows):

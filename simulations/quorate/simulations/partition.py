@@ -52,7 +52,8 @@ def partition(kind: Partition, rows: Rows) -> dict[str, dict[Split, list[LoadedR
     if empty := [name for name, splits in sites.items() if not splits["train"]]:
         raise DataError(
             f"site {empty[0]} has no training rows: {len(rows['train'])} rows over {len(names)} sites by "
-            f"{kind.by}; use fewer sites or more rows."
+            f"{kind.by}; use fewer sites or more rows.",
+            kind="site-without-rows",
         )
     return sites
 
@@ -89,11 +90,13 @@ def _dirichlet(kind: Dirichlet, rows: Rows, sites: int) -> dict[Split, npt.NDArr
     """
     train = rows["train"]
     if any(not isinstance(row.values.get(LABEL), int | list) for row in train[:1]):
-        raise DataError("a Dirichlet partition needs labels, which this task's rows lack; use iid or sizes.")
+        message = "a Dirichlet partition needs labels, which this task's rows lack; use iid or sizes."
+        raise DataError(message, kind="no-labels")
     if len(train) < sites * kind.min_rows:
         raise DataError(
             f"{len(train)} training rows cannot give each of {sites} sites min_rows {kind.min_rows}; "
-            "lower min_rows or use fewer sites."
+            "lower min_rows or use fewer sites.",
+            kind="below-min-rows",
         )
     strata = {split: _strata(members) for split, members in rows.items()}
     labels = sorted({label for groups in strata.values() for label in groups})
@@ -106,7 +109,8 @@ def _dirichlet(kind: Dirichlet, rows: Rows, sites: int) -> dict[Split, npt.NDArr
     else:
         raise DataError(
             f"{_DRAWS} draws with alpha {kind.alpha} gave no partition of {len(train)} training rows into "
-            f"{sites} sites with min_rows {kind.min_rows} each; raise alpha or lower min_rows."
+            f"{sites} sites with min_rows {kind.min_rows} each; raise alpha or lower min_rows.",
+            kind="no-such-partition",
         )
     places = {split: np.zeros(len(members), dtype=np.int64) for split, members in rows.items()}
     for split, groups in strata.items():
@@ -130,7 +134,8 @@ def _by_column(kind: Column, rows: Rows) -> tuple[list[str], dict[Split, npt.NDA
             if origins.setdefault(name, value) != value:
                 raise DataError(
                     f"column {kind.column!r}: {origins[name]!r} and {value!r} would both be site {name}; "
-                    "spell them alike if they are one site, or apart by letters or digits."
+                    "spell them alike if they are one site, or apart by letters or digits.",
+                    kind="sites-alike",
                 )
     names = sorted(origins)
     index = {name: place for place, name in enumerate(names)}
@@ -144,13 +149,15 @@ def _site_of(row: LoadedRow, column: str) -> tuple[str, str]:
     """Return the site's name and the value it comes from."""
     if column not in row.raw or is_missing(row.raw[column]):
         raise DataError(
-            f"{row.source}: column {column!r} names no site; fill it in, or correct partition.column."
+            f"{row.source}: column {column!r} names no site; fill it in, or correct partition.column.",
+            kind="no-site",
         )
     value = str(row.raw[column]).strip()
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", value).strip("-._")
     if not name or len(name) > 64:
         raise DataError(
             f"{row.source}: column {column!r} holds no usable site name (letters and digits, at most 64); "
-            "correct the value, or correct partition.column."
+            "correct the value, or correct partition.column.",
+            kind="no-site-name",
         )
     return name, value

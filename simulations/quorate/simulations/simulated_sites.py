@@ -44,7 +44,7 @@ def load_sites(sites: SitesConfig, base_dir: Path, run: RunConfig) -> dict[str, 
         try:
             loaded = partition(data.partition, rows)
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}", kind=error.kind) from error
     if isinstance(run.privacy, SitePrivacy):
         loaded = {name: _measured_apart(data, name, splits, run) for name, splits in loaded.items()}
     # The task gets its own columns and no others: what a run does not name stays out of it.
@@ -66,7 +66,8 @@ def source_of(sites: SitesConfig, run: RunConfig) -> PartitionedData | SiteList:
     if data is None:
         raise ConfigError(
             f"the sites file has no data {run.data!r}; it has {', '.join(sorted(sites.data))}. "
-            "Add it there, or correct `data` in the run file."
+            "Add it there, or correct `data` in the run file.",
+            kind="unknown-data",
         )
     return data
 
@@ -79,7 +80,7 @@ def _load_one(
     try:
         return load_splits(source, base_dir, run.task.columns, labels)
     except BadInput as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}", kind=error.kind) from error
 
 
 def _measured_apart(
@@ -118,6 +119,7 @@ def find_recipe(name: str) -> Path:
     known = recipes()
     if name not in known:
         raise ConfigError(
-            f"there is no recipe {name!r}; there are {', '.join(known)}. A file is named by its path."
+            f"there is no recipe {name!r}; there are {', '.join(known)}. A file is named by its path.",
+            kind="no-such-recipe",
         )
     return known[name]

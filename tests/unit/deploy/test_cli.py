@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import typer
+from refusals import refuses
 
 from quorate.deploy.cli import app, run
 from quorate.deploy.commands.both.predict import read_texts
@@ -319,26 +320,27 @@ def test_a_text_is_a_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("where", "content", "kind", "named"),
     [
-        ("a.jsonl", b'{"text": "secret"}\n{"text": secret}', r"a.jsonl:2: is not JSON"),
-        ("a.jsonl", b'{"txt": "secret"}', r"a.jsonl:1: has no field `text`"),
-        ("a.jsonl", b'["secret"]', r"a.jsonl:1: has no field `text`"),
-        ("a.txt", b"secret \xff", r"byte 7 is not UTF-8"),
-        ("a.txt", b"\n \n", r"holds no text"),
-        ("a.pdf", b"secret", r"give one text a line"),
+        ("a.jsonl:2", b'{"text": "secret"}\n{"text": secret}', "text-not-json", ""),
+        ("a.jsonl:1", b'{"txt": "secret"}', "no-text-field", "`text`"),
+        ("a.jsonl:1", b'["secret"]', "no-text-field", "`text`"),
+        ("a.txt", b"secret \xff", "not-utf-8", "byte 7"),
+        ("a.txt", b"\n \n", "no-text", ""),
+        ("a.pdf", b"secret", "wrong-ending", ".jsonl"),
     ],
 )
-def test_files_without_texts(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said) as caught:
-        read_texts(str(tmp_path / name))
-    assert "secret" not in str(caught.value)
+def test_files_without_texts(tmp_path: Path, where: str, content: bytes, kind: str, named: str) -> None:
+    path = tmp_path / where.partition(":")[0]
+    path.write_bytes(content)
+    with refuses(DataError, kind, where=str(tmp_path / where)) as caught:
+        read_texts(str(path))
+    assert named in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["nosuch.txt", "folder/nosuch.jsonl"])
 def test_a_missing_file_is_not_taken_for_a_text(name: str) -> None:
-    with pytest.raises(DataError, match="there is no such file"):
+    with refuses(DataError, "no-such-file", where=name):
         read_texts(name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refuses
 
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.config.run_config import RunConfig
@@ -100,31 +101,31 @@ def test_a_list_of_sites_with_mappings_of_their_own(tmp_path: Path, run: RunConf
 
 def test_an_unknown_alias_lists_those_there_are(tmp_path: Path, run: RunConfig) -> None:
     other = {"source": "x", "partition": {"by": "iid", "sites": 2}}
-    with pytest.raises(
-        ConfigError, match=r"the sites file has no data 'ward'; it has lab, xray\. Add it there"
-    ):
+    with refuses(ConfigError, "unknown-data") as caught:
         load_sites(sites(xray=other, lab=other), tmp_path, run)
+    assert "'ward'" in str(caught.value) and "lab, xray" in str(caught.value)
 
 
 def test_errors_name_the_site_and_keep_their_kind(tmp_path: Path, run: RunConfig) -> None:
     write(tmp_path / "north.jsonl", 4)
     (tmp_path / "south.jsonl").write_text(json.dumps({"text": SECRET, "label": "sick"}) + "\n")
     listed = [{"name": name, "source": f"{name}.jsonl"} for name in ("north", "south")]
-    with pytest.raises(
-        DataError, match=r"data\.ward, site south: .*south\.jsonl:1: .*'sick'.*ill, well"
-    ) as caught:
+    with refuses(DataError, where="data.ward, site south") as caught:
         load_sites(sites(ward={"sites": listed}), tmp_path, run)
+    assert all(said in str(caught.value) for said in ("south.jsonl:1: ", "'sick'", "ill, well"))
     assert SECRET not in str(caught.value)
     listed[1]["labels"] = {"sick": "dead"}  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"data\.ward, site south: labels: 'sick' is mapped to 'dead'"):
+    with refuses(ConfigError, where="data.ward, site south") as caught:
         load_sites(sites(ward={"sites": listed}), tmp_path, run)
+    assert all(said in str(caught.value) for said in (": labels: ", "'sick'", "'dead'"))
     (tmp_path / "south.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"data\.ward, site south: .*south\.jsonl is empty"):
+    with refuses(DataError, "no-rows", where="data.ward, site south") as caught:
         load_sites(
             sites(ward={"sites": [*listed[:1], {"name": "south", "source": "south.jsonl"}]}), tmp_path, run
         )
+    assert "south.jsonl" in str(caught.value)
     one = {"source": "north.jsonl", "partition": {"by": "iid", "sites": 9}}
-    with pytest.raises(DataError, match=r"data\.ward: site site-\d has no training rows"):
+    with refuses(DataError, "site-without-rows", where="data.ward"):
         load_sites(sites(ward=one), tmp_path, run)
 
 
@@ -158,8 +159,9 @@ def test_recipes_are_found_by_name() -> None:
     assert {"demo", *REAL, *LOCAL, "ner_disease", *(f"hub/{name}" for name in REAL)} <= set(RECIPES)
     assert find_recipe("demo").name == "demo.yaml"
     for name in ("absent", "demo.sites", "../demo", ""):
-        with pytest.raises(ConfigError, match=rf"there is no recipe '{name}'; there are banking77, "):
+        with refuses(ConfigError, "no-such-recipe") as caught:
             find_recipe(name)
+        assert f"'{name}'" in str(caught.value) and "banking77, " in str(caught.value)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -49,7 +49,8 @@ def audit_mechanism(
     for site, each in rows.items():
         plan = plan_of(run, site, each)
         if plan is None:
-            raise ConfigError("privacy: the run claims no record- or group-level privacy to be audited.")
+            message = "privacy: the run claims no record- or group-level privacy to be audited."
+            raise ConfigError(message, kind="no-claim")
         claims[site] = plan.claim()
         try:
             planted[site] = Canaries.draw(shapes, canaries, rng(run.seed, "audit-canaries", site))

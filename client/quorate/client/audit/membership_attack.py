@@ -44,7 +44,8 @@ class Rows:
             if len(rows) < FEWEST:
                 raise DataError(
                     f"an audit by membership needs {FEWEST} {what} rows or more and has {len(rows)}; give "
-                    "the site more, or leave this attack out."
+                    "the site more, or leave this attack out.",
+                    kind="too-few-rows",
                 )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from quorate.client.audit.shadow_models import Shadow
 from quorate.shared.adapters.adapter import LORA_A, Adapter, is_lora_a
 from quorate.shared.adapters.selection import layer_index, moving
+from quorate.shared.errors import QuorateError
 from quorate.shared.privacy.audit.audit_record import TokenLeak
 from quorate.shared.privacy.audit.membership_inference import attack, auc
 from quorate.shared.progress import OnStep, ignore_step
@@ -39,7 +40,7 @@ _SAME = 1e-4
 """Inputs that differ by less, relative to their length, are the same vector."""
 
 
-class NotChecked(Exception):
+class NotChecked(QuorateError):
     """The check does not apply to this run; the text says why."""
 
 
@@ -73,7 +74,7 @@ def _first_factors(shadow: Shadow) -> list[str]:
     moved = moving(shadow.run, shadow.model.initial, 1)
     factors = [name for name in shadow.model.initial if is_lora_a(name) and name in moved]
     if not factors:
-        raise NotChecked("token leak: no factor A moves")
+        raise NotChecked("token leak: no factor A moves", kind="no-factor-moves")
     first = min(layer_index(name) or 0 for name in factors)
     ids = torch.arange(min(8, embeddings.num_embeddings)).repeat(2, 1)
     ids[1] = ids[1].flip(0)
@@ -81,7 +82,8 @@ def _first_factors(shadow: Shadow) -> list[str]:
     inputs = _inputs(shadow, [name for name in factors if (layer_index(name) or 0) == first], ids)
     same = [name for name, each in inputs.items() if _alike(*each[:, -1])]
     if not same:
-        raise NotChecked("token leak: the first adapted layer sees tokens mixed with their context")
+        message = "token leak: the first adapted layer sees tokens mixed with their context"
+        raise NotChecked(message, kind="tokens-mixed")
     return same
 
 
@@ -124,7 +126,8 @@ def _tokens(shadow: Shadow, site: str, rows: Sequence[Row], most: int) -> tuple[
     if min(len(seen), len(vocabulary)) < FEWEST:
         raise NotChecked(
             f"token leak: {site} has {len(seen)} tokens in its rows and {len(vocabulary)} others; {FEWEST} "
-            "of each are needed"
+            "of each are needed",
+            kind="too-few-tokens",
         )
     draw = rng(shadow.run.seed, "audit-tokens", site)
     members, others = (

@@ -243,25 +243,29 @@ def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise DataError(
-                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
+                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].',
+                kind="messages-not-json",
             ) from None
     if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{where} does not hold a list of messages; give it one, or remove the row.")
+        message = f"{where} does not hold a list of messages; give it one, or remove the row."
+        raise DataError(message, kind="no-messages")
     messages = []
     for number, message in enumerate(value, start=1):
         place = f"{where}, message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{place} is not an object with `role` and `content`.")
+            raise DataError(f"{place} is not an object with `role` and `content`.", kind="not-a-message")
         if more := [key for key, held in message.items() if key not in ("role", "content") and held]:
             raise DataError(
                 f"{place} has fields besides `role` and `content` ({describe_columns(map(str, more))}), "
-                "which would be lost; put what they say into the content, or remove them."
+                "which would be lost; put what they say into the content, or remove them.",
+                kind="message-fields",
             )
         if message["role"] not in ROLES:
-            raise DataError(f"{place}: its role is none of {', '.join(ROLES)}.")
+            raise DataError(f"{place}: its role is none of {', '.join(ROLES)}.", kind="message-role")
         if not isinstance(message["content"], str) or is_missing(message["content"]):
-            raise DataError(f"{place}: its content is empty or not a text.")
+            raise DataError(f"{place}: its content is empty or not a text.", kind="message-content")
         messages.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} holds no message of the assistant, so there is nothing to learn from it.")
+        message = f"{where} holds no message of the assistant, so there is nothing to learn from it."
+        raise DataError(message, kind="no-answer")
     return messages

@@ -16,10 +16,11 @@ from pathlib import Path, PurePosixPath
 from quorate.client.policy.site_config import SiteConfig
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError, ModelError
-from quorate.shared.model.sources import MODEL_FILES, resolve_local
+from quorate.shared.model.sources import MODEL_FILES, check_folder, resolve_local
 from quorate.shared.process.files import PUBLIC, put_folder
 
 _FOLDER = 0o755
+_FIELD = "site.yaml, models.path"
 
 
 def at_site(run: RunConfig, site: SiteConfig, base_dir: Path) -> RunConfig:
@@ -38,7 +39,8 @@ def at_site(run: RunConfig, site: SiteConfig, base_dir: Path) -> RunConfig:
             return run.model_copy(update={"model": local})
     raise ModelError(
         f"site.yaml lists no model with sha256 {run.model.sha256}; get it, and add its folder and hash to "
-        "models."
+        "models.",
+        kind="model-not-listed",
     )
 
 
@@ -48,16 +50,14 @@ def find(reference: str, base_dir: Path) -> Path:
     Raises: ConfigError, ModelError: it is not there; says what to do.
     """
     try:
-        folder = resolve_local(reference, base_dir, where="site.yaml, models.path", error=ModelError)
+        folder = resolve_local(reference, base_dir, where=_FIELD, error=ModelError)
     except ModelError as error:
         raise ModelError(
             f"{error} Models are never fetched: deliver it as an archive, or name the folder of a snapshot "
-            "in this machine's hub cache (~/.cache/huggingface/hub/models--.../snapshots/...)."
+            "in this machine's hub cache (~/.cache/huggingface/hub/models--.../snapshots/...).",
+            kind="model-not-here",
         ) from error
-    if not folder.is_dir():
-        raise ModelError(
-            f"site.yaml, models.path: {folder} is a file; name the folder that holds config.json."
-        )
+    check_folder(folder, _FIELD)
     return folder.absolute()
 
 
@@ -110,11 +110,13 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
         check_files(work, files)
         if sha256 is not None and found != sha256:
             raise ModelError(
-                f"{archive}: its weights have sha256 {found}, not {sha256}; get the right archive."
+                f"{archive}: its weights have sha256 {found}, not {sha256}; get the right archive.",
+                kind="archive-of-other-weights",
             )
         folder = models_dir / f"{archive.name.split('.')[0]}-{found[:12]}"
         if folder.exists():
-            raise ModelError(f"{folder} is there already; remove it first, or use it as it is.")
+            message = f"{folder} is there already; remove it first, or use it as it is."
+            raise ModelError(message, kind="model-there-already")
         # Whatever root's umask is, the site process's user must be able to read it.
         for each in work.iterdir():
             each.chmod(PUBLIC)
@@ -132,7 +134,8 @@ def _unpack(archive: Path, into: Path) -> tuple[str, ...]:
             members = {PurePosixPath(each.name): each for each in _plain_files(tar, archive)}
             folders = [path.parent for path in members if path.name == "config.json"]
             if not folders:
-                raise ModelError(f"{archive} holds no config.json; pack a folder made by save_pretrained.")
+                message = f"{archive} holds no config.json; pack a folder made by save_pretrained."
+                raise ModelError(message, kind="no-model-in-archive")
             folder = min(folders, key=lambda path: (len(path.parts), path))
             wanted = {
                 path: m for path, m in members.items() if path.parent == folder and _of_model(path.name)
@@ -146,7 +149,8 @@ def _unpack(archive: Path, into: Path) -> tuple[str, ...]:
                     shutil.copyfileobj(content, stream, 2**20)
     except (tarfile.TarError, EOFError) as error:
         raise ModelError(
-            f"{archive} is not a whole tar archive ({str(error).splitlines()[0]}); get it again."
+            f"{archive} is not a whole tar archive ({str(error).splitlines()[0]}); get it again.",
+            kind="not-an-archive",
         ) from error
     except OSError as error:
         raise ModelError(
@@ -165,12 +169,15 @@ def _plain_files(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInf
     for member in tar:
         path, shown = PurePosixPath(member.name), repr(member.name[:100])
         if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-            raise ModelError(f"{archive}: {shown} leads out of the folder; do not use this archive.")
+            message = f"{archive}: {shown} leads out of the folder; do not use this archive."
+            raise ModelError(message, kind="leads-out")
         if member.isdir():
             continue
         if not member.isreg():
-            raise ModelError(f"{archive}: {shown} is a link or a device; pack plain files alone.")
+            message = f"{archive}: {shown} is a link or a device; pack plain files alone."
+            raise ModelError(message, kind="not-a-plain-file")
         if path in seen:
-            raise ModelError(f"{archive} holds {shown} twice; pack the files of one model alone.")
+            message = f"{archive} holds {shown} twice; pack the files of one model alone."
+            raise ModelError(message, kind="file-twice")
         seen.add(path)
         yield member

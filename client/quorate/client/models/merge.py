@@ -35,7 +35,8 @@ def merge(adapter_dir: Path, folder: Path) -> str:
     """
     check_adapter_dir(adapter_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} is there already and not an empty folder; choose another one with -o.")
+        message = f"{folder} is there already and not an empty folder; choose another one with -o."
+        raise OutputError(message, kind="folder-in-use")
     run = load_run(adapter_dir / RUN_FILE)
     _check_merges(run, adapter_dir)
     base = load_base(run)
@@ -57,10 +58,12 @@ def _check_merges(run: RunConfig, adapter_dir: Path) -> None:
     if run.model.quantised:
         raise ModelError(
             f"{adapter_dir}: the run's base is held in {'4' if run.model.load_in_4bit else '8'} bits, and an "
-            "adapter merged into such weights would be rounded away; use the adapter with PEFT instead."
+            "adapter merged into such weights would be rounded away; use the adapter with PEFT instead.",
+            kind="quantised-base",
         )
     if run.adapter.head is not None:
         raise ModelError(
             f"{adapter_dir}: the run has a head of several layers (adapter.head), for which "
-            f"{run.task.auto_class} has no place; use the adapter with PEFT instead."
+            f"{run.task.auto_class} has no place; use the adapter with PEFT instead.",
+            kind="own-head",
         )

@@ -40,7 +40,8 @@ def predict(
     run = load_run(adapter_dir / RUN_FILE)
     column = "image" if images else "text"
     if images != ("image" in run.task.columns):
-        raise AdapterError(f"{adapter_dir} does {run.task.name}, which takes no {column}.")
+        message = f"{adapter_dir} does {run.task.name}, which takes no {column}."
+        raise AdapterError(message, kind="other-input")
     base = load_base(run)
     model = placed(with_adapter(base, adapter_dir).eval(), run, default_device())
     answers: list[dict[str, Any]] = []

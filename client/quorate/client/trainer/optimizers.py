@@ -54,7 +54,8 @@ def check_optimizer(training: TrainingConfig, device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(
             f"training.optim: adamw_bnb_8bit needs a CUDA device, but this site trains on {device.type}; "
-            "use adamw_torch or adafactor."
+            "use adamw_torch or adafactor.",
+            kind="no-cuda",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(

@@ -88,7 +88,8 @@ class Stacked(nn.Module):
             raise AdapterError(
                 f"a trained layer is given {x.shape[0]} entries for {sites * most} rows, so its input is not "
                 "made of rows; train one site at a time (training.max_stack: 1), or leave the layer out "
-                "of adapter.target_modules."
+                "of adapter.target_modules.",
+                kind="not-rows",
             )
         return 1
 
@@ -130,10 +131,12 @@ class StackedConv2d(Stacked):
         if type(conv) is not nn.Conv2d:
             raise AdapterError(
                 f"a {type(conv).__name__} cannot be trained for several sites at once: it may compute other "
-                "things than a convolution; leave it out of adapter.target_modules."
+                "things than a convolution; leave it out of adapter.target_modules.",
+                kind="special-convolution",
             )
         if conv.padding_mode != "zeros":
-            raise AdapterError(f"convolutions with padding_mode {conv.padding_mode!r} cannot be trained.")
+            message = f"convolutions with padding_mode {conv.padding_mode!r} cannot be trained."
+            raise AdapterError(message, kind="padding-mode")
         self.weight = nn.Parameter(conv.weight.detach()[None].clone())
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach()[None].clone())
         self.geometry = {

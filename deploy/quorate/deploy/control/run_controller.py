@@ -154,7 +154,8 @@ class Controller:
             raise QuorateError(
                 f"the run was lost {self._restarts} times without a finished round between (last: {why}); "
                 "find out why in `quorate server status` and the logs under state/logs, then go on with "
-                f"--resume. It stands {where}."
+                f"--resume. It stands {where}.",
+                kind="lost-too-often",
             )
         self._say(f"the run was lost: {why}; submitting it again, it goes on {where}")
 

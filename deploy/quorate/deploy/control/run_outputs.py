@@ -12,7 +12,16 @@ from pathlib import Path
 from quorate.deploy.control.run_list import RunFolder, Submission, find_run_folder, list_runs
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.report import REPORT_FILE
-from quorate.server.rounds.run import ADAPTER_DIR, METRICS_FILE, RECORD_FILE, RUN_FILE, SUMMARY_FILE, Run
+from quorate.server.rounds.run import (
+    ADAPTER_DIR,
+    METRICS_FILE,
+    RECORD_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    Run,
+    check_free,
+    run_in_folder,
+)
 from quorate.server.tracking.events import EVENTS_FILE
 from quorate.server.tracking.trackers import TENSORBOARD_DIR
 from quorate.shared.config.load import load_run
@@ -47,7 +56,8 @@ def pinned(config: RunConfig) -> RunConfig:
     except ModelError as error:
         raise ModelError(
             f"{error} A federated run must name its base model's hash: write model.sha256 into the run file "
-            "(the sites list it in site.yaml), or put a copy of the model here to be hashed."
+            "(the sites list it in site.yaml), or put a copy of the model here to be hashed.",
+            kind="no-hash",
         ) from error
     log.warning("model.sha256 is not in the run file; that of %s is %s", name, sha256)
     return config.model_copy(update={"model": config.model.model_copy(update={"sha256": sha256})})
@@ -65,18 +75,11 @@ def check_output(output_dir: Path, config: RunConfig, *, resume: bool) -> None:
     """Raise OutputError where results must not go, before anything is submitted."""
     if (output_dir / RUN_FILE).exists():
         if not resume:
-            raise OutputError(
-                f"{output_dir} already holds a run; continue it with --resume, or choose another folder (-o)."
-            )
+            raise run_in_folder(output_dir)
         if load_run(output_dir / RUN_FILE) != config:
             raise OutputError(f"{output_dir} holds another run; choose another folder (-o).")
         return
-    for name in (*_FILES, *_FOLDERS):
-        if (output_dir / name).exists():
-            raise OutputError(
-                f"{output_dir} holds {name} but no run ({RUN_FILE}), and a new one would write over it; "
-                "choose another folder (-o)."
-            )
+    check_free(output_dir, (*_FILES, *_FOLDERS))
 
 
 def new_run(folder: FederationFolder, config: RunConfig, output_dir: Path) -> RunFolder:
@@ -103,14 +106,16 @@ def old_run(folder: FederationFolder, config: RunConfig, output_dir: Path, run_i
             changed = ", ".join(key for key in new if new[key] != old.get(key))
             raise CheckpointError(
                 f"run {run.run_id} has other settings ({changed}); resume it with the same run file and "
-                "overrides, or start a new one without --resume."
+                "overrides, or start a new one without --resume.",
+                kind="run-has-other-settings",
             )
     else:
         same = [run for run in list_runs(folder) if run.config == config]
         if not same:
             raise ConfigError(
                 f"federation {folder.config.name} has no run {config.name} with these settings; leave "
-                "--resume out to start one, or name a run (--run-id; `quorate runs list` shows them)."
+                "--resume out to start one, or name a run (--run-id; `quorate runs list` shows them).",
+                kind="none-to-resume",
             )
         run = same[0]
     submission = Submission.read(run.path) or Submission(started=run.started, output_dir="")

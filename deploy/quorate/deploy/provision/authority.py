@@ -83,7 +83,8 @@ class Authority:
             written.append(certificate)
         elif certificate.read_bytes() != wanted:
             raise ConfigError(
-                f"{certificate}: is not the certificate in index.json; restore both from one copy."
+                f"{certificate}: is not the certificate in index.json; restore both from one copy.",
+                kind="other-ca-certificate",
             )
         if self._crl_lags():
             self.write_crl()
@@ -174,11 +175,13 @@ class Authority:
         if not self._key_file.exists():
             raise ConfigError(
                 f"{self._key_file}: is missing, and nothing can be signed or revoked without it; restore it "
-                "from your copy. A new CA would need new kits at every site."
+                "from your copy. A new CA would need new kits at every site.",
+                kind="ca-key-missing",
             )
         key = load_key(self._key_file)
         if key.public_key() != self.certificate.public_key():
-            raise ConfigError(f"{self._key_file}: is not the key of ca.crt; restore the right one.")
+            message = f"{self._key_file}: is not the key of ca.crt; restore the right one."
+            raise ConfigError(message, kind="other-ca-key")
         return key
 
     def _crl_lags(self) -> bool:
@@ -196,7 +199,8 @@ class Authority:
         if found := [path for path in traces if path.exists()]:
             raise ConfigError(
                 f"{self._index_file}: is missing, but {found[0]} is there; restore the folder ca/ from a "
-                "copy: a new CA would need new kits at every site."
+                "copy: a new CA would need new kits at every site.",
+                kind="ca-lost",
             )
 
     def _self_signed(self, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -224,7 +228,8 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; run this as its owner.") from error
     if mode & 0o077:
-        raise ConfigError(f"{path}: others may use this private key (mode {mode:04o}); chmod 600 it.")
+        message = f"{path}: others may use this private key (mode {mode:04o}); chmod 600 it."
+        raise ConfigError(message, kind="key-exposed")
     try:
         key = pem.load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

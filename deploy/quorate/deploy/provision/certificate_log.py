@@ -99,7 +99,8 @@ class Index(BaseModel):
             raise ConfigError(f"{path}: cannot be read: {error.strerror}; run this as its owner.") from error
         except ValidationError as error:
             raise ConfigError(
-                f"{path}: is damaged; restore it from a copy: without it nobody knows what was issued."
+                f"{path}: is damaged; restore it from a copy: without it nobody knows what was issued.",
+                kind="index-damaged",
             ) from error
         if index.federation != federation:
             raise ConfigError(

@@ -16,10 +16,10 @@ from quorate.client.node.enrolment import CLIENT_CRT, client_private_bytes, new_
 from quorate.deploy.provision.authority import DAYS, Authority, load_key
 from quorate.deploy.provision.certificate_log import Issued
 from quorate.deploy.provision.node_keys import (
+    check_admissible,
     known_site,
     known_sites,
     on_nist_curve,
-    revocation,
     revoke_key,
     stamp,
 )
@@ -69,7 +69,8 @@ def ensure_server(folder: FederationFolder, authority: Authority, days: int = DA
         if authority.index.issued("server"):
             raise ConfigError(
                 f"{key_file}: is missing; restore it from a copy, or make a new one with `quorate "
-                "certificates renew --new-key`."
+                "certificates renew --new-key`.",
+                kind="server-key-missing",
             )
         write_atomically(key_file, client_private_bytes(new_key()), PRIVATE)
         written.append(key_file)
@@ -124,18 +125,16 @@ def sign_site(
     Raises: ConfigError: the request is damaged, in another name or with another site's key, the site is
         unknown or revoked, or has a valid certificate and `renew` is not set.
     """
-    known_site(folder, site)
-    if revocation(folder, site):
-        raise ConfigError(
-            f"{site} was revoked; take it back with `quorate certificates restore {site}` first."
-        )
+    check_admissible(folder, site)
     key = _read_request(request, site)
     index = authority.index
     for other in index.issued("client"):
         if other.x509.public_key() == key and (other.name != site or other.serial in index.revoked()):
-            whose = "was revoked" if other.name == site else f"is that of {other.name}"
+            revoked = other.name == site
+            whose = "was revoked" if revoked else f"is that of {other.name}"
             raise ConfigError(
-                f"{request}: its key {whose}; have {site} make a new one: quorate site enrol --renew."
+                f"{request}: its key {whose}; have {site} make a new one: quorate site enrol --renew.",
+                kind="request-key-revoked" if revoked else "request-key-of-another",
             )
     valid = index.valid("client", site)
     path = folder.site(site) / CLIENT_CRT
@@ -151,7 +150,8 @@ def sign_site(
     if valid and not renew:
         raise ConfigError(
             f"{site} has a valid certificate already (serial {valid[-1].serial}, until "
-            f"{valid[-1].not_after:%Y-%m-%d}); if this request really comes from the site, give --renew."
+            f"{valid[-1].not_after:%Y-%m-%d}); if this request really comes from the site, give --renew.",
+            kind="valid-certificate",
         )
     issued = authority.issue("client", site, key, (), days)
     make_folder(folder.path / "sites")
@@ -187,7 +187,8 @@ def revoke_site(
         if len(certificates) != 1:
             raise ConfigError(
                 f"{site} has {len(certificates) or 'no'} certificates whose serial begins with {serial!r}; "
-                "see `quorate certificates list --json`."
+                "see `quorate certificates list --json`.",
+                kind="no-such-serial",
             )
     else:
         make_folder(folder.path / "sites")
@@ -227,11 +228,14 @@ def _read_request(path: Path, site: str) -> ec.EllipticCurvePublicKey:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path.") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path}: is no certificate request in PEM; {remedy}.") from error
+        raise ConfigError(
+            f"{path}: is no certificate request in PEM; {remedy}.", kind="no-request"
+        ) from error
     if not sound:
-        raise ConfigError(f"{path}: its signature is wrong, so it was changed on the way; {remedy}.")
+        message = f"{path}: its signature is wrong, so it was changed on the way; {remedy}."
+        raise ConfigError(message, kind="wrong-signature")
     if names != [site] or not request.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
-        raise ConfigError(f"{path}: is not a request in the name of {site}; {remedy}.")
+        raise ConfigError(f"{path}: is not a request in the name of {site}; {remedy}.", kind="other-name")
     return on_nist_curve(key, f"{path}: its key is no ECDSA key on a NIST curve; {remedy}.")
 
 

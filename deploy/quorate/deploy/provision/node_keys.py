@@ -67,23 +67,21 @@ def admit_key(folder: FederationFolder, site: str, pub: Path, *, renew: bool = F
 
 def admit(folder: FederationFolder, site: str, content: bytes, where: str, *, renew: bool = False) -> Path:
     """Admit a node key given as bytes; `admit_key` says the rest. The caller holds the folder (`locked`)."""
-    known_site(folder, site)
-    if revocation(folder, site):
-        raise ConfigError(
-            f"{site} was revoked; take it back with `quorate certificates restore {site}` first."
-        )
+    check_admissible(folder, site)
     key = read_public_key(content, where)
     fingerprint = fingerprint_of(key)
     for other in known_sites(folder):
         owned = _stored_key(folder, other)
         if other != site and owned is not None and fingerprint_of(owned) == fingerprint:
             raise ConfigError(
-                f"{where}: this is the key of {other}; every site makes its own: ask {site} for its."
+                f"{where}: this is the key of {other}; every site makes its own: ask {site} for its.",
+                kind="key-of-another",
             )
         if any(fingerprint in each.node_keys for each in _revocations(folder, other)):
             raise ConfigError(
                 f"{where}: this key of {other} was revoked; have the site make a new one (quorate site enrol "
-                "--renew)."
+                "--renew).",
+                kind="key-revoked",
             )
     path = folder.site(site) / NODE_PUB
     present = admitted_key(folder, site)
@@ -92,7 +90,8 @@ def admit(folder: FederationFolder, site: str, content: bytes, where: str, *, re
     if present is not None and not renew:
         raise ConfigError(
             f"{where}: {site} has another key already; if the site renewed its key, and you are sure that "
-            "this one comes from it, give --renew."
+            "this one comes from it, give --renew.",
+            kind="another-key-already",
         )
     make_folder(folder.path / "sites")
     make_folder(path.parent)
@@ -107,7 +106,8 @@ def read_public_key(content: bytes, where: str) -> ec.EllipticCurvePublicKey:
     if b"PRIVATE KEY" in content:
         raise ConfigError(
             f"{where}: this is a private key, which must never leave the site: delete this copy, and have "
-            "the site make a new one (quorate site enrol --renew)."
+            "the site make a new one (quorate site enrol --renew).",
+            kind="private-key",
         )
     remedy = "ask the site for the file node.pub that `quorate site enrol` made"
     if len(content) > _MOST_BYTES:
@@ -115,7 +115,8 @@ def read_public_key(content: bytes, where: str) -> ec.EllipticCurvePublicKey:
     try:
         key = pem.load_ssh_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{where}: is no public key in OpenSSH format; {remedy}.") from error
+        message = f"{where}: is no public key in OpenSSH format; {remedy}."
+        raise ConfigError(message, kind="no-public-key") from error
     return on_nist_curve(key, f"{where}: is no ECDSA key on a NIST curve; {remedy}.")
 
 
@@ -125,7 +126,7 @@ def on_nist_curve(key: object, otherwise: str) -> ec.EllipticCurvePublicKey:
     Raises: ConfigError: it is of another kind; with the words `otherwise`.
     """
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, _CURVES):
-        raise ConfigError(otherwise)
+        raise ConfigError(otherwise, kind="no-nist-curve")
     return key
 
 
@@ -176,7 +177,7 @@ def restore_site(folder: FederationFolder, site: str) -> None:
     known_site(folder, site)
     marker = folder.site(site) / REVOKED
     if revocation(folder, site) is None:
-        raise ConfigError(f"{site} is not revoked; there is nothing to restore.")
+        raise ConfigError(f"{site} is not revoked; there is nothing to restore.", kind="not-revoked")
     put_aside(marker, f"{REVOKED}.until-{stamp()}")
 
 
@@ -186,7 +187,18 @@ def known_site(folder: FederationFolder, site: str) -> None:
     if site not in sites:
         raise ConfigError(
             f"{folder.path / 'federation.yaml'}: there is no site {site!r}, only {', '.join(sites)}; add it "
-            "there and run `quorate provision` again, or mend the name."
+            "there and run `quorate provision` again, or mend the name.",
+            kind="unknown-site",
+        )
+
+
+def check_admissible(folder: FederationFolder, site: str) -> None:
+    """Raise ConfigError unless the site stands in federation.yaml and is not revoked."""
+    known_site(folder, site)
+    if revocation(folder, site):
+        raise ConfigError(
+            f"{site} was revoked; take it back with `quorate certificates restore {site}` first.",
+            kind="site-revoked",
         )
 
 

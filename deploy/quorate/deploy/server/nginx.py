@@ -52,7 +52,8 @@ def render(paths: ServerPaths) -> str:
     if _UNSAFE.search(str(paths.folder.path)):
         raise ConfigError(
             f"{paths.folder.path}: a path with blanks, quotes or any of ; {{ }} $ # cannot stand in nginx's "
-            "configuration; move the federation's folder."
+            "configuration; move the federation's folder.",
+            kind="unsafe-path",
         )
     environment = Environment(
         loader=PackageLoader("quorate.deploy.server"),
@@ -84,7 +85,7 @@ def configure(paths: ServerPaths) -> Path:
     write_atomically(path, render(paths).encode())
     done = subprocess.run([*command(paths), "-t", "-q"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ConfigError(f"nginx does not accept {path}: {done.stderr.strip()}")
+        raise ConfigError(f"nginx does not accept {path}: {done.stderr.strip()}", kind="nginx-refuses")
     return path
 
 

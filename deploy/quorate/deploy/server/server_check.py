@@ -26,13 +26,15 @@ def check_before_start(paths: ServerPaths) -> None:
     if missing := [path for path in needed + [paths.crl] * server.mutual_tls if not path.is_file()]:
         raise ConfigError(
             f"{paths.folder.path} is not provisioned ({', '.join(path.name for path in missing)} missing); "
-            f"give `quorate provision {paths.folder.path / 'federation.yaml'}` first."
+            f"give `quorate provision {paths.folder.path / 'federation.yaml'}` first.",
+            kind="not-provisioned",
         )
     for path in (paths.ca, paths.certificate):
         left = days_left(read_certificate(path).not_valid_after_utc)
         if left < 0:
             raise ConfigError(
-                f"{path}: expired {-left:.0f} days ago; give `quorate certificates renew`, then start again."
+                f"{path}: expired {-left:.0f} days ago; give `quorate certificates renew`, then start again.",
+                kind="certificate-expired",
             )
     if server.mutual_tls and (left := revocations_days_left(paths)) < 0:
         raise ConfigError(  # nginx would turn every site away

@@ -159,7 +159,8 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
         reasons = "; ".join(f"{site}: {e.reason}" for site, e in sorted(members.refused.items()))
         raise QuorumNotMet(
             f"the run needs {federation.quorum} sites, {len(members.nodes)} of {len(known)} can take part"
-            f"{f' ({reasons})' if reasons else ''}; mend those sites or lower federation.quorum."
+            f"{f' ({reasons})' if reasons else ''}; mend those sites or lower federation.quorum.",
+            kind="too-few-sites",
         )
     return members
 

@@ -31,7 +31,8 @@ def client_plan(run: RunConfig, names: Collection[str], schema: Mapping[str, tup
     if privacy.delta * sites >= 1:
         raise ConfigError(
             f"privacy.delta: {privacy.delta:g} is not below 1 / sites ({sites} sites): a mechanism that "
-            f"publishes one site whole would pass for private; set at most {0.1 / sites:.1g}."
+            f"publishes one site whole would pass for private; set at most {0.1 / sites:.1g}.",
+            kind="delta-too-large-for-sites",
         )
     wanted = run.federation.sites_per_round
     plan = ClientPlan(

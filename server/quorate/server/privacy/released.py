@@ -188,7 +188,8 @@ def missing_ledger(output_dir: Path) -> CheckpointError:
     """Return what to say where `privacy.json` is gone or damaged."""
     return CheckpointError(
         f"{output_dir / LEDGER_FILE} is missing, damaged or of another version, and without it nobody knows "
-        "what the run has spent; restore it from a copy, or start the run again in another folder (-o)."
+        "what the run has spent; restore it from a copy, or start the run again in another folder (-o).",
+        kind="ledger-lost",
     )
 
 
@@ -200,5 +201,6 @@ def _damaged(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"{folder} is not what was written (truncated or edited), or of another release; restore it from a "
         "copy, have the release that wrote it finish the round, or delete it: its round is then run, and its "
-        "privacy paid for, once more."
+        "privacy paid for, once more.",
+        kind="release-damaged",
     )

@@ -72,7 +72,8 @@ class RunFiles:
         path = output_dir / "run.yaml"
         if not path.is_file():
             raise OutputError(
-                f"{output_dir} holds no run (there is no run.yaml in it); name the output folder of a run."
+                f"{output_dir} holds no run (there is no run.yaml in it); name the output folder of a run.",
+                kind="no-run-file",
             )
         summary = output_dir / "summary.json"
         audit = output_dir / AUDIT_FILE
@@ -185,7 +186,8 @@ def _parse(kind: type[_R], text: str, where: str) -> _R:
         field = ".".join(map(str, first["loc"])) or "the whole"
         raise OutputError(
             f"{where}: {field} is not what a run writes; the file was edited or damaged. Restore it, or "
-            "resume the run, which writes it again."
+            "resume the run, which writes it again.",
+            kind="not-as-written",
         ) from error
 
 
@@ -202,4 +204,5 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"{path}: cannot be read ({error}); restore it, or resume the run.") from error
+        message = f"{path}: cannot be read ({error}); restore it, or resume the run."
+        raise OutputError(message, kind="unreadable") from error

@@ -161,11 +161,13 @@ def _check_same_but_seed(folders: Sequence[Path]) -> None:
         if other.seed in seen:
             raise OutputError(
                 f"{folder} and {seen[other.seed]} both have seed {other.seed}, so they say nothing about "
-                "chance; give runs with different seeds."
+                "chance; give runs with different seeds.",
+                kind="same-seed",
             )
         seen[other.seed] = folder
         if other.model_copy(update={"seed": first.seed}) != first:
             raise OutputError(
                 f"{folder} and {folders[0]} differ in more than their seed, so a mean over them means "
-                "nothing; compare runs of one run file."
+                "nothing; compare runs of one run file.",
+                kind="settings-differ",
             )

@@ -108,16 +108,22 @@ def load_checkpoint(output_dir: Path, round: int) -> tuple[GlobalState, Progress
         files = {name: (folder / name).read_bytes() for name in (_STATE, _PROGRESS)}
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}."
+            f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}.",
+            kind="file-missing",
         ) from error
     for name, data in files.items():
         if listed.get(name) != hashlib.sha256(data).hexdigest():
-            raise CheckpointError(f"{folder / name} is not what was written (truncated or edited); {remedy}.")
+            raise CheckpointError(
+                f"{folder / name} is not what was written (truncated or edited); {remedy}.",
+                kind="file-changed",
+            )
     try:
         progress = Progress.model_validate_json(files[_PROGRESS])
         state = GlobalState.from_stored(Adapter.from_bytes(files[_STATE]))
     except (ValidationError, QuorateError) as error:
-        raise CheckpointError(f"{folder} was written by another version of Quorate; {remedy}.") from error
+        message = f"{folder} was written by another version of Quorate; {remedy}."
+        raise CheckpointError(message, kind="other-version") from error
     if progress.round != round:
-        raise CheckpointError(f"{folder} holds round {progress.round}: it was renamed; {remedy}.")
+        message = f"{folder} holds round {progress.round}: it was renamed; {remedy}."
+        raise CheckpointError(message, kind="renamed")
     return state, progress

@@ -181,7 +181,8 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
     if progress.initial_hash != members.initial.content_hash:
         raise CheckpointError(
             f"{run.output_dir}: the sites no longer start from the adapter this run began with "
-            "(another base model or library version); resume where it began, or start in another folder."
+            "(another base model or library version); resume where it began, or start in another folder.",
+            kind="other-start",
         )
     warn_of_changes(progress.sites, members.sites)
     # A kill may have come before or in the middle of this, and after the last round nothing else does it.

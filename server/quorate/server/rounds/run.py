@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,18 +76,17 @@ class Run:
         checkpoints = list_checkpoints(output_dir)
         used = checkpoints or (output_dir / RUN_FILE).exists()
         if used and not resume:
-            raise OutputError(
-                f"{output_dir} already holds a run; continue it with --resume, or choose another folder (-o)."
-            )
+            raise run_in_folder(output_dir)
         if not used:
-            _check_free(output_dir)
+            check_free(output_dir, (ADAPTER_DIR, RECORD_FILE, METRICS_FILE, EVENTS_FILE, SUMMARY_FILE))
         _make_folder(output_dir)
         if (output_dir / RUN_FILE).exists():
             _check_same(load_run(output_dir / RUN_FILE), config, output_dir)
         resumed = load_checkpoint(output_dir, checkpoints[-1]) if checkpoints else None
         if resumed and resumed[1].config_hash != config.content_hash:
             raise CheckpointError(
-                f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml."
+                f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml.",
+                kind="other-run",
             )
         write_atomically(output_dir / RUN_FILE, dump_yaml(config), BY_UMASK)
         if resumed and config.privacy is not None:
@@ -165,7 +164,8 @@ def read_jsonl(path: Path, kind: type[RoundRecord] | type[RoundMetrics]) -> list
         except ValidationError as error:
             raise OutputError(
                 f"{path}, line {number}: not a {kind.__name__} as a run writes it (edited or damaged); "
-                "take the line out, then try again."
+                "take the line out, then try again.",
+                kind="bad-line",
             ) from error
     return read
 
@@ -189,17 +189,27 @@ def _make_folder(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o."
+            f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o.",
+            kind="folder-not-made",
         ) from error
 
 
-def _check_free(output_dir: Path) -> None:
-    """Raise OutputError for something that a run would write over and that no run of ours left."""
-    for name in (ADAPTER_DIR, RECORD_FILE, METRICS_FILE, EVENTS_FILE, SUMMARY_FILE):
+def run_in_folder(output_dir: Path) -> OutputError:
+    """Return what to say where a new run is to go where one is already."""
+    return OutputError(
+        f"{output_dir} already holds a run; continue it with --resume, or choose another folder (-o).",
+        kind="run-in-folder",
+    )
+
+
+def check_free(output_dir: Path, names: Iterable[str]) -> None:
+    """Raise OutputError for one of `names`, which a run would write over and no run of ours left."""
+    for name in names:
         if (output_dir / name).exists():
             raise OutputError(
                 f"{output_dir} holds {name} but no run ({RUN_FILE}), and a new one would write over it; "
-                "choose another folder (-o)."
+                "choose another folder (-o).",
+                kind="would-overwrite",
             )
 
 
@@ -210,5 +220,6 @@ def _check_same(before: RunConfig, now: RunConfig, output_dir: Path) -> None:
     changed = ", ".join(key for key in new if new[key] != old.get(key))
     raise CheckpointError(
         f"{output_dir} holds a run with other settings ({changed}); resume it with the same run file, "
-        "or start the new one in another folder with -o."
+        "or start the new one in another folder with -o.",
+        kind="other-settings",
     )

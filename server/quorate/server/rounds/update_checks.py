@@ -92,13 +92,14 @@ def check_trained(
         raise ProtocolError("sent an update trained on no rows.")
     _check_rows(update, rows)
     if rule.weighting == "tokens" and update.header.num_tokens < 1:
-        raise ProtocolError("sent an update without the number of tokens that it is weighed by.")
+        message = "sent an update without the number of tokens that it is weighed by."
+        raise ProtocolError(message, kind="no-tokens")
     if not all(abs(value) <= _LARGEST for value in update.header.metrics.values()):
         raise NonFiniteUpdate("reports a training figure that is NaN, infinite or near to that.")
     with np.errstate(over="ignore"):
         norm = update.arrays.minus(start).l2_norm
     if not math.isfinite(norm):
-        raise NonFiniteUpdate("moved further than float32 can hold.")
+        raise NonFiniteUpdate("moved further than float32 can hold.", kind="too-far")
     if max_norm is not None and norm > max_norm:
         raise UpdateTooLarge(
             f"moved {norm:.4g} from where it started; federation.max_update_norm allows {max_norm:.4g}."

@@ -159,11 +159,12 @@ class Adapter(Mapping[str, Array]):
                 raise AdapterError(f"array {name} is missing.")
             if name not in expected:
                 raise AdapterError(f"array {_shown(name)} is not part of this run's adapter.")
-            found, wanted = list(self._arrays[name].shape), list(expected[name])
-            if found != wanted:
-                raise AdapterError(f"array {name} has shape {found}; expected {wanted}.")
-            if dtype is not None and self._arrays[name].dtype != dtype:
-                raise AdapterError(f"array {name} has dtype {self._arrays[name].dtype}; expected {dtype}.")
+            array, wanted = self._arrays[name], list(expected[name])
+            if list(array.shape) != wanted:
+                raise AdapterError(f"array {name} has shape {list(array.shape)}; expected {wanted}.")
+            if dtype is not None and array.dtype != dtype:
+                message = f"array {name} has dtype {array.dtype}; expected {dtype}."
+                raise AdapterError(message, kind="wrong-dtype")
 
     def to_bytes(self, metadata: Mapping[str, str] | None = None) -> bytes:
         """Serialise as safetensors."""

@@ -79,5 +79,6 @@ def _try(field: str, patterns: Sequence[str], names: Sequence[str]) -> None:
         raise QuorateError(f"{field}: its patterns cannot be tried: {done.stderr.decode()[-300:]}")
     raise ConfigError(
         f"{field}: {patterns[int(done.stdout.split()[-1])]!r} takes more than {MOST_SECONDS} s to match the "
-        "names of the model's parts; write it without repeats inside repeats, or as a list of name endings."
+        "names of the model's parts; write it without repeats inside repeats, or as a list of name endings.",
+        kind="slow-pattern",
     )

@@ -77,7 +77,8 @@ def as_lora(
         residual_a, residual_b = (state.residual.get(layer + ending) for ending in (RESIDUAL_A, RESIDUAL_B))
         if layer not in layers or residual_a is None or residual_b is None:
             raise AdapterError(
-                f"residual of layer {layer}: the adapter has no such layer, or a factor is missing."
+                f"residual of layer {layer}: the adapter has no such layer, or a factor is missing.",
+                kind="residual-alone",
             )
         a, b = state.adapter[layer + LORA_A], state.adapter[layer + LORA_B]
         q = residual_b.shape[-1]
@@ -85,7 +86,8 @@ def as_lora(
         if (a.shape[0], b.shape[-1], residual_a.shape, residual_b.shape) != expected:
             raise AdapterError(
                 f"layer {layer}: A {a.shape}, B {b.shape}, residual_A {residual_a.shape} and residual_B "
-                f"{residual_b.shape} do not fit together at rank {r}."
+                f"{residual_b.shape} do not fit together at rank {r}.",
+                kind="residual-shapes",
             )
         arrays[layer + LORA_A] = np.vstack([a, residual_a])
         arrays[layer + LORA_B] = np.hstack([b, residual_b])

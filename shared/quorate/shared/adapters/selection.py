@@ -47,13 +47,15 @@ def frozen(training: TrainingConfig, names: Iterable[str]) -> frozenset[str]:
         if training.freeze_layers > len(layers):
             raise ConfigError(
                 f"training.freeze_layers: {training.freeze_layers} is above the {len(layers)} layers that "
-                f"have an adapter ({', '.join(map(str, layers)) or 'none has a number'}); lower it."
+                f"have an adapter ({', '.join(map(str, layers)) or 'none has a number'}); lower it.",
+                kind="too-many-layers",
             )
         below = set(layers[: training.freeze_layers])
         still |= {name for name in names if layer_index(name) in below}
     if names and len(still) == len(names):
         raise ConfigError(
-            "training.freeze and training.freeze_layers leave nothing to train; freeze fewer arrays."
+            "training.freeze and training.freeze_layers leave nothing to train; freeze fewer arrays.",
+            kind="all-frozen",
         )
     return frozenset(still)
 
@@ -88,7 +90,8 @@ def moving(run: RunConfig, names: Iterable[str], round: int) -> frozenset[str]:
     if not trained:
         raise ConfigError(
             f"aggregation {run.aggregation.name} trains nothing of what training.freeze and "
-            "training.freeze_layers leave; freeze fewer arrays."
+            "training.freeze_layers leave; freeze fewer arrays.",
+            kind="rule-trains-nothing",
         )
     return trained
 
@@ -133,7 +136,8 @@ def check_patterns(run: RunConfig, names: Iterable[str]) -> None:
     for pattern in run.training.learning_rates:
         if not any(matches(pattern, name) for name in trained):
             raise ConfigError(
-                f"training.learning_rates: {pattern!r} names frozen arrays alone; leave it out."
+                f"training.learning_rates: {pattern!r} names frozen arrays alone; leave it out.",
+                kind="names-frozen",
             )
     still = frozen(run.training, names)
     halves = {name.rpartition(".lora_")[0] for name in still if ".lora_A" in name} ^ {
@@ -142,7 +146,8 @@ def check_patterns(run: RunConfig, names: Iterable[str]) -> None:
     if halves and not run.aggregation.linear:
         raise ConfigError(
             f"training.freeze freezes one factor of {_plain(min(halves))}, but aggregation "
-            f"{run.aggregation.name} needs both of a layer; freeze the whole layer, or choose fedavg or ffa."
+            f"{run.aggregation.name} needs both of a layer; freeze the whole layer, or choose fedavg or ffa.",
+            kind="half-frozen",
         )
 
 
@@ -163,7 +168,8 @@ def _named(field: str, pattern: str, names: list[str]) -> list[str]:
     if not found:
         shown = ", ".join(_plain(name) for name in names[:12])
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-        raise ConfigError(f"{field}: {pattern!r} names no array of the adapter; it has {shown}{more}.")
+        message = f"{field}: {pattern!r} names no array of the adapter; it has {shown}{more}."
+        raise ConfigError(message, kind="names-nothing")
     return found
 
 

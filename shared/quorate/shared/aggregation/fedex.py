@@ -121,6 +121,7 @@ def _pair(arrays: Adapter, layer: str, b: str = LORA_B, a: str = LORA_A) -> tupl
     pair = arrays[layer + b].astype(np.float64), arrays[layer + a].astype(np.float64)
     if pair[0].ndim != 2 or pair[1].ndim != 2:
         raise AdapterError(
-            f"layer {layer} is not a linear layer, which fedex needs; choose aggregation fedavg."
+            f"layer {layer} is not a linear layer, which fedex needs; choose aggregation fedavg.",
+            kind="not-linear",
         )
     return pair

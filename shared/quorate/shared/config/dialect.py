@@ -108,7 +108,8 @@ def read_mapping(path: Path) -> tuple[dict[Any, Any], Lines]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text.") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path.") from error
+        message = f"{path}: cannot be read: {error.strerror}; check the path."
+        raise ConfigError(message, kind="config-unreadable") from error
     content, lines = _parse(text, str(path))
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
@@ -148,11 +149,11 @@ def _parse(text: str, where: str) -> tuple[Any, Lines]:
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = error.problem or error.context
         remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in str(what)), "")
-        raise ConfigError(f"{where}: {at}{what}; this is not valid YAML{remedy}.") from error
+        raise ConfigError(f"{where}: {at}{what}; this is not valid YAML{remedy}.", kind="not-yaml") from error
     # The parser has no error of its own for an unknown version, and for characters that there are not.
     except (YAMLError, RecursionError, AssertionError, ValueError, OverflowError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{where}: {why}; this is not valid YAML.") from error
+        raise ConfigError(f"{where}: {why}; this is not valid YAML.", kind="not-yaml") from error
 
 
 class _Content:

@@ -87,7 +87,8 @@ class TextTemplate:
             if empty:
                 raise DataError(
                     f"{source}: the template needs column {empty[0]!r}, which has no value there; "
-                    "put that part of the template in [[ ]] to leave it out, or fill the value in."
+                    "put that part of the template in [[ ]] to leave it out, or fill the value in.",
+                    kind="template-value-missing",
                 )
             for item in part:
                 texts.append(item if isinstance(item, str) else _format(item, values[item.column], source))
@@ -135,7 +136,8 @@ def _format(field: _Field, value: Any, source: str) -> str:
             return str(value)
         raise DataError(
             f"{source}: column {field.column!r} holds a {type(value).__name__}; "
-            "a template takes texts and numbers."
+            "a template takes texts and numbers.",
+            kind="template-value-is-no-text",
         )
     try:
         number = value if isinstance(value, int) else float(value)
@@ -145,5 +147,6 @@ def _format(field: _Field, value: Any, source: str) -> str:
         # `from None`: Python's own message quotes the value.
         raise DataError(
             f"{source}: the value of column {field.column!r} does not fit format {field.format!r} of the "
-            "template; correct the value or leave the format out."
+            "template; correct the value or leave the format out.",
+            kind="template-format",
         ) from None

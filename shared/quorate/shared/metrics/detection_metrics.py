@@ -50,7 +50,8 @@ def import_extra(module: str) -> Any:
     except ImportError as error:
         raise ModelError(
             f"object detection needs {module.partition('.')[0]}, which is not installed; "
-            "pip install 'quorate[detection]'."
+            "pip install 'quorate[detection]'.",
+            kind="no-detection-extra",
         ) from error
 
 
@@ -148,16 +149,20 @@ def check(values: Ints, counts: Ints, classes: int, most: int) -> None:
         most: detections that so many images can have.
     """
     if values.ndim != 2 or values.shape[1] != WIDTH:
-        raise ProtocolError(f"sent outcomes that are not {WIDTH} numbers, as this task has them.")
+        message = f"sent outcomes that are not {WIDTH} numbers, as this task has them."
+        raise ProtocolError(message, kind="wrong-width")
     highest = np.array([TRUE, classes - 1, SCORE_STEPS, 2 ** len(IOU_THRESHOLDS) - 1])
     true = values[:, 0] == TRUE
     if (values < 0).any() or (values > highest).any() or values[true, 2:].any():
-        raise ProtocolError("sent outcomes with figures that no detection and no true box has.")
+        message = "sent outcomes with figures that no detection and no true box has."
+        raise ProtocolError(message, kind="impossible-figures")
     if counts[~true].sum() > most:
-        raise ProtocolError("sent more detections than task.max_detections allows for that many images.")
+        message = "sent more detections than task.max_detections allows for that many images."
+        raise ProtocolError(message, kind="too-many-detections")
     bits = np.arange(len(IOU_THRESHOLDS))[:, None]
     for label in range(classes):
         ours = values[:, 1] == label
         right = ((values[:, 3] >> bits & 1) * counts)[:, ours & ~true].sum(axis=1)
         if (right > counts[ours & true].sum()).any():
-            raise ProtocolError("sent more detections that are right than there are true boxes.")
+            message = "sent more detections that are right than there are true boxes."
+            raise ProtocolError(message, kind="too-many-right")

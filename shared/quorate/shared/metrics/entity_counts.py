@@ -64,7 +64,7 @@ def check_products(outcomes: Outcomes, types: int) -> None:
     """
     known = {f"{i}x{j}" for i in range(3 * types) for j in range(i, 3 * types)}
     if outcomes.sums.keys() - known:
-        raise ProtocolError("sent sums that are not products of two counts.")
+        raise ProtocolError("sent sums that are not products of two counts.", kind="unknown-sums")
     counts = unit_counts(outcomes, types)
     squares = counts.products.diagonal().clip(min=0)
     fewest = np.maximum(counts.totals, counts.totals**2 / max(outcomes.rows, 1))
@@ -75,4 +75,4 @@ def check_products(outcomes: Outcomes, types: int) -> None:
         and (counts.products <= np.sqrt(np.outer(squares, squares)) * (1 + 1e-9)).all()
     )
     if not possible:
-        raise ProtocolError("sent products that no counts of so many rows have.")
+        raise ProtocolError("sent products that no counts of so many rows have.", kind="impossible-products")

@@ -66,7 +66,8 @@ def load_base(run: RunConfig) -> Base:
     if run.model.sha256 not in (None, sha256):
         raise ModelError(
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
-            f"{run.model.sha256}; get the right model or correct model.sha256."
+            f"{run.model.sha256}; get the right model or correct model.sha256.",
+            kind="other-weights",
         )
     model, drawn = _read(folder, run, **quantised_kwargs(run))
     check_finite(folder, model)

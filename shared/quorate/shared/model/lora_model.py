@@ -218,7 +218,8 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
         if isinstance(layer, nn.Conv2d) and max(layer.dilation) > 1:
             raise ModelError(
                 f"{name} is a dilated convolution, for which PEFT's LoRA has no factors of the right shape; "
-                "leave it out of adapter.target_modules."
+                "leave it out of adapter.target_modules.",
+                kind="dilated",
             )
     for name, parameter in peft.named_parameters():
         owner = modules[name.rpartition(".")[0]]
@@ -293,7 +294,8 @@ def _check_drawn_is_saved(peft: PeftModel, drawn: frozenset[str], run: RunConfig
     shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     raise ModelError(
         f"{run.model.model_name_or_path} holds no weights of {shown}, which {type(base).__name__} "
-        f"has: they were drawn at random, and nobody who loads the adapter would have them; {remedy}."
+        f"has: they were drawn at random, and nobody who loads the adapter would have them; {remedy}.",
+        kind="drawn-at-random",
     )
 
 

@@ -49,18 +49,21 @@ def expand(text: str, where: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if not _IDENTIFIER.fullmatch(name):
-            raise ConfigError(f"{where}: ${{{name}}} in {text!r} is not the name of an environment variable.")
+            message = f"{where}: ${{{name}}} in {text!r} is not the name of an environment variable."
+            raise ConfigError(message, kind="not-a-variable")
         found = os.environ.get(name)
         if not found:
             raise ConfigError(
                 f"{where}: environment variable {name} is not set, but {text!r} needs it; "
-                f"set it (export {name}=...) or write the path out."
+                f"set it (export {name}=...) or write the path out.",
+                kind="variable-unset",
             )
         return found
 
     expanded = _VARIABLE.sub(value, text)
     if "${" in _VARIABLE.sub("", text):
-        raise ConfigError(f"{where}: {text!r} holds a ${{ without its }}; write ${{NAME}}.")
+        message = f"{where}: {text!r} holds a ${{ without its }}; write ${{NAME}}."
+        raise ConfigError(message, kind="variable-open")
     return expanded
 
 
@@ -84,7 +87,8 @@ def resolve_local(
     path = base_dir / Path(text).expanduser()
     if not path.exists():
         origin = "" if text == reference else f" (from {reference})"
-        raise error(f"{where}: {path}{origin} does not exist; correct the path or put the data there.")
+        message = f"{where}: {path}{origin} does not exist; correct the path or put the data there."
+        raise error(message, kind="nothing-there")
     return path
 
 
@@ -121,11 +125,18 @@ def resolve_model(
     if not folder.exists():
         raise ModelError(
             f"{where}: {folder} does not exist; correct the path, or give a hub id (ORGANISATION/NAME) "
-            "or package:NAME/FOLDER."
+            "or package:NAME/FOLDER.",
+            kind="no-model-there",
         )
-    if not folder.is_dir():
-        raise ModelError(f"{where}: {folder} is a file; name the folder that holds config.json.")
+    check_folder(folder, where)
     return folder
+
+
+def check_folder(path: Path, where: str) -> None:
+    """Raise ModelError for a model's folder that is none; `where` is the file and field that names it."""
+    if not path.is_dir():
+        message = f"{where}: {path} is a file; name the folder that holds config.json."
+        raise ModelError(message, kind="model-is-a-file")
 
 
 def _in_package(text: str, where: str, error: type[BadInput]) -> Path:
@@ -136,7 +147,8 @@ def _in_package(text: str, where: str, error: type[BadInput]) -> Path:
     if not _IDENTIFIER.fullmatch(name) or inside.is_absolute() or ".." in inside.parts or "\\" in rest:
         raise error(
             f"{where}: {text!r} is not package:NAME/PATH with the import name of an installed top-level "
-            "package and a path inside it."
+            "package and a path inside it.",
+            kind="not-a-package-path",
         )
     try:
         spec = importlib.util.find_spec(name)
@@ -144,12 +156,15 @@ def _in_package(text: str, where: str, error: type[BadInput]) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise error(
-            f"{where}: package {name} is not installed (or is not a package); install it in this environment."
+            f"{where}: package {name} is not installed (or is not a package); install it in this "
+            "environment.",
+            kind="no-such-package",
         )
     for location in spec.submodule_search_locations:
         if (path := Path(location) / inside).exists():
             return path
-    raise error(f"{where}: package {name} holds no {rest}; correct the path or install the right version.")
+    message = f"{where}: package {name} holds no {rest}; correct the path or install the right version."
+    raise error(message, kind="not-in-package")
 
 
 def _from_hub(repo_id: str, revision: str | None, where: str) -> Path:
@@ -168,12 +183,14 @@ def _from_hub(repo_id: str, revision: str | None, where: str) -> Path:
     try:
         return Path(fetch(local_files_only=True))
     except HFValidationError as problem:
-        raise ModelError(f"{where}: {repo_id!r} is neither a folder nor a hub id.") from problem
+        message = f"{where}: {repo_id!r} is neither a folder nor a hub id."
+        raise ModelError(message, kind="neither-folder-nor-hub-id") from problem
     except LocalEntryNotFoundError as problem:
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
                 f"{where}: {repo_id!r} is no folder, and as a hub id{at} it is not in the local cache; "
-                "HF_HUB_OFFLINE forbids fetching it: unset it, or give a folder."
+                "HF_HUB_OFFLINE forbids fetching it: unset it, or give a folder.",
+                kind="fetching-forbidden",
             ) from problem
     log.warning("fetching model %s%s from the hub (HF_HUB_OFFLINE=1 forbids it)", repo_id, at)
     try:
@@ -182,5 +199,6 @@ def _from_hub(repo_id: str, revision: str | None, where: str) -> Path:
         raise ModelError(
             f"{where}: {repo_id!r} is no folder, and the hub could not give it{at} "
             f"({type(problem).__name__}); check the name, the revision, your access and the network, "
-            "or give a folder."
+            "or give a folder.",
+            kind="hub-gives-nothing",
         ) from problem

@@ -52,7 +52,8 @@ def check_finite(folder: Path, model: nn.Module) -> None:
     """Raise ModelError for a weight that is NaN or infinite: training would only seem to diverge."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ModelError(f"{folder}: the weights of {name} hold NaN or infinity; get the model again.")
+            message = f"{folder}: the weights of {name} hold NaN or infinity; get the model again."
+            raise ModelError(message, kind="weights-not-finite")
 
 
 def in_brief(error: Exception) -> str:

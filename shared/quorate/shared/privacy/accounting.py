@@ -79,7 +79,8 @@ def check_delta(delta: float, units: int) -> None:
     if delta * units >= 1:
         raise ConfigError(
             f"privacy.delta is {delta:g}, but there are {units} units, and at 1 / {units} = {1 / units:g} a "
-            f"unit could be published whole; set privacy.delta to {default_delta(units):g} or leave it out."
+            f"unit could be published whole; set privacy.delta to {default_delta(units):g} or leave it out.",
+            kind="delta-too-large",
         )
 
 

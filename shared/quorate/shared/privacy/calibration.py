@@ -49,7 +49,8 @@ def _calibrated(
     spent: tuple[PrivacyEvent, ...],
 ) -> float:
     if steps < 1:
-        raise ConfigError(f"privacy: {steps} steps were asked for; noise is calibrated to at least 1.")
+        message = f"privacy: {steps} steps were asked for; noise is calibrated to at least 1."
+        raise ConfigError(message, kind="no-steps")
     used = epsilon(spent, delta)
     if used >= target_epsilon:
         raise _used_up(target_epsilon, delta, used)
@@ -70,12 +71,14 @@ def _used_up(target: float, delta: float, used: float) -> ConfigError:
     if used == 0:
         return ConfigError(
             f"privacy.target_epsilon: {target:g} at delta {delta:g} is out of reach of any noise multiplier "
-            f"up to {MOST_NOISE:g}; raise it."
+            f"up to {MOST_NOISE:g}; raise it.",
+            kind="epsilon-out-of-reach",
         )
     return ConfigError(
         f"privacy: these data have already spent epsilon {at_most(used, 4)} (delta {delta:g}), so no amount "
         f"of noise keeps another step within privacy.target_epsilon {target:g}; raise that, or train on "
-        "units that no earlier run has used."
+        "units that no earlier run has used.",
+        kind="epsilon-spent",
     )
 
 

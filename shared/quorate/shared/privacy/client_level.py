@@ -50,7 +50,8 @@ def sum_multiplier(noise_multiplier: float, count_std: float) -> float:
             f"privacy.adaptive_quantile cannot be kept with noise multiplier {noise_multiplier:.4g}: the "
             f"count of small updates, with noise {count_std:.4g}, would spend the budget by itself; it needs "
             f"noise above {noise_multiplier / 2:.4g}. Let at least {_cohort_needed(noise_multiplier)} sites "
-            "take part in a round, or leave privacy.adaptive_quantile out and clip to a fixed norm."
+            "take part in a round, or leave privacy.adaptive_quantile out and clip to a fixed norm.",
+            kind="quantile-too-noisy",
         )
     return float((noise_multiplier**-2 - (2 * count_std) ** -2) ** -0.5)
 

@@ -150,7 +150,8 @@ def forecast(
     if not 0 < batch <= units:
         raise ConfigError(
             f"a batch of {batch} expected {privacy.unit}s cannot be drawn from {units}; lower "
-            "training.per_device_train_batch_size or training.gradient_accumulation_steps."
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps.",
+            kind="batch-too-large",
         )
     delta = default_delta(units) if privacy.delta is None else privacy.delta
     check_delta(delta, units)

@@ -185,7 +185,7 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             busy = busy or f"{folder}: another command works in this folder; wait for its end."
-            raise OutputError(busy) from None
+            raise OutputError(busy, kind="folder-busy") from None
         except OSError as error:  # some network file systems lock no folders
             log.debug("%s: no lock (%s)", folder, error.strerror)
         yield
@@ -237,7 +237,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or type(error).__name__}; make room or get the right to "
-            "write there, then give the command again (a run continues with --resume)."
+            "write there, then give the command again (a run continues with --resume).",
+            kind="not-written",
         ) from error
 
 

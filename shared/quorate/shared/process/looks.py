@@ -73,7 +73,7 @@ def check_room(folders: Mapping[str, Path], least: int = LEAST_BYTES) -> str:
             full.append(f"{said}, but for {about.f_favail} more files alone; delete some there")
         found.append(said)
     if full:
-        raise NotReady(f"{'; '.join(full)}.")
+        raise NotReady(f"{'; '.join(full)}.", kind="no-room")
     return "; ".join(found)
 
 
@@ -91,12 +91,14 @@ def check_days(what: str, begins: datetime, until: datetime, remedy: str) -> str
     if days_left(begins) > 0:
         raise NotReady(
             f"{what}: is good from {begins:%Y-%m-%d %H:%M} UTC on alone; set this machine's clock right, or "
-            f"{remedy}."
+            f"{remedy}.",
+            kind="not-yet-valid",
         )
     if left < 0:
-        raise NotReady(f"{what}: expired at {end}; {remedy}, or set this machine's clock right.")
+        message = f"{what}: expired at {end}; {remedy}, or set this machine's clock right."
+        raise NotReady(message, kind="expired")
     if left < LEAST_DAYS:
-        raise NotReady(f"{what}: {left:.1f} days left, until {end}; {remedy}.")
+        raise NotReady(f"{what}: {left:.1f} days left, until {end}; {remedy}.", kind="ends-soon")
     return f"valid until {until:%Y-%m-%d}" + (f", soon: {remedy}" if left < SOON_DAYS else "")
 
 

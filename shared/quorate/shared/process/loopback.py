@@ -67,6 +67,7 @@ def find_nginx(why: str = "") -> str:
     if found is None:
         raise ConfigError(
             f"nginx is not installed{why}; install it with `apt-get install nginx-light` (Debian, Ubuntu) or "
-            "`dnf install nginx` (Fedora, RHEL). Its own service may stay off."
+            "`dnf install nginx` (Fedora, RHEL). Its own service may stay off.",
+            kind="no-nginx",
         )
     return found

@@ -102,9 +102,11 @@ def start_detached(
         while not ready():
             if process.poll() is not None:
                 refuse_second(state_dir)  # another one began at the same time, and has the lock
-                raise QuorateError(f"it ended at once ({process.returncode}); {output} says why.")
+                message = f"it ended at once ({process.returncode}); {output} says why."
+                raise QuorateError(message, kind="ended-at-once")
             if time.monotonic() > deadline:
-                raise QuorateError(f"it was not ready after {timeout:.0f} s; {output} and the logs say why.")
+                message = f"it was not ready after {timeout:.0f} s; {output} and the logs say why."
+                raise QuorateError(message, kind="not-ready-in-time")
             time.sleep(_POLL_SECONDS)
     except BaseException:
         process.terminate()
@@ -141,7 +143,8 @@ def refuse_second(state_dir: Path, what: str | None = None, remedy: str = "stop 
     pid = holder(state_dir / LOCK_FILE)
     if pid is not None:
         process = f" (process {pid})" if pid else ""
-        raise OutputError(f"{what or f'{state_dir}:'} is running already{process}; {remedy}.")
+        message = f"{what or f'{state_dir}:'} is running already{process}; {remedy}."
+        raise OutputError(message, kind="running-already")
 
 
 def read_status(state_dir: Path) -> Status | None:

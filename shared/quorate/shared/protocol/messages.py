@@ -180,9 +180,10 @@ class Message(Generic[H]):
             header = cls.header_type.model_validate_json(metadata.get(_HEADER, ""))
         except ValidationError as error:
             fields = ", ".join(".".join(map(str, e["loc"])) or e["type"] for e in error.errors())
-            raise ProtocolError(f"not a {cls.__name__} of protocol {PROTOCOL}: check {fields}.") from None
+            message = f"not a {cls.__name__} of protocol {PROTOCOL}: check {fields}."
+            raise ProtocolError(message, kind="wrong-header") from None
         except AdapterError as error:
-            raise ProtocolError(f"not a {cls.__name__}: {error}") from error
+            raise ProtocolError(f"not a {cls.__name__}: {error}", kind="wrong-arrays") from error
         return cls(header, arrays)
 
 

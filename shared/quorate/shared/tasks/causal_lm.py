@@ -119,7 +119,8 @@ class CausalLM(Task):
         if self.format == "messages" and not processor.chat_template:
             raise ModelError(
                 f"{name}: the tokenizer has no chat template, which task.format messages needs; take a chat "
-                "model's tokenizer, or write prompt and completion columns (task.format: prompt_completion)."
+                "model's tokenizer, or write prompt and completion columns (task.format: prompt_completion).",
+                kind="no-chat-template",
             )
         if self.packing:
             self._check_packing(base, name)
@@ -164,7 +165,8 @@ class CausalLM(Task):
             if all(label == IGNORED for label in labels):
                 raise DataError(
                     f"{row.source}: there is nothing to learn in this row: no completion, assistant turn or "
-                    "text of at least one token; fill it in or remove the row."
+                    "text of at least one token; fill it in or remove the row.",
+                    kind="nothing-to-learn",
                 )
             short, labels = cut(ids, labels, self.max_length, processor.bos_token_id)
             features = {"input_ids": short, "lengths": [len(short)], "cut": int(len(short) < len(ids))}

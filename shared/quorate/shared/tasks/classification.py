@@ -197,7 +197,8 @@ class Classification(TargetTask):
         for value in outcomes.values:
             if len(value) != width or not all(0 <= each < below for each in value):
                 raise ProtocolError(
-                    f"sent outcomes that are not {width} numbers in 0..{below - 1}, as this task has them."
+                    f"sent outcomes that are not {width} numbers in 0..{below - 1}, as this task has them.",
+                    kind="not-labels",
                 )
 
     def metrics(self, outcomes: Outcomes) -> Metrics:

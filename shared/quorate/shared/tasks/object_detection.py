@@ -133,13 +133,15 @@ class ObjectDetection(Task):
         if base.config.model_type not in MODEL_TYPES:
             raise ModelError(
                 f"{name} is a {base.config.model_type}, which is trained with another loss than this task's; "
-                f"use one of {', '.join(MODEL_TYPES)}."
+                f"use one of {', '.join(MODEL_TYPES)}.",
+                kind="other-loss",
             )
         patch = getattr(base.config, "patch_size", 1)
         if isinstance(patch, int) and any(side % patch for side in self.image_size):
             raise ModelError(
                 f"task.image_size {list(self.image_size)}: {name} sees patches of {patch} pixels and not "
-                f"what is left over; use multiples of {patch}."
+                f"what is left over; use multiples of {patch}.",
+                kind="part-of-a-patch",
             )
         return processor
 
@@ -179,7 +181,8 @@ class ObjectDetection(Task):
             x, y, width, height = boxes[number]
             raise DataError(
                 f"{source}: object {number + 1} at x {x:g}, y {y:g}, {width:g} wide and {height:g} high is "
-                f"not within the image of {size[0]} by {size[1]} pixels; correct the box or remove it."
+                f"not within the image of {size[0]} by {size[1]} pixels; correct the box or remove it.",
+                kind="box-outside",
             )
         shares = np.concatenate([(low + high) / 2, high - low], axis=1) / np.tile(limit, 2)
         return torch.from_numpy(shares.astype(np.float32))

@@ -111,6 +111,7 @@ def test_an_object_that_was_stored_and_not_acknowledged_is_no_end_of_the_run(
 
 def test_a_superlink_that_stores_nothing_ends_in_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     superlink = SuperLink(refuses=True)
-    with pytest.raises(OutputError, match=f"in {flower_messages.PUSHES} attempts.*--resume"):
+    with pytest.raises(OutputError) as caught:
         flower_messages.push(grid_on(superlink, monkeypatch), messages(1))
+    assert str(flower_messages.PUSHES) in str(caught.value) and "--resume" in str(caught.value)
     assert superlink.pushes == flower_messages.PUSHES

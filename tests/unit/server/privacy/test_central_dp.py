@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from refusals import refuses
 from tampered import SIZES, Change, Tampered, only, spoiled, untouched
 
 from quorate.client.site.delivered import report
@@ -76,18 +77,19 @@ def seen(grid: Tampered, phase: str, round: int) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "field"),
     [
-        ({"aggregation": {"name": "fedavg"}}, "aggregation.weighting: uniform"),
-        ({"aggregation": {"name": "fedex", "weighting": "uniform"}}, "choose aggregation fedavg"),
-        ({"aggregation": UNIFORM, "evaluation": {"early_stopping_patience": 2}}, "set federation.rounds"),
+        ({"aggregation": {"name": "fedavg"}}, "aggregation.weighting examples"),
+        ({"aggregation": {"name": "fedex", "weighting": "uniform"}}, "aggregation fedex"),
+        ({"aggregation": UNIFORM, "evaluation": {"early_stopping_patience": 2}}, "early_stopping_patience"),
     ],
     ids=["weights", "not-linear", "stopping"],
 )
-def test_what_would_void_the_claim_is_refused(make_run: Any, sections: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=r"privacy\.unit client") as caught:
+def test_what_would_void_the_claim_is_refused(make_run: Any, sections: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
         make_run(privacy=PLAIN, **sections)
-    assert words in str(caught.value)
+    said = caught.value.errors()[0]["msg"]
+    assert "privacy.unit client" in said and field in said
 
 
 def test_without_clipping_and_noise_a_round_is_that_of_the_rule(privately: Any, play: Any) -> None:
@@ -124,7 +126,10 @@ def test_noise_is_what_the_record_says_and_never_the_same(privately: Any) -> Non
     privacy = {**PLAIN, "clipping_norm": 1e-6, "noise_multiplier": 1e4}
     states = []
     for out in ("one", "other"):
-        result, (record,), *_ = privately(privacy=privacy, out=out, federation={"rounds": 1})
+        # At rank 64 the adapter has so many values that 5 % is six deviations of their own deviation.
+        result, (record,), *_ = privately(
+            privacy=privacy, out=out, federation={"rounds": 1}, adapter={"r": 64}
+        )
         noise = np.concatenate(
             [a.ravel() for a in result.state.adapter.minus(result.members.initial).values()]
         )
@@ -213,17 +218,17 @@ def test_a_damaged_ledger_or_release_is_not_passed_over(privately: Any) -> None:
     assert stopped.claim.releases == 1
     state = run.output_dir / "released-1" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(CheckpointError, match="delete it: its round is then run, and its privacy paid for"):
+    with refuses(CheckpointError, "release-damaged"):
         privately(resume=True)
     (run.output_dir / LEDGER_FILE).write_text("{")
-    with pytest.raises(CheckpointError, match="what the run has spent"):
+    with refuses(CheckpointError, "ledger-lost"):
         privately(resume=True)
 
 
 def test_a_run_that_has_lost_its_ledger_does_not_begin_another(privately: Any) -> None:
     _, _, _, run = privately(federation={"rounds": 1})
     (run.output_dir / LEDGER_FILE).unlink()
-    with pytest.raises(CheckpointError, match="what the run has spent"):
+    with refuses(CheckpointError, "ledger-lost"):
         privately(resume=True, federation={"rounds": 1})
 
 
@@ -302,17 +307,18 @@ def test_ten_hospitals_are_told_what_the_literature_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("privacy", "words"),
+    ("privacy", "kind", "field"),
     [
-        ({"delta": 0.4}, "privacy.delta: 0.4 is not below 1 / sites"),
-        ({"adaptive_quantile": 0.5}, "privacy.adaptive_quantile"),
+        ({"delta": 0.4}, "delta-too-large-for-sites", "privacy.delta"),
+        ({"adaptive_quantile": 0.5}, "quantile-too-noisy", "privacy.adaptive_quantile"),
     ],
 )
 def test_what_cannot_be_had_with_these_sites_is_refused_before_training(
-    privately: Any, privacy: dict[str, Any], words: str
+    privately: Any, privacy: dict[str, Any], kind: str, field: str
 ) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with refuses(ConfigError, kind) as caught:
         privately(privacy={**PLAIN, **privacy})
+    assert str(caught.value).startswith(field)
 
 
 def test_the_last_round_is_the_result_and_says_what_may_be_claimed(privately: Any) -> None:
@@ -348,7 +354,7 @@ def test_a_search_is_refused(make_run: Any, tmp_path: Path) -> None:
     space = SpaceConfig.model_validate(
         {"trials": 1, "space": {"adapter.r": {"type": "categorical", "choices": [2, 4]}}}
     )
-    with pytest.raises(ConfigError, match="search without privacy on public"):
+    with refuses(ConfigError, where="privacy.unit client"):
         Search(path, (), space, {}, tmp_path / "out")
 
 

@@ -6,8 +6,8 @@ import base64
 import io
 from pathlib import Path
 
-import pytest
 from PIL import Image
+from refusals import refuses
 from report_data import Shape, write_run
 
 from quorate.server.report import write_report
@@ -63,9 +63,10 @@ def test_labels_are_shown_not_run(tmp_path: Path) -> None:
 def test_a_sample_without_its_image_is_named(tmp_path: Path) -> None:
     folder = with_samples(tmp_path / "run")
     (folder / "samples" / "1.png").unlink()
-    with pytest.raises(OutputError, match=r"1\.png"):
+    with refuses(OutputError, where=str(folder / "samples" / "1.png")):
         write_report(folder)
     lines = folder / "samples" / "samples.jsonl"
     lines.write_text(lines.read_text().replace("1.png", "../1.png"))
-    with pytest.raises(OutputError, match="file is not what a run writes"):
+    with refuses(OutputError, "not-as-written", where=str(lines)) as caught:
         write_report(folder)
+    assert "line 1: file" in str(caught.value)

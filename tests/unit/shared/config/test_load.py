@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from refusals import refuses
 
 from quorate.client.policy.site_config import ConnectionConfig, SiteConfig
 from quorate.server.federation.folder import FederationConfig
@@ -180,7 +181,7 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "No such file" in problems(tmp_path / "run.yaml")[0]
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with refuses(ConfigError, "config-unreadable", where=str(tmp_path / "folder")):
         load_run(tmp_path / "folder")
 
 
@@ -515,8 +516,9 @@ def test_one_wrong_field_of_a_sites_file(tmp_path: Path, notes: dict[str, Any], 
 def test_a_wrong_alias_in_a_sites_file(tmp_path: Path) -> None:
     source = {"source": "x", "partition": {"by": "iid", "sites": 3}}
     path = write(tmp_path, {"data": {"my notes": source}})
-    with pytest.raises(ConfigError, match=r'data: key "my notes" must be 1 to 64 letters'):
+    with pytest.raises(ConfigError) as caught:
         load_sites_file(path)
+    assert ': data: key "my notes" ' in str(caught.value)
 
 
 # The schema
@@ -553,12 +555,13 @@ def test_numbers_that_no_machine_gets_through_are_refused(
 ) -> None:
     make_run(**{section: {field: most}})
     for value in (most + 1, 2**70):
-        with pytest.raises(ValidationError, match=field):
+        with pytest.raises(ValidationError) as caught:
             make_run(**{section: {field: value}})
+        assert [error["loc"] for error in caught.value.errors()] == [(section, field)]
 
 
 @pytest.mark.parametrize("content", ["%YAML 1.3\n---\na: 1", 'a: "\\U00110000"', 'a: "\\UFFFFFFFF"'])
 def test_what_the_parser_has_no_error_for(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=r"run\.yaml"):
+    with refuses(ConfigError, "not-yaml", where=str(tmp_path / "run.yaml")):
         load_run(tmp_path / "run.yaml")

@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import ValidationError
+from refusals import refuses
 
 from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.config.template import TextTemplate
@@ -44,55 +45,54 @@ def test_columns_may_hold_spaces_and_dots() -> None:
 def test_a_field_is_a_columns_name_and_nothing_more(field: str) -> None:
     template = TextTemplate.parse(f"{{{field}}}")
     assert template.columns == (field,)
-    with pytest.raises(DataError, match="has no value there"):
+    with refuses(DataError, "template-value-missing", where="f:1") as caught:
         template.render({"a": SECRET}, "f:1")
+    assert repr(field) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "named"),
     [
-        ("{a!r}", "conversion !r"),
-        ("{a:{b}}", "not a number format"),
-        ("{a:>20}", "not a number format"),
-        ("{a:99999999d}", "not a number format"),
-        ("{a:.999f}", "not a number format"),
-        ("{}", "names no column"),
-        ("{a", "expected"),
-        ("a}", "Single '}'"),
-        ("[[{a}", "in pairs"),
-        ("{a}]]", "in pairs"),
-        ("[[ {a} [[ {b} ]] ]]", "in pairs"),
-        ("{a} [[always]]", "could never be left out"),
-        ("no column", "every text would be the same"),
+        ("{a!r}", "conversion !r of column 'a'"),
+        ("{a:{b}}", "format '{b}' of column 'a'"),
+        ("{a:>20}", "format '>20' of column 'a'"),
+        ("{a:99999999d}", "format '99999999d' of column 'a'"),
+        ("{a:.999f}", "format '.999f' of column 'a'"),
+        ("{}", "{} names no column"),
+        ("{a", "'}'"),
+        ("a}", "'}'"),
+        ("[[{a}", "brackets"),
+        ("{a}]]", "brackets"),
+        ("[[ {a} [[ {b} ]] ]]", "brackets"),
+        ("{a} [[always]]", "[[always]]"),
+        ("no column", "no {column}"),
     ],
 )
-def test_bad_templates_are_refused_with_the_sites_file(template: str, message: str) -> None:
-    with pytest.raises(ValidationError, match="template") as caught:
+def test_bad_templates_are_refused_with_the_sites_file(template: str, named: str) -> None:
+    with pytest.raises(ValidationError) as caught:
         SourceConfig(source="rows.csv", template=template)
-    assert message in str(caught.value)
+    said = caught.value.errors()[0]["msg"]
+    assert "template: " in said and named in said
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", "  "])
 def test_a_missing_value_is_named(value: object) -> None:
-    with pytest.raises(
-        DataError, match=r"rows\.csv:7: the template needs column 'b', which has no value.*\[\[ \]\]"
-    ):
+    with refuses(DataError, "template-value-missing", where="rows.csv:7") as caught:
         render("{a} {b}", a=1, b=value)
+    assert "column 'b'" in str(caught.value) and "[[ ]]" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("form", "value"), [(":.1f", SECRET), (":d", 1.5), (":.1f", [SECRET]), (":d", "inf")]
 )
 def test_a_value_that_is_no_number_is_not_quoted(form: str, value: object) -> None:
-    with pytest.raises(
-        DataError, match=r"rows\.csv:7: the value of column 'b' does not fit format"
-    ) as caught:
+    with refuses(DataError, "template-format", where="rows.csv:7") as caught:
         render(f"{{b{form}}}", b=value)
-    assert SECRET not in str(caught.value)
+    assert "column 'b'" in str(caught.value) and SECRET not in str(caught.value)
     assert caught.value.__suppress_context__
 
 
 def test_lists_are_no_text() -> None:
-    with pytest.raises(DataError, match="column 'b' holds a list") as caught:
+    with refuses(DataError, "template-value-is-no-text") as caught:
         render("{b}", b=[SECRET])
-    assert SECRET not in str(caught.value)
+    assert "column 'b'" in str(caught.value) and SECRET not in str(caught.value)

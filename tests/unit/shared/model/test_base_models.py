@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from refusals import refuses
 from safetensors.torch import load_file, save_file
 from site_folder import sha256_of, write_folder
 
@@ -56,17 +57,18 @@ def test_the_sites_own_folder_is_used(tiny_bert: Path, make_run: Any) -> None:
 
 def test_a_folder_with_other_weights_is_found_out_when_it_is_loaded(tiny_bert: Path, make_run: Any) -> None:
     run = make_run(model={"sha256": "0" * 64})
-    with pytest.raises(ModelError, match="get the right model"):
+    with refuses(ModelError, "other-weights"):
         load_model(at_site(run, site_with(str(tiny_bert), "0" * 64), tiny_bert))
 
 
 def test_nothing_is_fetched(tmp_path: Path, make_run: Any) -> None:
-    with pytest.raises(ModelError, match="Models are never fetched"):
+    with refuses(ModelError, "model-not-here", where="site.yaml, models.path"):
         find("google-bert/bert-base-uncased", tmp_path)
-    with pytest.raises(ModelError, match="lists no model with sha256 None"):
+    with refuses(ModelError, "model-not-listed") as caught:
         at_site(make_run(), site_with("x", "0" * 64), tmp_path)
+    assert "sha256 None" in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match=r"is a file; name the folder"):
+    with refuses(ModelError, "model-is-a-file", where="site.yaml, models.path"):
         find("file", tmp_path)
 
 
@@ -83,8 +85,9 @@ def test_an_archive_becomes_a_folder(folder: str, tiny_bert: Path, tmp_path: Pat
     assert [name.rpartition("/")[2] for name in got.left_out] == ["config.json", "README.md", "model.bin"]
     assert {path.name for path in got.folder.iterdir()} == {path.name for path in tiny_bert.iterdir()}
     assert got.lines.splitlines()[1:] == [f"  - path: {got.folder}", f"    sha256: {got.sha256}"]
-    with pytest.raises(ModelError, match="is there already"):
+    with refuses(ModelError, "model-there-already") as caught:
         import_archive(archive, tmp_path / "models")
+    assert str(caught.value).startswith(str(got.folder))
 
 
 def test_what_the_command_says_goes_into_site_yaml_and_is_checked(
@@ -139,40 +142,42 @@ def test_what_the_command_says_goes_into_site_yaml_and_is_checked(
 
 
 @pytest.mark.parametrize(
-    ("info", "said"),
+    ("info", "kind"),
     [
-        (member("bert/vocab-link.txt", tarfile.SYMTYPE, "/etc/passwd"), "is a link or a device"),
-        (member("bert/vocab-hard.txt", tarfile.LNKTYPE, "bert/config.json"), "is a link or a device"),
-        (member("bert/vocab-pipe", tarfile.FIFOTYPE), "is a link or a device"),
-        (member("/bert/vocab.txt"), "leads out of the folder"),
-        (member("bert/../../vocab.txt"), "leads out of the folder"),
-        (member("bert/config.json"), "twice"),
+        (member("bert/vocab-link.txt", tarfile.SYMTYPE, "/etc/passwd"), "not-a-plain-file"),
+        (member("bert/vocab-hard.txt", tarfile.LNKTYPE, "bert/config.json"), "not-a-plain-file"),
+        (member("bert/vocab-pipe", tarfile.FIFOTYPE), "not-a-plain-file"),
+        (member("/bert/vocab.txt"), "leads-out"),
+        (member("bert/../../vocab.txt"), "leads-out"),
+        (member("bert/config.json"), "file-twice"),
     ],
 )
 def test_an_archive_with_a_surprise_leaves_nothing(
-    info: tarfile.TarInfo, said: str, tiny_bert: Path, tmp_path: Path
+    info: tarfile.TarInfo, kind: str, tiny_bert: Path, tmp_path: Path
 ) -> None:
     archive = pack(tmp_path / "bert.tar.gz", tiny_bert, info)
-    with pytest.raises(ModelError, match=said):
+    with refuses(ModelError, kind) as caught:
         import_archive(archive, tmp_path / "models")
+    assert repr(info.name) in str(caught.value)
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_archives_that_are_not_the_model(tiny_bert: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "bert.tar.gz", tiny_bert)
     models = tmp_path / "models"
-    with pytest.raises(ModelError, match=r"have sha256 .* not 0000"):
+    with refuses(ModelError, "archive-of-other-weights", where=str(archive)) as caught:
         import_archive(archive, models, sha256="0" * 64)
+    assert "0" * 64 in str(caught.value)
     (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-    with pytest.raises(ModelError, match="get it again"):
+    with refuses(ModelError, "not-an-archive"):
         import_archive(tmp_path / "cut.tar.gz", models)
     (tmp_path / "text.tar").write_text("no archive")
-    with pytest.raises(ModelError, match="not a whole tar archive") as caught:
+    with refuses(ModelError, "not-an-archive") as caught:
         import_archive(tmp_path / "text.tar", models)
     assert "\n" not in str(caught.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"holds no config.json"):
+    with refuses(ModelError, "no-model-in-archive"):
         import_archive(pack(tmp_path / "none.tar.gz", tmp_path / "empty"), models)
     assert list(models.iterdir()) == []
-    with pytest.raises(ConfigError, match="choose a folder"):
+    with refuses(ConfigError, where=str(tmp_path / "text.tar" / "models")):
         import_archive(archive, tmp_path / "text.tar" / "models")

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from refusals import refuses
 from small_disks import small_disk
 
 from quorate.shared.errors import ConfigError, NotReady, RequestRefused
@@ -31,11 +32,16 @@ def test_a_certificate_is_spoken_of_before_it_is_held_for_wrong() -> None:
     assert "renew it" not in days(SOON_DAYS + 1)
     assert "soon: renew it" in days(SOON_DAYS - 1)
     assert "soon: renew it" in days(LEAST_DAYS + 1)
-    for left, said in ((LEAST_DAYS - 1, "13.0 days left"), (2, "2.0 days left"), (-1, "expired")):
-        with pytest.raises(NotReady, match=said):
+    for left, kind, said in (
+        (LEAST_DAYS - 1, "ends-soon", " 13.0 days"),
+        (2, "ends-soon", " 2.0 days"),
+        (-1, "expired", "UTC"),
+    ):
+        with refuses(NotReady, kind, where="x.crt") as caught:
             days(left)
+        assert said in str(caught.value) and "renew it" in str(caught.value)
     now = datetime.now(UTC)
-    with pytest.raises(NotReady, match="clock"):
+    with refuses(NotReady, "not-yet-valid", where="x.crt"):
         check_days("x.crt", now + timedelta(hours=1), now + timedelta(days=99), "renew it")
 
 
@@ -67,8 +73,9 @@ def test_a_run_warns_where_it_will_write_to_a_disk_that_is_nearly_full(
 
 
 def test_a_disk_without_room_for_more_files_is_full(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 2**20, files=20) as disk, pytest.raises(NotReady, match="more files"):
+    with small_disk(tmp_path / "disk", 2**20, files=20) as disk, refuses(NotReady, "no-room") as caught:
         check_room({"state": disk}, least=1)
+    assert " files" in str(caught.value)
 
 
 def test_a_wrong_file_is_told_from_a_machine_that_is_not_ready() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from refusals import refuses
 from safetensors.numpy import save
 
 from quorate.shared.adapters.adapter import Adapter, DType
@@ -88,8 +89,9 @@ def test_arrays_travel_bit_for_bit(values: dict[str, list[float]]) -> None:
 def test_a_request_is_for_one_site() -> None:
     assert a_request().addressed_to("north").header.site == "north"
     assert a_request(site="").addressed_to("south").header.site == "south"
-    with pytest.raises(ProtocolError, match="another site reached south"):
+    with refuses(ProtocolError, "another-site") as caught:
         a_request().addressed_to("south")
+    assert "south" in str(caught.value)
 
 
 def test_every_truncation_is_refused() -> None:
@@ -122,43 +124,48 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "field"),
     [
-        ({"protocol": 2}, "check protocol"),
-        ({"round": SECRET}, "check round"),
-        ({"num_examples": -1}, "check num_examples"),
-        ({"num_examples": 10**400}, "check num_examples"),
-        ({"phase": SECRET}, "check phase"),
-        ({"metrics": {"train_loss": None}}, "check metrics.train_loss"),
-        ({"error": f"ValueError: {SECRET} is not a number"}, "check error"),
-        ({"outcomes": {"values": [[1, 2]], "counts": []}}, "check outcomes"),
-        ({"note": SECRET}, "check note"),
+        ({"protocol": 2}, "protocol"),
+        ({"round": SECRET}, "round"),
+        ({"num_examples": -1}, "num_examples"),
+        ({"num_examples": 10**400}, "num_examples"),
+        ({"phase": SECRET}, "phase"),
+        ({"metrics": {"train_loss": None}}, "metrics.train_loss"),
+        ({"error": f"ValueError: {SECRET} is not a number"}, "error"),
+        ({"outcomes": {"values": [[1, 2]], "counts": []}}, "outcomes"),
+        ({"note": SECRET}, "note"),
     ],
 )
-def test_a_wrong_header_is_named_by_its_field_alone(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ProtocolError, match=said) as raised:
+def test_a_wrong_header_is_named_by_its_field_alone(change: dict[str, Any], field: str) -> None:
+    with refuses(ProtocolError, "wrong-header") as raised:
         Update.decode(packed({**header_of(an_update()), **change}))
+    assert f" {field}" in str(raised.value).removeprefix(raised.value.where)
     assert SECRET not in str(raised.value)
 
 
 def test_a_missing_field_is_named() -> None:
     header = header_of(an_update())
     del header["config_hash"]
-    with pytest.raises(ProtocolError, match="of protocol 1: check config_hash"):
+    with refuses(ProtocolError, "wrong-header") as caught:
         Update.decode(packed(header))
+    assert "protocol 1" in caught.value.where and " config_hash." in str(caught.value)
 
 
 def test_a_request_is_no_update_and_the_other_way_round() -> None:
-    with pytest.raises(ProtocolError, match="not a Update"):
+    with refuses(ProtocolError, "wrong-header") as caught:
         Update.decode(a_request().encoded)
-    with pytest.raises(ProtocolError, match="not a RoundRequest"):
+    assert " Update " in caught.value.where
+    with refuses(ProtocolError, "wrong-header") as caught:
         RoundRequest.decode(an_update().encoded)
+    assert " RoundRequest " in caught.value.where
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "uint16", "bool"])
 def test_arrays_that_no_exchange_has_are_refused(dtype: str) -> None:
-    with pytest.raises(ProtocolError, match=dtype):
+    with refuses(ProtocolError, "wrong-arrays") as caught:
         Update.decode(packed(header_of(an_update()), {"a": np.zeros(2, dtype)}))
+    assert dtype in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", get_args(DType))
@@ -167,7 +174,7 @@ def test_arrays_keep_their_dtype_which_is_part_of_what_they_are(dtype: DType) ->
     assert sent["a"].dtype == dtype
     sent.check_schema({"a": (2,)}, dtype)
     if dtype != "float32":
-        with pytest.raises(AdapterError, match=dtype):
+        with refuses(AdapterError, "wrong-dtype"):
             sent.check_schema({"a": (2,)})
         assert sent.fingerprint != Adapter({"a": np.arange(2, dtype=np.float32)}).fingerprint
 
@@ -178,8 +185,9 @@ def test_dtypes_that_numpy_lacks_are_refused(dtype: str) -> None:
     size = 2 if dtype == "BF16" else 1
     header = {"__metadata__": meta, "a": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()
-    with pytest.raises(ProtocolError, match=dtype):
+    with refuses(ProtocolError, "wrong-arrays") as caught:
         Update.decode(len(text).to_bytes(8, "little") + text + b"\0" * size)
+    assert dtype in str(caught.value)
 
 
 def by_hand(header: dict[str, Any], body: bytes = b"") -> bytes:
@@ -205,5 +213,6 @@ def test_what_safetensors_takes_and_nobody_writes_is_refused(data: bytes) -> Non
 
 @pytest.mark.parametrize("round", [10**9 + 1, 2**63, 2**70])
 def test_a_round_is_a_number_that_can_be_kept(round: int) -> None:
-    with pytest.raises(ValidationError, match="round"):
+    with pytest.raises(ValidationError) as caught:
         RequestHeader.model_validate({**a_request().header.model_dump(), "round": round})
+    assert [error["loc"] for error in caught.value.errors()] == [("round",)]

@@ -96,7 +96,8 @@ def _check_rows(found: int, rows: int) -> None:
         raise ModelError(
             "differential privacy: a layer of this model mixes the rows of a batch (they are no longer its "
             "slowest axis), so no row's own gradient can be had; leave the layer out of "
-            "adapter.target_modules, or choose another base model."
+            "adapter.target_modules, or choose another base model.",
+            kind="not-by-rows",
         )
 
 

@@ -67,7 +67,8 @@ class PrivatePlan:
         if not math.isfinite(spent):
             raise ConfigError(
                 f"privacy.noise_multiplier {self.noise_multiplier:g} is too little noise for any epsilon; "
-                "raise it, or give target_epsilon."
+                "raise it, or give target_epsilon.",
+                kind="too-little-noise",
             )
         return PrivacyClaim(
             unit=self.unit,

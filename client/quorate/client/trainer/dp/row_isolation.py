@@ -48,7 +48,8 @@ def check_batch_statistics(model: LoadedModel) -> None:
             raise ModelError(
                 f"differential privacy: {name} ({type(module).__name__}) {why}, so the rows of a batch "
                 "change one another's gradients; choose a base model without it, or whose running statistics "
-                "are kept."
+                "are kept.",
+                kind="batch-statistics",
             )
 
 
@@ -95,7 +96,8 @@ def check_rows_apart(
         raise ModelError(
             f"differential privacy: in {_name(stack.model)} the gradient of a row changes with the other "
             f"rows of its batch (by {distance:.2g} of its norm), so clipping row by row bounds nothing; "
-            "choose another base model or other adapter.target_modules."
+            "choose another base model or other adapter.target_modules.",
+            kind="rows-mixed",
         )
     stack.rows_apart[site] = RowsApart(tuple(rows[:2]), checkpointed, length)
     return length
@@ -210,7 +212,8 @@ def backward_by_row(
         if parameter.grad is not None:
             raise ModelError(
                 f"differential privacy: the gradient of {name} was summed over the rows of a batch, so no "
-                "row could be clipped; leave this module out of adapter.target_modules and modules_to_save."
+                "row could be clipped; leave this module out of adapter.target_modules and modules_to_save.",
+                kind="summed-over-rows",
             )
     return kept
 

@@ -86,13 +86,14 @@ def read_texts(text: str) -> list[str]:
         return _texts_of(sys.stdin.buffer.read(), "stdin", jsonl=False)
     if not os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a text longer than a file name
         if text.endswith(_ENDINGS) and len(text.split()) == 1:
-            raise DataError(f"{text}: there is no such file; check the path.")
+            raise DataError(f"{text}: there is no such file; check the path.", kind="no-such-file")
         if not is_text(text):  # bytes that are not UTF-8 come from the shell as lone surrogates
             raise DataError("TEXT: is not UTF-8; give it in a UTF-8 terminal, or in a UTF-8 file.")
         return _texts_of(text.replace("\n", " ").encode(), "TEXT", jsonl=False)
     path = Path(text)
     if path.suffix not in (".jsonl", ".json", ".txt", ""):
-        raise DataError(f"{path}: give one text a line (.txt), or JSON lines with a field `text` (.jsonl).")
+        message = f"{path}: give one text a line (.txt), or JSON lines with a field `text` (.jsonl)."
+        raise DataError(message, kind="wrong-ending")
     try:
         return _texts_of(path.read_bytes(), str(path), jsonl=path.suffix in (".jsonl", ".json"))
     except OSError as error:
@@ -103,14 +104,15 @@ def _texts_of(content: bytes, where: str, *, jsonl: bool) -> list[str]:
     try:
         lines: Iterable[str] = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8 text.") from error
+        message = f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8 text."
+        raise DataError(message, kind="not-utf-8") from error
     texts = [
         _text_field(line, f"{where}:{number}") if jsonl else line.strip()
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if not texts:
-        raise DataError(f"{where}: holds no text; give at least one.")
+        raise DataError(f"{where}: holds no text; give at least one.", kind="no-text")
     return texts
 
 
@@ -118,9 +120,10 @@ def _text_field(line: str, where: str) -> str:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: is not JSON; give one object a line.") from error
+        raise DataError(f"{where}: is not JSON; give one object a line.", kind="text-not-json") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise DataError(f"{where}: has no field `text` that holds a text; give it one, or take the line out.")
+        message = f"{where}: has no field `text` that holds a text; give it one, or take the line out."
+        raise DataError(message, kind="no-text-field")
     if not is_text(row["text"]):
         raise DataError(f"{where}: `text` holds half of a character (a lone \\ud800 to \\udfff); mend it.")
     return str(row["text"])

@@ -144,4 +144,5 @@ def check_length(asked: int, processor: Any, base: Any, name: str, field: str) -
     limits = (getattr(base.config, "max_position_embeddings", None), processor.model_max_length)
     limit = min(limit for limit in limits if limit is not None)
     if asked > limit:
-        raise ModelError(f"{field} {asked} is above the {limit} positions of {name}; lower it.")
+        message = f"{field} {asked} is above the {limit} positions of {name}; lower it."
+        raise ModelError(message, kind="above-positions")

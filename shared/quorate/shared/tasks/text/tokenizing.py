@@ -95,7 +95,8 @@ def conversation(messages: Sequence[Message], processor: Any, source: str) -> tu
         roles = ", ".join(message["role"] for message in messages[:12])
         raise DataError(
             f"{source}: the tokenizer's chat template refuses this conversation (roles: {roles}); "
-            "bring its turns into the order that the model knows."
+            "bring its turns into the order that the model knows.",
+            kind="turns-refused",
         ) from None  # a template's own words may quote the row
     encoded = processor(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [any(start <= at < end for start, end in spans) for at, _ in encoded["offset_mapping"]]
@@ -118,7 +119,8 @@ def _spans(messages: Sequence[Message], processor: Any) -> tuple[str, list[tuple
             raise ModelError(
                 "the tokenizer's chat template writes earlier turns another way once later ones follow, so "
                 "the assistant's words cannot be told apart; give conversations of one answer each, or "
-                "task.format prompt_completion."
+                "task.format prompt_completion.",
+                kind="turns-rewritten",
             )
         spans.append((len(before), len(after)))
     return text, spans

@@ -26,7 +26,6 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
 
     Args:
         summary: as written to summary.json, also of a run that was cut short.
-        output_dir: the run's folder.
     """
     measured, evaluation = _evaluated(summary)
     if measured and evaluation:

@@ -138,8 +138,6 @@ def audit_clients(
         run: the run, with site-level privacy.
         rows: site -> split -> rows.
         count: canaries; sites are drawn as often as in the run, so cohorts grow.
-        confidence: of the bound.
-        on_step: told of every optimiser step.
     Raises: ConfigError: too few canaries, or more than delta allows sites. QuorumNotMet, BadInput: as a run.
     """
     privacy = run.privacy

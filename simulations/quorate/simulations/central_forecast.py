@@ -99,7 +99,6 @@ def forecast_clients(
     """Forecast a run with site-level privacy.
 
     Args:
-        run: the run.
         rows: site -> training rows.
         measure: whether to load the base model and take a few steps of the largest site, thrown away, for
             minutes and memory.

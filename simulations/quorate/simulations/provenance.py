@@ -96,9 +96,6 @@ class Origin:
         """Describe a run that is about to start.
 
         Args:
-            config: the run.
-            sites: its sites file.
-            base_dir: the sites file's folder.
             rows: what was loaded: site name -> split -> rows.
         """
         data = sites.data[config.data]

@@ -49,12 +49,10 @@ def simulate(
         summary = simulate(config, rows, Path("runs/demo"), trackers=[show])
 
     Args:
-        config: the run.
         rows: site name -> split -> rows.
         output_dir: a new folder, or with `resume` one that holds this run.
         samples: test images that the report shows, where the task has pictures.
         trackers: callables that are told what happens, event by event; `output_dir` has it all in a file too.
-        on_step: told of every optimiser step.
         origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
     Raises: BadInput: before anything is trained, where something cannot work. QuorumNotMet,

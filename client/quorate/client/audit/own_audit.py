@@ -19,10 +19,6 @@ from quorate.shared.process.files import BY_UMASK, write_atomically
 def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
     """Audit STATE/received/RUN_ID; writes audit.json there.
 
-    Args:
-        folder: the site's.
-        run_id: of a run whose result was delivered.
-        options: how thorough.
     Raises: OutputError: no such result. AdapterError, DataError, ModelError: as `audit_result`.
     """
     held = SiteData(SiteFolder.find(folder), looks_only=True)

@@ -55,11 +55,7 @@ def audit_result(
     Args:
         run: the run, with its base model named as it lies here.
         config_hash: of the run as it was made.
-        adapter_dir: the exported adapter.
         rows: site -> split -> rows.
-        held_by: who runs the audit.
-        options: how thorough.
-        on_step: told of every optimiser step.
     Raises: DataError: too few rows. ConfigError, ModelError, AdapterError: as in a run.
     """
     used = {site: few_shot(run, site, splits.get("train", ())) for site, splits in rows.items()}

@@ -22,7 +22,6 @@ def objects_of(value: Any, label_id: Callable[[Any, str], int], where: str) -> l
         value: `{bbox: [[x, y, width, height], ...], categories: [...]}` as the image folders and data sets of
             Hugging Face have it, or a list of `{bbox, category}`; in a CSV cell either as JSON.
         label_id: from a category and where it stands to the label's id.
-        where: the row and column, for messages.
     Raises: DataError: another form, a box that is no box, an unknown category; says which object.
     """
     if isinstance(value, str):

@@ -22,9 +22,7 @@ class RowChanges:
         """Say how many rows there are, and what changed since they were read last.
 
         Args:
-            alias: of the data.
             key: what the rows were read for (columns, labels, source); rows of another key are not compared.
-            rows: split -> rows.
         """
         held: _Held = {split: Counter(map(_hash, each)) for split, each in rows.items()}
         read_for, before = self._before.get(alias, (None, held))

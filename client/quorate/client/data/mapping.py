@@ -51,9 +51,6 @@ class RowMapper:
     def map(self, rows: Sequence[Row], refuse: Refuse = stop) -> list[LoadedRow]:
         """Map the rows of one split.
 
-        Args:
-            rows: as read.
-            refuse: told of every row that lacks something.
         Raises: DataError: a column that no row has.
         """
         known = dict.fromkeys(name for row in rows for name in row.values)

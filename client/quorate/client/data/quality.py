@@ -110,10 +110,6 @@ def read_all(
     """Read a source and keep the rows that can be used.
 
     Args:
-        source: where rows come from.
-        base_dir: where relative paths start.
-        task: the run's.
-        name: for the report.
         placing: says where rows lie, see `load_splits`.
     Returns: usable rows per split, as a run would have them, and what there is to say of all rows.
     Raises: ConfigError, DataError: no row of it can be read: no such file, no header, no such column.
@@ -142,9 +138,7 @@ def inspect_site(name: str, rows: Mapping[Split, Sequence[Row]], task: Task, pro
     """Look at the usable rows of one site.
 
     Args:
-        name: the site.
         rows: split -> rows with the task's columns.
-        task: the run's.
         processor: the model's tokenizer; None leaves lengths in tokens out.
     """
     findings: list[Finding] = []

@@ -48,10 +48,6 @@ def own_source(site: SiteConfig, run: RunConfig) -> SourceConfig:
 def inspect_own_data(site: SiteConfig, base_dir: Path, run: RunConfig) -> DataReport:
     """Look at the data that a run would read at this site.
 
-    Args:
-        site: content of site.yaml.
-        base_dir: its folder, where relative paths start.
-        run: its data alias, task and model.
     Raises: ConfigError: site.yaml does not know the alias.
     """
     source = own_source(site, run)

@@ -22,9 +22,6 @@ def read_rows(
     """Read the rows that a run uses at a site.
 
     Args:
-        run: the run.
-        source: what its data alias stands for.
-        base_dir: folder of site.yaml.
         held: how rows are placed; None where nobody knows yet, see `look_at_splits`.
     Returns: its splits, without measured rows that a private run was trained on; and the digests of what is
         trained on, of a run with record- or group-level privacy.

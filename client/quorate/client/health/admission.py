@@ -26,7 +26,6 @@ def knock(site: SiteFolder, client: httpx.Client) -> httpx.Response:
 
     Args:
         site: whose node key signs it.
-        client: how the server is reached.
     Raises: ConfigError: the node key is none. httpx.TransportError.
     """
     from quorate.client.flower.flower_internals import activate_without_heartbeat

@@ -34,7 +34,6 @@ class ServerReply:
 
     Args:
         reply: to a request that asks for nothing.
-        certificate: what the server showed.
         via: through which proxy, in words; empty: directly.
     """
 
@@ -49,7 +48,6 @@ def server_lines(
     """Look at the way to the server, at the certificate that it shows, and at what it says to the node key.
 
     Args:
-        site: its folder.
         signed: ask with the node key too, which takes Flower, and so a few seconds.
         connected: whether the SuperNode gets through; where this command does not, it has another proxy or
             other rights, and nothing is wrong with the site.

@@ -50,7 +50,6 @@ def enrol(folder: Path, *, renew: bool = False) -> Enrolment:
     Interrupted at any moment, it goes on where it stopped when called again.
 
     Args:
-        folder: the unpacked start-up kit.
         renew: make new keys; the old ones are kept beside them, with the time in their names.
     Raises: ConfigError: the folder is no kit, or a key in it is no key of ours. OutputError: not writable.
     """

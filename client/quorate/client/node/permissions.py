@@ -13,11 +13,7 @@ from quorate.client.node.users import SystemUser
 
 @dataclass(frozen=True)
 class Access:
-    """Questions about one user; only root may ask them.
-
-    Args:
-        account: the user.
-    """
+    """Questions about one user; only root may ask them."""
 
     account: SystemUser
 

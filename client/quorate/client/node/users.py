@@ -18,14 +18,7 @@ from quorate.shared.process.files import write_atomically
 
 @dataclass(frozen=True)
 class SystemUser:
-    """An operating-system user.
-
-    Args:
-        name: of the user.
-        uid: number of the user.
-        gid: number of its primary group.
-        home: its home directory.
-    """
+    """An operating-system user."""
 
     name: str
     uid: int

@@ -123,7 +123,6 @@ def forecast_sites(
     thrown away; else its weights are left alone.
 
     Args:
-        run: the run.
         rows: site -> training rows.
         measure: whether to take these steps.
         device: where to; the first visible GPU, else the CPU, when left out.
@@ -170,8 +169,6 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
 
     Args:
         site: content of site.yaml. Its own copy of the base model is used where the run file names the hash.
-        base_dir: its folder, where relative paths start.
-        run: the coordinator's run file.
         measure: as for `forecast_sites`.
     Raises: as `forecast_sites`; ConfigError: site.yaml does not know the alias; ModelError: it lists no such
         model; LedgerError: the ledger beside it is not what was written.
@@ -221,7 +218,6 @@ def traffic(run: RunConfig, schema: Schema, share: float = 1.0) -> tuple[int, in
     """Return the adapter bytes that a site is expected to send and to receive in all rounds.
 
     Args:
-        run: the run.
         schema: name -> shape of the adapter's arrays.
         share: its chance of being asked to train in a round; it is asked to measure whether it was or not.
     """

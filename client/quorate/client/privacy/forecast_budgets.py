@@ -66,8 +66,6 @@ def against_ledger(run: RunConfig, site: SiteConfig, base_dir: Path, found: Fore
 
     Args:
         run: with record- or group-level privacy.
-        site: content of site.yaml.
-        base_dir: its folder.
         found: the forecast for the site's rows.
     Raises: LedgerError: the ledger is not what was written. ConfigError: a source names an unset variable.
     """

@@ -108,13 +108,7 @@ _ROW: TypeAdapter[Reservation | Commit] = TypeAdapter(Row)
 
 @dataclass(frozen=True)
 class StoredRow:
-    """A row as the database has it, believed in nothing.
-
-    Args:
-        seq: its number there.
-        content: its text.
-        hash: what is stored as its hash.
-    """
+    """A row as the database has it, believed in nothing."""
 
     seq: object
     content: object

@@ -57,11 +57,7 @@ class SiteUnavailable(QuorateError):
 
 
 class RemoteSite:
-    """A resident site process behind a Unix socket; closed by `with`.
-
-    Args:
-        socket: its path.
-    """
+    """A resident site process behind a Unix socket; closed by `with`."""
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket

@@ -150,9 +150,6 @@ class RunHistory:
         """Note what came of the message in hand.
 
         Args:
-            asked: the run.
-            phase: of the message.
-            round: of the message.
             left: what it lets out; None where it is refused.
             code: why it is refused, as the coordinator learns it.
             why: the same in words, which stay here.

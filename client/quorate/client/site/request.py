@@ -89,7 +89,6 @@ class Failed(Update):
     """An answer that is a code alone.
 
     Args:
-        header: with the code.
         why: the same in words, which stay here.
     """
 

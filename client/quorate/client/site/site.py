@@ -45,7 +45,6 @@ class Site:
     Args:
         rows: site name -> split -> rows, or whoever finds them (and the base model) for a run.
         device: where to train; the first visible GPU, else the CPU, when left out.
-        on_step: told of every optimiser step.
         as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
             reference that holds what the sites have drawn.
         received: folder for the results of runs; none are taken when left out.

@@ -48,7 +48,6 @@ def fit(
     """Train the sites of one stack for one round.
 
     Args:
-        stack: installed on the base model.
         round: from 1; decides data order, dropout and the place in the learning-rate schedule.
         trainable: arrays that move.
     Returns: one result per site, in order; under record- or group-level privacy that of `fit_privately`.

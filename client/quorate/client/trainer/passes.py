@@ -28,7 +28,6 @@ class SiteTask:
 
     Args:
         site: its name, which with the seed decides data order and dropout.
-        examples: its training examples, weighed.
         start: the adapter it starts from.
         groups: each example's group, where the unit of privacy is a group; they stay at the site.
         canaries: units that an audit puts beside the site's own; none in a run.

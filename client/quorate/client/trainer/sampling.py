@@ -40,8 +40,6 @@ class BalancedWalk:
 
     Args:
         members: rows of each label the site has; a row with several labels is a member of each.
-        seed: of the run.
-        site: its name.
     """
 
     members: Sequence[Sequence[int]]

@@ -23,8 +23,6 @@ class Follower:
     """Passes a run's events to a console.
 
     Args:
-        console: where to write.
-        quiet: write nothing; the summary is kept all the same.
         output_dir: where the results will lie, named in the place of the run's own folder.
     """
 
@@ -66,7 +64,6 @@ def joining_table(
 
     Args:
         sites: what the sites that joined said of themselves.
-        refused: sites that cannot take part.
         sha256: the base model's, as in the run file.
     """
     table = Table("site", "state", "rows", "labels", "model", "quorate", "torch", box=SIMPLE)

@@ -38,12 +38,7 @@ _SLACK = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Authority:
-    """The CA of one federation. Every method that writes expects the caller to hold the folder (`locked`).
-
-    Args:
-        folder: the federation's folder.
-        federation: its name.
-    """
+    """The CA of one federation. Every method that writes expects the caller to hold the folder (`locked`)."""
 
     folder: FederationFolder
     federation: str
@@ -98,7 +93,6 @@ class Authority:
         Args:
             role: `server` or `client`.
             name: the common name: host name or site.
-            key: the public key it is for.
             hosts: host names and IP addresses that a server's certificate is for.
             days: validity; it never outlives the CA.
         Raises: ConfigError: the CA's key is missing or another's.

@@ -45,7 +45,6 @@ def admit_key(folder: FederationFolder, site: str, pub: Path, *, renew: bool = F
     The same key twice changes nothing.
 
     Args:
-        folder: the federation.
         site: name of the site, which must stand in federation.yaml.
         pub: the file `node.pub` that the site sent.
         renew: replace a key that was admitted before; the old file is kept beside the new one.

@@ -64,7 +64,6 @@ def provision(
     """Make the folder of the federation that `file` describes, or complete it.
 
     Args:
-        file: federation.yaml.
         output: the folder; when left out QUORATE_HOME/NAME, or `file`'s own if that is a federation's.
         with_keys: for trials: make the sites' keys here, put them into the kits, and admit them.
         days: validity of certificates that are made by this call.

@@ -31,7 +31,6 @@ def conditions(paths: ServerPaths, sites: Mapping[str, str]) -> list[Line]:
     """Look at all of it.
 
     Args:
-        paths: the server's files.
         sites: site -> its state, as `quorate server status` names it.
     """
     settings = paths.folder.config.server

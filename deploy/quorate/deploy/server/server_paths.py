@@ -14,11 +14,7 @@ NGINX, SUPERLINK, SUPEREXEC = "nginx", "superlink", "superexec"
 
 @dataclass(frozen=True)
 class ServerPaths:
-    """Files of the running server.
-
-    Args:
-        folder: the federation's.
-    """
+    """Files of the running server."""
 
     folder: FederationFolder
 

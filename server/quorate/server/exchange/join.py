@@ -122,8 +122,6 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     """Ask every node to describe itself, and keep those that hold the same base and the same start.
 
     Args:
-        grid: reaches the nodes.
-        run: says what is asked for.
         names: node id -> site, as registered with the node's key; None where sites name themselves.
     Raises: QuorumNotMet: fewer than federation.quorum are left, with each one's reason.
     """

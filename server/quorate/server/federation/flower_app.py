@@ -49,9 +49,6 @@ class StoppableGrid(Grid):
     """A grid in which a run that somebody stopped ends as by Ctrl-C: what is there gets written.
 
     Flower raises a BaseException of its own, which no step of a run would expect.
-
-    Args:
-        grid: carries the messages.
     """
 
     def __init__(self, grid: Grid) -> None:

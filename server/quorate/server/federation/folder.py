@@ -95,11 +95,7 @@ class FederationConfig(ConfigModel):
 
 @dataclass(frozen=True)
 class FederationFolder:
-    """Where everything of one federation lies at the coordinator.
-
-    Args:
-        path: the folder.
-    """
+    """Where everything of one federation lies at the coordinator."""
 
     path: Path
 

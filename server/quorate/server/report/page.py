@@ -48,7 +48,6 @@ class Table:
 
     Args:
         caption: what the table shows, also its title where it is folded.
-        columns: headings.
         rows: cells, or plain text.
         folded: shown on a click (and in print).
         words: indices of columns that hold words, aligned to the left; all others hold numbers.

@@ -69,8 +69,6 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     """Run (or resume) all rounds; every finished round is on disk before the next begins.
 
     Args:
-        grid: reaches the sites.
-        run: what is asked of them.
         names: node id -> site, where the server knows them by their keys; sites then answer under no other
             name. None: sites say their names themselves, as in a simulation.
     Raises: QuorumNotMet: too few sites could join. BadInput: the run cannot be carried out as asked.
@@ -112,8 +110,6 @@ def run_round(
 
     Args:
         round: its number, and whom it can ask.
-        state: that it starts from.
-        before: the round before.
         central: client-level privacy, where the run asks for it.
     Returns: the state after it, and the progress that was checkpointed.
     Raises: QuorumNotMet: fewer good updates than federation.quorum. ModelDiverged: no site can measure what

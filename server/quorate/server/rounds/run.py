@@ -63,10 +63,7 @@ class Run:
         """Make or reopen the output folder.
 
         Args:
-            config: the run.
-            output_dir: its folder.
             resume: go on with what is there.
-            trackers: told what happens.
             run_id: identity of a run that has no checkpoint yet; a new one when left out.
 
         Raises:

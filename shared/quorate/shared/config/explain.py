@@ -66,8 +66,6 @@ def explain(
     """Return every problem, a line each: `file:line: field: what is wrong (value ...); remedy`.
 
     Args:
-        error: from the validation.
-        model: what was validated.
         where: the file, as the reader knows it.
         lines: of the file, as `dialect.read_mapping` found them.
         overridden: paths that were set on the command line.

@@ -48,14 +48,12 @@ class Search:
     """One search.
 
     Args:
-        run_path: the run file.
         overrides: of the run file, for every trial.
         space: what is searched, checked against the run file.
         rows: site name -> split -> rows.
         output_dir: everything it writes.
         origin: where the rows came from.
         say: told, in a line, of every trial that ended.
-        on_step: told of every optimiser step.
     Raises: ConfigError: the run file does not validate, or its privacy does not go with a search.
     """
 

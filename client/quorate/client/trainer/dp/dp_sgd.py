@@ -62,7 +62,6 @@ def fit_privately(
     """Train the sites of one stack for one round with record- or group-level privacy.
 
     Args:
-        stack: installed on the base model.
         round: from 1; decides the place in the learning-rate schedule.
         trainable: arrays that move; a unit's gradient is clipped over all of them together.
     Returns: one result per site, in order; their metrics depend on no row.

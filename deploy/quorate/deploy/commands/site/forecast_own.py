@@ -58,12 +58,6 @@ def forecast_for_own(
 ) -> None:
     """Print the forecast for one site.
 
-    Args:
-        run_path: the run file.
-        overrides: `key=value` of it.
-        site_file: the site's site.yaml.
-        measure: whether to take steps.
-        as_json: for machines.
     Raises: as `forecast_own`.
     """
     from quorate.client.policy.site_config import SiteConfig
@@ -137,7 +131,6 @@ def settings_table(title: str, figures: Iterable[str], rows: Iterable[Iterable[s
     """Return a table of settings and what follows from each.
 
     Args:
-        title: above it.
         figures: heads of the columns after the first.
         rows: a setting in words, and its figures.
     """

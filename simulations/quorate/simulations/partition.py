@@ -140,7 +140,6 @@ def _by_column(kind: Column, rows: Rows) -> tuple[list[str], dict[Split, npt.NDA
 
 
 def _site_of(row: LoadedRow, column: str) -> tuple[str, str]:
-    """Return the site's name and the value it comes from."""
     if column not in row.raw or is_missing(row.raw[column]):
         raise DataError(
             f"{row.source}: column {column!r} names no site; fill it in, or correct partition.column."

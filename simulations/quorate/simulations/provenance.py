@@ -51,7 +51,6 @@ class SplitHash(Record):
     """The rows of one split of one site."""
 
     rows: int
-    """How many."""
     sha256: str
     """Of their task columns, in order; of the content of image files."""
 

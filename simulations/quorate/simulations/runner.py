@@ -75,7 +75,6 @@ def simulate(
 
 
 def _carry_out(run: Run, rows: Mapping[str, SiteRows], engine: Engine, samples: int) -> Summary:
-    """Run the rounds, measure what came of them, and write it."""
     grid = InProcessGrid(engine, list(rows))
     result = serve(grid, run)
 

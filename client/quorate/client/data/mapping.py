@@ -172,7 +172,6 @@ class _Labels:
         return self.id(value, where)
 
     def id(self, value: Any, where: str) -> int:
-        """Return the id of one label."""
         if is_missing(value):
             raise DataError(f"{where} has no label; fill it in or remove the row.")
         key = as_key(value)

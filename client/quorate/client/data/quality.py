@@ -58,7 +58,6 @@ class SourceReport(Report):
     rows: dict[Split, int]
     """Rows read, usable or not."""
     columns: dict[str, ColumnReport]
-    """Each column of the data."""
     unusable: int
     """Rows that a run would refuse."""
     problems: list[str]
@@ -69,7 +68,6 @@ class SplitReport(Report):
     """The usable rows of one split of one site."""
 
     rows: int
-    """How many."""
     labels: dict[str, int]
     """Rows (for tags: words; for objects: boxes) with each label; empty where there are no labels."""
     duplicates: int
@@ -84,16 +82,13 @@ class Overlap(Report):
     """Rows of one split whose input is in another one: what is tested was trained on."""
 
     exact: int
-    """The same input."""
     near: int
-    """Nearly the same input."""
 
 
 class SiteReport(Report):
     """One site."""
 
     name: str
-    """The site."""
     splits: dict[Split, SplitReport]
     """Each split that has rows."""
     overlaps: dict[str, Overlap]

@@ -18,13 +18,10 @@ class DataReport(Report):
     """What `quorate data inspect` prints."""
 
     run: str
-    """Name of the run file."""
     ok: bool
     """Whether a run could use these data."""
     sources: list[SourceReport]
-    """What was read."""
     sites: list[SiteReport]
-    """What each site holds."""
     errors: list[str]
     """What would stop a run, a line each; bad rows are counted here and named with their source."""
     notes: list[str]

@@ -28,7 +28,6 @@ class Finding(BaseModel):
     level: Literal["error", "warning"]
     """An error would stop a run."""
     text: str
-    """What it is."""
     rows: list[str] = []
     """The first rows it is about, `file:line`."""
 

@@ -35,7 +35,6 @@ class NodeFolder(SiteFolder):
 
     @property
     def state(self) -> Path:
-        """What the processes write."""
         return self.path / "state"
 
     @property

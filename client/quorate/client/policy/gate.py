@@ -34,7 +34,6 @@ class Gate:
         self._inner = inner
 
     def handle(self, request: Request) -> Update:
-        """Answer a request; one outside the policy by a code."""
         try:
             admit(request, self._site, self._state)
         except Exception as error:  # whatever it is, only its code leaves

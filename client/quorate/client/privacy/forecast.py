@@ -49,11 +49,9 @@ class SiteForecast(ConfigModel):
     """One site's part of the run."""
 
     site: str
-    """Its name."""
     unit: Literal["record", "group"]
     """What one difference between neighbouring data sets is."""
     rows: int
-    """Its training rows."""
     clipping_norm: float
     """L2 norm to which a unit's gradient is clipped."""
     privacy: Forecast
@@ -81,7 +79,6 @@ class RunForecast(ConfigModel):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     run: str
-    """Name of the run file."""
     largest_epsilon: float
     """Of the site that spends most; infinite where the noise is too little for any, which a run refuses."""
     device: str | None = None
@@ -89,7 +86,6 @@ class RunForecast(ConfigModel):
     peak_memory_bytes: int | None = None
     """The most memory that this process held until the last step (on CUDA: that was allocated there)."""
     sites: tuple[SiteForecast, ...]
-    """By site."""
 
 
 def site_privacy(run: RunConfig) -> SitePrivacy:

@@ -31,7 +31,6 @@ class BudgetForecast(ConfigModel):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     data: str
-    """Data alias."""
     group: str | None
     """Column of the groups; None: by record."""
     delta: float

@@ -42,7 +42,6 @@ class Chain:
     answered: AnswerStore
 
     def answer(self, message: RoundRequest) -> Update:
-        """Answer one message."""
         return self.recorded.answer(message)
 
     def on_step(self, event: StepEvent) -> None:

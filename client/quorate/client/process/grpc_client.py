@@ -86,7 +86,6 @@ class RemoteSite:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket."""
         self._channel.close()
 
     def ask(self, message: bytes, timeout: float | None = None) -> bytes:

@@ -110,7 +110,6 @@ class RunHistory:
             self._db.execute("DELETE FROM in_hand")
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     def begin(self, asked: Asked, phase: str, round: int) -> None:

@@ -81,7 +81,7 @@ class Handler(Protocol):
     """A link of the chain before the engine, or its end."""
 
     def handle(self, request: Request) -> Update:
-        """Answer one request."""
+        """Answer one request; one that is refused, or fails, by its code."""
         ...
 
 

@@ -68,7 +68,6 @@ class Site:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites this process answers for."""
         return self._prepared.holdings.names
 
     def handle_many(self, requests: Sequence[Request]) -> list[Update]:
@@ -112,7 +111,6 @@ class Site:
         return resident.run
 
     def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
-        """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
         resident = self._prepared.load(run)
         answers = []
         for state in states:

@@ -46,11 +46,9 @@ class SiteData:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """This site alone."""
         return (self.folder.connection.site,)
 
     def rows(self, run: RunConfig, site: str) -> SiteRows:
-        """Return the rows that the run's data alias stands for here, with the task's columns alone."""
         key = self._key(run)
         if key not in self._rows:
             self.forget()  # before the next ones take their memory
@@ -74,7 +72,6 @@ class SiteData:
         return rows
 
     def _key(self, run: RunConfig) -> tuple[object, ...]:
-        """Return what decides which rows a run has."""
         # Not every task has labels; those that have list them under this name.
         labels: tuple[str, ...] = getattr(run.task, "labels", ())
         unit = run.privacy.unit if isinstance(run.privacy, SitePrivacy) else None
@@ -119,10 +116,8 @@ class SiteData:
 
     @property
     def base_limits(self) -> BaseLimits:
-        """How far site.yaml lets a rule move the base model."""
         policy = self.folder.config.policy
         return BaseLimits(policy.max_residual_rank, policy.max_base_change)
 
     def at_hand(self, run: RunConfig) -> RunConfig:
-        """Return the run with the folder of its base model here."""
         return model_at_site(run, self.folder.config, self.folder.path)

@@ -64,7 +64,6 @@ class Stacked(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """The layout of the batch in flight."""
         return self._in_flight.layout
 
     def of_batch(self, stack: Tensor) -> Tensor:
@@ -278,7 +277,6 @@ class AdapterStack:
 
     @property
     def size(self) -> int:
-        """How many sites the stack holds."""
         return next(iter(self.arrays.values())).shape[0]
 
     @property
@@ -314,7 +312,6 @@ class AdapterStack:
             parameter.requires_grad_(name in moving)
 
     def read(self, position: int) -> Adapter:
-        """Return the adapter at a stack position."""
         return Adapter({n: p.detach()[position].cpu().numpy().copy() for n, p in self.arrays.items()})
 
     def site_parameters(self, position: int) -> dict[str, nn.Parameter]:

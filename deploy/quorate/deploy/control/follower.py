@@ -34,7 +34,6 @@ class Follower:
         self._refused: dict[str, Exclusion] = {}
 
     def __call__(self, event: Event) -> None:
-        """Show one event."""
         if isinstance(event, Refused):
             self._refused = event.sites
         if isinstance(event, Started):
@@ -53,7 +52,6 @@ class Follower:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the live bar off the screen."""
         self.tracker.close()
 
 

@@ -72,7 +72,6 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """Quorate's id of the run."""
         return self.path.name
 
     @property
@@ -150,7 +149,6 @@ class RunFolder:
 
     @property
     def state(self) -> RunState:
-        """How the run stands."""
         occupied, status = self.occupied, RunStatus.read(self.path)
         newest = self.flower_run
         if status is None or (newest is not None and status.flower_run_id != newest and not occupied):

@@ -153,7 +153,6 @@ class Authority:
 
     @property
     def crl_file(self) -> Path:
-        """The list of revoked certificates, in PEM."""
         return self.folder.ca / "ca.crl"
 
     @property

@@ -34,7 +34,6 @@ class Revocation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     time: AwareDatetime
-    """When the site was revoked."""
     node_keys: tuple[str, ...] = ()
     """SHA-256 of the public keys it had, which are never admitted again."""
 
@@ -201,7 +200,6 @@ def stamp() -> str:
 
 
 def _revocations(folder: FederationFolder, site: str) -> list[Revocation]:
-    """Return a site's revocations, now and before."""
     found = (_read(path) for path in sorted(folder.site(site).glob(f"{REVOKED}*")))
     return [each for each in found if each is not None]
 

@@ -97,7 +97,6 @@ def provision(
 
 
 def _choose(file: Path, config: FederationConfig, output: Path | None) -> Path:
-    """Return the federation's folder."""
     if output is not None:
         return output.absolute()
     beside = file.absolute().parent
@@ -136,7 +135,6 @@ def _secret(done: Provisioned) -> None:
 
 
 def _site(done: Provisioned, authority: Authority, site: str, *, with_keys: bool, days: int) -> None:
-    """Make a site's kit if there is none."""
     place = done.folder.site(site)
     make_folder(place)
     path, trial = place / KIT, place / _TRIAL_KEYS

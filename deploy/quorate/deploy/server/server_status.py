@@ -37,15 +37,11 @@ class ServerStatus(ConfigModel):
     """What `quorate server status` tells."""
 
     federation: str
-    """Name of the federation."""
     running: bool
-    """Whether the server was started."""
     programs: dict[str, ProgramState]
-    """Name -> program."""
     certificates: dict[str, float]
     """Certificate, or list of revocations -> days that it is still good for."""
     sites: dict[str, SiteState]
-    """Name -> site."""
     checks: tuple[Line, ...]
     """Disk, certificates, and every site that is not put out: what the next round needs."""
 

@@ -267,7 +267,6 @@ class _Reasks:
         self.due: dict[int, float] = {}
 
     def sent(self, node: int) -> None:
-        """Take note that this node was asked."""
         _, pause = self._silent.get(node, (0.0, FIRST_PAUSE / 2))
         self._silent[node] = (time.monotonic() + 2 * pause, 2 * pause)
 

@@ -123,22 +123,18 @@ class FederationFolder:
 
     @property
     def ca(self) -> Path:
-        """The certificate authority."""
         return self.path / "ca"
 
     @property
     def server(self) -> Path:
-        """Certificate, key and secret of the server."""
         return self.path / "server"
 
     @property
     def state(self) -> Path:
-        """What running processes write."""
         return self.path / "state"
 
     @property
     def runs(self) -> Path:
-        """The output folders of runs, named by run id."""
         return self.state / "runs"
 
     @property

@@ -53,7 +53,6 @@ class ClippedSum:
 
     @property
     def size(self) -> int:
-        """How many values move."""
         return sum(array.size for array in self.sums.values())
 
     def add(self, update: Adapter) -> None:

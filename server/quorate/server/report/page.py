@@ -65,7 +65,6 @@ class Table:
     kind: str = "table"
 
     def cells(self) -> list[list[Cell]]:
-        """Return the rows with every plain text as a cell."""
         return [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in self.rows]
 
 
@@ -109,7 +108,6 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
     def say(self, text: str, tone: Literal["", "note", "muted"] = "") -> None:
-        """Add a paragraph."""
         self.blocks.append(Text(text, tone))
 
 

@@ -46,7 +46,6 @@ class Result:
 
     @property
     def status(self) -> Literal["done", "interrupted", "quorum-not-met", "diverged"]:
-        """How the run ended."""
         if self.stopped is None:
             return "done"
         if isinstance(self.stopped, ModelDiverged):
@@ -188,7 +187,6 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
 def _checkpoint(
     round: Round, state: GlobalState, before: Progress | None, log: RoundLog, validation: Evaluation | None
 ) -> Progress:
-    """Step 9: checkpoint, then record."""
     started = time.monotonic()
     run, members, number = round.run, round.members, round.number
     standing = before.best if before else BestRound()

@@ -47,7 +47,6 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The metric that picks the best round."""
         return self.config.metric
 
     @classmethod

@@ -75,7 +75,6 @@ class Collection:
         return passed
 
     def _screen(self) -> Screen:
-        """Return what holds the updates against each other."""
         config = self.round.run.config
         moving = upload_schema(config, self.state.adapter.schema, self.round.number)
         return Screen(

@@ -33,9 +33,7 @@ class Plan(ConfigModel):
     batch: int
     """Expected units in a step's batch, B."""
     rounds: int
-    """Rounds of the run."""
     steps: int
-    """Steps of all rounds."""
     sampling_probability: float
     """Chance of a unit to be in a batch: B over the site's units."""
     noise_multiplier: float
@@ -70,7 +68,6 @@ class Forecast(ConfigModel):
     units: int
     """Records or groups of the site."""
     configured: Plan
-    """As the run file says."""
     alternatives: tuple[Plan, ...]
     """Rank, rounds and batch, each halved and doubled, where that is possible."""
 

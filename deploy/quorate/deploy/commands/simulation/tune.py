@@ -102,7 +102,6 @@ def tune(
 
 
 def _print(result: Tuned, folder: Path) -> None:
-    """Print the best settings, what mattered, and where everything lies."""
     if result.best is not None:
         typer.echo(
             f"best {result.metric} on validation rows: {result.best.value:.4f}, trial {result.best.number}"

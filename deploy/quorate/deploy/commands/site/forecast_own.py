@@ -106,7 +106,6 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
 
 
 def _settings(site: SiteForecast) -> Table:
-    """Return the site's plan and its neighbours as a table."""
     from rich.filesize import decimal
 
     def row(plan: Plan) -> tuple[str, ...]:

@@ -21,11 +21,8 @@ class MechanismAudit(ConfigModel):
     """The one-run audit of a site's private training, by canaries whose noisy sums the auditor sees."""
 
     site: str
-    """Whose rows and mechanism."""
     claim: PrivacyClaim
-    """What the site claims."""
     guesses: Guesses
-    """How the auditor fared."""
     confidence: float = Field(gt=0, lt=1)
     """Of the bound."""
     epsilon_at_least: float = Field(ge=0)
@@ -68,7 +65,6 @@ class ClientAudit(ConfigModel):
     epsilon: float = Field(ge=0)
     """Claimed of the run with the canaries in it."""
     delta: float = Field(gt=0, lt=1)
-    """Of that claim."""
     canaries: int = Field(ge=2)
     """Sites that sent a random direction in every round they were drawn for."""
     values: int = Field(ge=2)

@@ -105,27 +105,17 @@ def _models_are_readable(site: SiteFolder, own: SystemUser) -> None:
 
 def _model(site: SiteFolder, index: int) -> str:
     from quorate.client.models.base_models import find
+    from quorate.shared.model.base_model import whole_files
 
     model = site.config.models[index]
     folder = find(model.path, site.path)
-    found = _weights(folder)
+    _, found = whole_files(folder)
     if found != model.sha256:
         raise ModelError(
             f"{folder}: its weights have sha256 {found}, {SITE_YAML} says {model.sha256}; get the right "
             "model, or correct the hash if this one is meant."
         )
     return f"{folder}, sha256 {found[:12]}... as it should be"
-
-
-def _weights(folder: Path) -> str:
-    """Return the hash of a model's weights, as a run file names it. Raises: ModelError."""
-    from quorate.shared.model.base_model import hash_files
-    from quorate.shared.model.weights import check_files, weights_sha256
-
-    files = hash_files(folder)
-    found = weights_sha256(files, folder)
-    check_files(folder, files)
-    return found
 
 
 def _data(site: SiteFolder, alias: str) -> str:
@@ -184,12 +174,13 @@ def _run(site: SiteFolder, run_path: Path) -> str:
 def _pinned(site: SiteFolder, run: RunConfig) -> tuple[RunConfig, str]:
     """Return the run with its base model's hash, which `quorate run` fills in, and a remark on it."""
     from quorate.client.models.base_models import find
+    from quorate.shared.model.base_model import whole_files
 
     named, listed = run.model.model_name_or_path, [model.sha256 for model in site.config.models]
     if run.model.sha256 is not None or not listed:  # where there is no model at all, the policy says so
         return run, ""
     try:
-        sha256 = _weights(find(named, Path.cwd()))
+        _, sha256 = whole_files(find(named, Path.cwd()))
         remark = f"; the run file names no model.sha256, that of {named} is {sha256[:12]}..."
     except ModelError:  # it is the coordinator's copy that will be hashed
         sha256 = listed[0]

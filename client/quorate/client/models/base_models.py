@@ -89,8 +89,7 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
     Raises: ModelError: not an archive, a link or a path out of it, another hash, files cut off.
         ConfigError: `models_dir` cannot be written.
     """
-    from quorate.shared.model.base_model import hash_files  # torch: only when it is needed
-    from quorate.shared.model.weights import check_files, weights_sha256
+    from quorate.shared.model.base_model import whole_files  # torch: only when it is needed
 
     try:
         if not models_dir.is_dir():
@@ -101,9 +100,7 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
         raise ConfigError(f"{models_dir}: {error.strerror}; choose a folder that can be written.") from error
     try:
         left_out = _unpack(archive, work)
-        files = hash_files(work)
-        found = weights_sha256(files, work)
-        check_files(work, files)
+        _, found = whole_files(work)
         if sha256 is not None and found != sha256:
             raise ModelError(
                 f"{archive}: its weights have sha256 {found}, not {sha256}; get the right archive."

@@ -25,6 +25,11 @@ class LogLevel(StrEnum):
     warning = "warning"
     error = "error"
 
+    @property
+    def quiet(self) -> bool:
+        """Whether progress is left out."""
+        return self in (LogLevel.warning, LogLevel.error)
+
 
 LogLevelOption = Annotated[
     LogLevel,
@@ -41,6 +46,17 @@ JsonOption = Annotated[
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run file, or the name of a recipe that comes with Quorate.")
+]
+FolderArgument = Annotated[
+    Path,
+    # Readable: no. With two users, either may walk through the folder, and not list it.
+    typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False),
+]
+FolderOption = Annotated[
+    Path,
+    typer.Option(
+        "--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.", readable=False
+    ),
 ]
 SiteFileOption = Annotated[
     Path | None,

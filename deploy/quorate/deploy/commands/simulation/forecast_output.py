@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from quorate.deploy.commands.both.options import print_model
-from quorate.deploy.commands.site.forecast_own import settings_table
+from quorate.deploy.terminal import print_line, stdout_console, table_of
 from quorate.shared.privacy.rounding import at_most, delta_shown
 
 if TYPE_CHECKING:
@@ -17,9 +19,6 @@ def print_client_forecast(found: ClientForecast, *, as_json: bool) -> None:
     if as_json:
         print_model(found)
         return
-    from rich.filesize import decimal
-
-    from quorate.deploy.terminal import stdout_console
 
     def row(plan: ClientPlanForecast) -> tuple[str, ...]:
         return (
@@ -32,20 +31,18 @@ def print_client_forecast(found: ClientForecast, *, as_json: bool) -> None:
             decimal(plan.bytes_each_way),
         )
 
-    table = settings_table(
-        f"{found.run}: {found.sites} sites",
-        ("epsilon", "noise multiplier", "sites in a round", "releases", "noise on mean", "a round"),
+    table = table_of(
+        ("", "epsilon", "noise multiplier", "sites in a round", "releases", "noise on mean", "a round"),
         map(row, (found.configured, *found.alternatives)),
+        title=f"{found.run}: {found.sites} sites",
     )
     console = stdout_console()
     console.print(table)
     for line in _facts(found):
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+        print_line(console, f"  {line}")
 
 
 def _facts(found: ClientForecast) -> list[str]:
-    from rich.filesize import decimal
-
     plan = found.configured
     lines = [
         f"delta {delta_shown(found.delta)}; {plan.trained_values:,} numbers are trained, updates clipped to "

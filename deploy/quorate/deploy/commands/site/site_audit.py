@@ -14,17 +14,20 @@ from quorate.deploy.commands.both.audit_output import (
     TokensOption,
     print_audit,
 )
-from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, configure_logging
+from quorate.deploy.commands.both.options import (
+    FolderOption,
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    configure_logging,
+)
 
 
 def site_audit(
     run_id: Annotated[
         str, typer.Argument(metavar="RUN_ID", help="A run of which this site has received the result.")
     ],
-    folder: Annotated[
-        Path,
-        typer.Option("--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to."),
-    ] = Path(),
+    folder: FolderOption = Path(),
     canaries: CanariesOption = 500,
     reference_pairs: ReferencesOption = 2,
     tokens: TokensOption = 500,

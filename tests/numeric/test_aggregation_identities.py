@@ -8,8 +8,7 @@ import pytest
 
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import FFA, FedAvg, FedEx, GlobalState
-from quorate.shared.aggregation.factors import compress
-from quorate.shared.aggregation.fedex import residual_factors
+from quorate.shared.aggregation.fedex import compress, residual_factors
 from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B, Aggregator, WeightedSum
 from quorate.shared.errors import AdapterError
 

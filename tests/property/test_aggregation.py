@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter
 from quorate.shared.aggregation import RULES, Aggregator, GlobalState, Reptile
-from quorate.shared.aggregation.factors import compress
-from quorate.shared.aggregation.fedex import residual_factors
+from quorate.shared.aggregation.fedex import compress, residual_factors
 from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 
 Matrix = npt.NDArray[np.float64]

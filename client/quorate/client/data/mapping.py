@@ -5,13 +5,12 @@ Messages name file, line and column. They may quote a label's value, never the t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quorate.client.data.boxes import objects_of
+from quorate.client.data.boxes import from_cell, objects_of
 from quorate.client.data.readers import Refuse, describe_columns, stop
 from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.config.template import TextTemplate, is_missing, is_text
@@ -130,11 +129,7 @@ class RowMapper:
 
     def _words(self, kind: Kind, value: Any, where: str) -> list[Any]:
         """Return a list of words, or of the ids of their tags; a cell of a CSV file holds it as JSON."""
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                raise DataError(f'{where}: the list is not JSON; write ["one", "two"] in the cell.') from None
+        value = from_cell(value, f'{where}: the list is not JSON; write ["one", "two"] in the cell.')
         if not isinstance(value, list | tuple):
             raise DataError(f"{where} holds a {type(value).__name__}, not a list with one entry per word.")
         if kind == "tags":
@@ -161,12 +156,8 @@ class _Labels:
     def ids(self, value: Any, where: str) -> int | list[int]:
         """Return the id of a label, or the ids of a list of labels (JSON in a CSV cell)."""
         if isinstance(value, str) and value.lstrip().startswith("[") and value not in self.index:
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                raise DataError(
-                    f'{where}: the list of labels is not JSON; write ["one", "two"] in the cell.'
-                ) from None
+            otherwise = f'{where}: the list of labels is not JSON; write ["one", "two"] in the cell.'
+            value = from_cell(value, otherwise)
         if isinstance(value, (list, tuple)):
             return sorted({self.id(item, where) for item in value})
         return self.id(value, where)
@@ -220,13 +211,8 @@ def _as_number(value: Any, where: str) -> float:
 
 def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
     """Return a conversation; a cell of a CSV file holds it as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise DataError(
-                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
-            ) from None
+    otherwise = f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
+    value = from_cell(value, otherwise)
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{where} does not hold a list of messages; give it one, or remove the row.")
     messages = []

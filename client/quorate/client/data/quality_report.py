@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quorate.client.data.quality import Report, SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.data.quality import SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.data.quality_rules import Report
 from quorate.client.data.split_key import look_beside
 from quorate.client.data.splits import image_columns
 from quorate.client.policy.site_config import SiteConfig

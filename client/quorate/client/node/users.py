@@ -1,12 +1,13 @@
-"""The users that a site's processes run as, and folders that each of them alone can read."""
+"""The users that a site's processes run as, folders that each of them alone can read, and what each can."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,3 +193,44 @@ def _blocked(path: Path, account: SystemUser) -> Path | None:
 
 def _write_secret(path: Path, owner: SystemUser | None) -> None:
     write_atomically(path, secrets.token_bytes(32), owner=(owner.uid, owner.gid) if owner else None)
+
+
+def reads(account: SystemUser, paths: Sequence[Path]) -> list[bool]:
+    """Return for each file whether a user may read it, for each folder whether it may list it; root asks.
+
+    It is found by becoming that user in a process of its own.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            os.setgroups([])
+            os.setresgid(account.gid, account.gid, account.gid)
+            os.setresuid(account.uid, account.uid, account.uid)
+            answer = json.dumps([_opens(path) for path in paths]).encode()
+            with os.fdopen(writing, "wb") as stream:
+                stream.write(answer)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        content = stream.read()
+    os.waitpid(child, 0)
+    answers: list[bool] = json.loads(content)
+    return answers
+
+
+def reads_tree(account: SystemUser, path: Path) -> list[bool]:
+    """Return the same for a file, or for every file in a folder."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return reads(account, files)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError:
+        return False
+    return True

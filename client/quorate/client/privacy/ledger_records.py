@@ -17,8 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from quorate.shared.config.config_model import ConfigModel
-from quorate.shared.config.texts import Sha256
+from quorate.shared.config.config_model import ConfigModel, Sha256
 from quorate.shared.errors import LedgerError
 from quorate.shared.privacy.privacy_event import PrivacyEvent
 

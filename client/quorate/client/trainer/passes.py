@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
-from quorate.client.trainer.checkpointing import checkpointed
 from quorate.client.trainer.dp.canaries import Canaries
 from quorate.client.trainer.dp.noise import seed_secretly
 from quorate.client.trainer.dp.per_sample import PerSample
 from quorate.client.trainer.stack import AdapterStack, Layout
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.model.lora_model import LoadedModel
+from quorate.shared.model.lora_model import LoadedModel, checkpoint_layers
 from quorate.shared.tasks.task import Batch, Example
 
 
@@ -137,3 +138,39 @@ def training_mode(stack: AdapterStack, run: RunConfig, seed: int | None) -> Iter
                 yield
         finally:
             stack.model.peft.eval()
+
+
+@contextmanager
+def checkpointed(stack: AdapterStack) -> Iterator[None]:
+    """Have the layers of the stack's model checkpointed inside the context."""
+    layers = checkpoint_layers(stack.model.peft)
+    before = [layer.training for layer in layers]
+    # Not reentrant: the input of a frozen base's first layer needs no gradient, which that kind cannot do.
+    run: Any = partial(checkpoint, use_reentrant=False, context_fn=partial(_same_dropout, stack))
+    for layer in layers:
+        layer.gradient_checkpointing, layer.training = True, True
+        layer._gradient_checkpointing_func = run
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.gradient_checkpointing, layer.training = False, training
+
+
+def _same_dropout(stack: AdapterStack) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return contexts of a layer's first pass and of its second, which draws what the first drew."""
+    generators = stack.layout.generators or ()
+    drawn_from = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = [generator.get_state() for generator in generators]
+        for generator, state in zip(generators, drawn_from, strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, now, strict=True):
+                generator.set_state(state)
+
+    return nullcontext(), again()

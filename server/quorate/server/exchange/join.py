@@ -20,8 +20,8 @@ from quorate.server.rounds.update_checks import MOST_ROWS
 from quorate.server.tracking.events import PhaseBegan, Refused, Waiting
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.config_model import NAME
 from quorate.shared.config.privacy_config import SitePrivacy
-from quorate.shared.config.texts import NAME
 from quorate.shared.errors import ConfigError, NonFiniteUpdate, ProtocolError, QuorumNotMet
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, SiteDescription, Split, Update
 from quorate.shared.protocol.phases import Phase

@@ -21,9 +21,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import NAME, ConfigModel, Name
 from quorate.shared.config.read import load_file
-from quorate.shared.config.texts import NAME, Name
 from quorate.shared.errors import ConfigError
 
 HOME = "QUORATE_HOME"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from quorate.shared.adapters.adapter import LORA_A, LORA_B, Adapter, is_lora_a, is_lora_b, lora_layers
-from quorate.shared.aggregation.factors import Matrix, compress
 from quorate.shared.aggregation.rule import (
     RESIDUAL_A,
     RESIDUAL_B,
@@ -26,6 +26,8 @@ from quorate.shared.aggregation.rule import (
 )
 from quorate.shared.errors import AdapterError
 from quorate.shared.protocol.phases import Phase
+
+Matrix = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -124,3 +126,27 @@ def _pair(arrays: Adapter, layer: str, b: str = LORA_B, a: str = LORA_A) -> tupl
             f"layer {layer} is not a linear layer, which fedex needs; choose aggregation fedavg."
         )
     return pair
+
+
+def compress(left: Matrix, right: Matrix, *, floor: float = 0.0) -> tuple[Matrix, Matrix]:
+    """Return factors of the same product with the fewest columns, by QR of both and an SVD of the core.
+
+    Args:
+        left: [m, R].
+        right: [R, n].
+        floor: singular values up to this are rounding noise as well [units of left @ right]; for factors
+            that are differences of far larger numbers, whose own size says nothing of their error.
+    Returns: left' [m, q] and right' [q, n], q the numerical rank (at most min(m, n, R), 0 for a product that
+        is numerically zero). Singular values are shared equally between the two, largest first.
+    """
+    if not left.shape[1]:
+        return left, right
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    u, values, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    # Backward error of the QRs and the product: relative to the norms of the factors, not of the product.
+    size = float(np.linalg.norm(left) * np.linalg.norm(right))
+    noise = float(np.finfo(np.float64).eps) * max(*left.shape, *right.shape) * size
+    rank = int(np.count_nonzero(values > max(noise, floor)))
+    root = np.sqrt(values[:rank])
+    return q_left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ q_right.T

@@ -22,7 +22,7 @@ from quorate.server.privacy.central_plan import useless
 from quorate.server.privacy.clipped_sum import ClippedSum
 from quorate.server.privacy.released import LEDGER_FILE, ClientPlan, ReleaseLedger
 from quorate.server.report import write_report
-from quorate.server.results.deliver import delivery
+from quorate.server.results.complete import delivery
 from quorate.server.results.outputs import measure, write_outputs
 from quorate.server.rounds.cohort import poisson_cohort
 from quorate.server.rounds.loop import Result, run_rounds

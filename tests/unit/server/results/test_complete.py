@@ -15,7 +15,7 @@ from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import exchange
 from quorate.server.exchange.join import request
-from quorate.server.results.deliver import deliver, delivery
+from quorate.server.results.complete import deliver, delivery
 from quorate.server.results.outputs import measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import Run

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from quorate.deploy.commands.both.adapter_choice import adapter_folder
 from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
+    adapter_folder,
     configure_logging,
     print_json,
 )

@@ -42,8 +42,7 @@ def site_audit(
     Example: quorate site audit 0123456789abcdef --folder ./north
     """
     configure_logging(log_level)
-    from quorate.client.audit.own_audit import audit_received
-    from quorate.client.audit.result_audit import Options
+    from quorate.client.audit.result_audit import Options, audit_received
 
     record = audit_received(folder, run_id, Options(canaries, confidence, reference_pairs, tokens))
     print_audit(record, as_json=as_json)

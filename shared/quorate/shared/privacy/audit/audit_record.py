@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from quorate.shared.config.config_model import ConfigModel
-from quorate.shared.config.texts import Sha256
+from quorate.shared.config.config_model import ConfigModel, Sha256
 from quorate.shared.privacy.audit.membership_inference import LOW_FPR, Attack
 from quorate.shared.privacy.audit.one_run import Guesses
 from quorate.shared.privacy.claim import PrivacyClaim

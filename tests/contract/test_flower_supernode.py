@@ -11,7 +11,7 @@ from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
 from quorate.client.flower.allowed_commands import GUARDED, REFUSING
 from quorate.client.flower.bundle_guard import REFUSED, REPLACED, Guard
-from quorate.client.health.admission import ADMITTED, NOT_ADMITTED
+from quorate.client.health.server_reachability import ADMITTED, NOT_ADMITTED
 from quorate.shared.errors import QuorateError
 
 

@@ -21,8 +21,7 @@ from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 from refusals import refuses
 
 from quorate.client.flower.flower_internals import EXECUTOR
-from quorate.client.node.permissions import Access
-from quorate.client.node.users import SystemUser
+from quorate.client.node.users import SystemUser, reads
 from quorate.shared.errors import QuorateError
 from quorate.shared.process import heartbeat, task_token
 
@@ -100,7 +99,7 @@ def test_nobody_else_can_open_what_the_argument_names(started: tuple[int, list[s
     assert path.read_text() == TOKEN and path.stat().st_mode & 0o777 == 0o600
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
-    assert Access(SystemUser.named("nobody")).reads([path, Path(f"/proc/{pid}/cmdline")]) == [False, True]
+    assert reads(SystemUser.named("nobody"), [path, Path(f"/proc/{pid}/cmdline")]) == [False, True]
 
 
 def test_nothing_of_the_token_stays_open_in_the_superexec(started: tuple[int, list[str]]) -> None:

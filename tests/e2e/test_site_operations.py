@@ -22,8 +22,7 @@ import pytest
 from other_users import interpreter
 from plain_flower import PlainServer, free_port, wait_until
 
-from quorate.client.node.permissions import Access
-from quorate.client.node.users import SystemUser
+from quorate.client.node.users import SystemUser, reads
 from quorate.shared.protocol.bundle import bundle_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -174,11 +173,11 @@ def test_two_users_keep_data_from_flower(site: Site) -> None:
     for program, user in (("site", own), ("supernode", supernode), ("superexec", supernode)):
         assert os.stat(f"/proc/{site.pid(program)}").st_uid == user.uid  # noqa: PTH116
     private = [site.folder / "notes.csv", site.folder / "site.yaml", site.folder / "state" / "answers.db"]
-    assert Access(own).reads(private) == [True, True, True]
-    assert Access(supernode).reads(private) == [False, False, False]
-    assert Access(supernode).reads([site.folder, site.folder / "state"]) == [False, False], "not even names"
+    assert reads(own, private) == [True, True, True]
+    assert reads(supernode, private) == [False, False, False]
+    assert reads(supernode, [site.folder, site.folder / "state"]) == [False, False], "not even names"
     keys = [site.folder / "node.key", site.folder / "state" / "supernode" / "superexec.secret"]
-    assert Access(supernode).reads(keys) == [True, True] and Access(own).reads(keys) == [False, False]
+    assert reads(supernode, keys) == [True, True] and reads(own, keys) == [False, False]
     # The message of test_our_bundle_reaches_the_site_process came through this socket.
     about = (site.folder / "state" / "site.sock").stat()
     assert (about.st_uid, about.st_gid, about.st_mode & 0o777) == (own.uid, supernode.gid, 0o660)

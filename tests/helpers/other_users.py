@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quorate.client.node.permissions import Access
-from quorate.client.node.users import SystemUser
+from quorate.client.node.users import SystemUser, reads
 
 
 def interpreter(folder: Path, users: tuple[SystemUser, SystemUser]) -> str | None:
@@ -21,7 +20,7 @@ def interpreter(folder: Path, users: tuple[SystemUser, SystemUser]) -> str | Non
     libraries = [path for path in libraries if not Path(path, "os.py").exists()]
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
         needed = [Path(python).resolve(), *map(Path, libraries)]
-        if Path(python).exists() and all(all(Access(user).reads(needed)) for user in users):
+        if Path(python).exists() and all(all(reads(user, needed)) for user in users):
             made = subprocess.run([python, "-m", "venv", "--without-pip", folder], capture_output=True)
             if made.returncode == 0:
                 (packages,) = folder.glob("lib/python*/site-packages")

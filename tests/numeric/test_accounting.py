@@ -22,7 +22,7 @@ from quorate.shared.privacy.accounting import (
 )
 from quorate.shared.privacy.calibration import LEAST_NOISE, calibrate
 from quorate.shared.privacy.privacy_event import PrivacyEvent
-from quorate.shared.privacy.second_opinion import CrossCheck, cross_checked
+from quorate.shared.privacy.run_cost import CrossCheck, cross_checked
 
 DELTA = 1e-5
 
@@ -236,7 +236,7 @@ def test_a_cross_check_survives_json_and_knows_its_limits() -> None:
 def test_its_modules_load_nothing_heavy() -> None:
     program = """
 import sys
-import quorate.shared.privacy.client_level, quorate.shared.privacy.second_opinion
+import quorate.shared.privacy.client_level, quorate.shared.privacy.run_cost
 import quorate.shared.privacy.calibration
 assert not {"torch", "scipy", "numpy", "dp_accounting", "opacus"} & sys.modules.keys()
 """

@@ -427,14 +427,14 @@ def test_detr_is_of_the_same_family(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_simulation_shows_what_is_found_where_it_is_asked_to(make_run_of: Any, tmp_path: Path) -> None:
     from quorate.server.tracking.records import Sample
-    from quorate.simulations.runner import simulate
+    from quorate.simulations.runner import SimulationOptions, simulate
 
     rows = {
         name: {split: make_rows(tmp_path / "images", 6, seed) for split in ("train", "validation", "test")}
         for seed, name in enumerate(("a", "b"))
     }
     run = make_run_of(shown_threshold=0.0)
-    summary = simulate(run, rows, tmp_path / "out", samples=2)
+    summary = simulate(run, rows, tmp_path / "out", options=SimulationOptions(samples=2))
     assert summary.best is not None and summary.best.test is not None
     assert summary.best.test.intervals == {}
     lines = (tmp_path / "out/samples/samples.jsonl").read_text().splitlines()

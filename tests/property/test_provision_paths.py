@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from quorate.client.node.enrolment import enrol
 from quorate.client.policy.site_config import ConnectionConfig
 from quorate.deploy.provision.provisioning import provision
+from quorate.shared.config.config_model import NAME
 from quorate.shared.config.read import load_file
-from quorate.shared.config.texts import NAME
 from quorate.shared.errors import ConfigError
 
 names = st.from_regex(NAME.removesuffix("$") + r"\Z").map(str)

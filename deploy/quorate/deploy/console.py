@@ -56,7 +56,6 @@ class ConsoleTracker:
                 self.summary = event.summary  # for whoever prints it
 
     def _start(self, event: Started) -> None:
-        """Name the run and its sites."""
         sites, last = event.sites, event.resumed_from
         self._rounds, self._first = event.run.federation.rounds, last + 1
         self._since = time.monotonic()
@@ -84,7 +83,6 @@ class ConsoleTracker:
             self._bar.start()
 
     def _phase(self, round: int, name: str) -> None:
-        """Say which step begins."""
         # A round after the last is none: the reference runs have rounds of their own.
         at = f"round {round}/{self._rounds} · " if 0 < round <= self._rounds else ""
         self._where, self._next_line = f"{at}{name}", 0.0

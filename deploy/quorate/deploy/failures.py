@@ -24,7 +24,6 @@ def report_failure(error: Exception, *, show_traceback: bool) -> int:
     """Say in one message what went wrong; returns the exit code.
 
     Args:
-        error: what ended the command.
         show_traceback: print the traceback of an internal error too.
     """
     if isinstance(error, QuorateError):

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from quorate.deploy.terminal import print_line
 from quorate.server.tracking.records import Evaluation, Measured, Summary
 from quorate.shared.privacy.rounding import at_most, delta_shown
 
@@ -26,7 +27,6 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
 
     Args:
         summary: as written to summary.json, also of a run that was cut short.
-        output_dir: the run's folder.
     """
     measured, evaluation = _evaluated(summary)
     if measured and evaluation:
@@ -36,34 +36,32 @@ def print_results(console: Console, summary: Summary, output_dir: Path) -> None:
             if measured == summary.best and not summary.client_privacy
             else "last model"
         )
-        console.print(
+        print_line(
+            console,
             f"{summary.metric} on {evaluation.split} rows, {kind}: after round "
             f"{measured.round} of {summary.rounds}{_interval(summary, evaluation)}",
-            markup=False,
-            soft_wrap=True,
         )
     else:
         console.print("no round was evaluated, so there is nothing to compare", markup=False)
     for site, rounds in summary.excluded.items():
         reasons = "; ".join(sorted({why.code for why in rounds.values()}))
         listed = ", ".join("joining" if number == 0 else str(number) for number in sorted(rounds))
-        console.print(f"set aside: {site} in round {listed} ({reasons})", markup=False, soft_wrap=True)
+        print_line(console, f"set aside: {site} in round {listed} ({reasons})")
     for name, why in summary.references.failed.items() if summary.references else ():
-        console.print(f"no reference: {name}: {why.reason}", markup=False, soft_wrap=True)
+        print_line(console, f"no reference: {name}: {why.reason}")
     cost = ""
     if summary.bytes:  # left out where who took part is hidden
         cost = f", {summary.seconds['total']:.0f} s, {decimal(summary.bytes['total'])} sent and received"
     console.print(f"{_ENDINGS[summary.status]}: {summary.rounds} rounds{cost}", markup=False)
     if claim := summary.client_privacy:
-        console.print(
+        print_line(
+            console,
             f"site-level privacy: epsilon {at_most(claim.epsilon)} at delta {delta_shown(claim.delta)}, "
             f"noise on the mean update {claim.noise_on_mean:.3g} times the clipping norm",
-            markup=False,
-            soft_wrap=True,
         )
     for what, path in (("adapter", output_dir / "adapter"), ("report", output_dir / "report.html")):
         if path.exists():
-            console.print(f"{what:8} {path}", markup=False, soft_wrap=True)
+            print_line(console, f"{what:8} {path}")
 
 
 def _evaluated(summary: Summary) -> tuple[Measured | None, Evaluation | None]:

@@ -26,11 +26,7 @@ app.add_typer(site)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code.
-
-    Args:
-        arguments: without the program's name; those of this process when left out.
-    """
+    """Run one command line; returns the exit code."""
     return program.run(app, arguments)
 
 

@@ -104,10 +104,7 @@ class _Reference:
     """One kind of training without the others.
 
     Args:
-        run: the federated run.
-        engine: trains and measures.
         sites: those whose test rows an adapter is measured on.
-        initial: the seeded start.
         failed: who gave no figures, and why.
     """
 

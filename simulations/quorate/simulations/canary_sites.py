@@ -57,22 +57,18 @@ class CanarySites:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The run's sites, and the canaries."""
         return (*self._engine.names, *self._canaries)
 
     def prepare(self, run: RunConfig) -> RunConfig:
-        """Make the run's own sites ready."""
         return self._engine.prepare(run)
 
     def handle_many(self, requests: Sequence[Request]) -> list[Update]:
-        """Answer requests, in order."""
         own = iter(
             self._engine.handle_many([each for each in requests if each.header.site not in self._canaries])
         )
         return [self._answer(each) if each.header.site in self._canaries else next(own) for each in requests]
 
     def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
-        """Return what each state answers to the run's own prompts."""
         return self._engine.samples(run, states)
 
     def direction(self, name: str, size: int) -> NDArray[np.float64]:
@@ -107,7 +103,6 @@ class CanarySites:
         return Update.reply(request, description=description)
 
     def _as_another(self, request: Request) -> Update:
-        """Return what a site that holds rows answers."""
         header = request.header.model_copy(update={"site": self._engine.names[0]})
         (answer,) = self._engine.handle_many([Request(request.run, header, request.arrays)])
         return answer
@@ -138,8 +133,6 @@ def audit_clients(
         run: the run, with site-level privacy.
         rows: site -> split -> rows.
         count: canaries; sites are drawn as often as in the run, so cohorts grow.
-        confidence: of the bound.
-        on_step: told of every optimiser step.
     Raises: ConfigError: too few canaries, or more than delta allows sites. QuorumNotMet, BadInput: as a run.
     """
     privacy = run.privacy

@@ -31,7 +31,6 @@ class ClientPlanForecast(ConfigModel):
     change: str
     """What differs from the run file: `as configured`, `half the rank`, `twice the rounds`, ..."""
     rounds: int
-    """Rounds of the run."""
     sampling_probability: float
     """Chance of a site to be drawn for a round."""
     expected_cohort: float
@@ -58,9 +57,7 @@ class ClientForecast(ConfigModel):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     run: str
-    """Name of the run file."""
     sites: int
-    """Sites of the sites file."""
     delta: float
     """Probability with which the claim may fail."""
     clipping_norm: float
@@ -68,7 +65,6 @@ class ClientForecast(ConfigModel):
     participation_hidden: bool
     """Whether nobody but the server learns who is drawn, so that the chance of not being drawn counts."""
     configured: ClientPlanForecast
-    """As the run file says."""
     warning: str | None
     """What the server will warn of before round 1: noise that no update comes through."""
     alternatives: tuple[ClientPlanForecast, ...]
@@ -99,7 +95,6 @@ def forecast_clients(
     """Forecast a run with site-level privacy.
 
     Args:
-        run: the run.
         rows: site -> training rows.
         measure: whether to load the base model and take a few steps of the largest site, thrown away, for
             minutes and memory.

@@ -43,16 +43,13 @@ class InProcessGrid(Grid):
         self._run = become_task(RUN_ID, SERVER_NODE)
 
     def set_run(self, run: FlowerRun) -> None:
-        """Take over Flower's description of the run."""
         self._run = run
 
     @property
     def run(self) -> FlowerRun:
-        """Flower's description of the run."""
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the sites' node ids."""
         return list(self._sites)
 
     def create_message(
@@ -63,7 +60,6 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Return a message to one site."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -86,7 +82,6 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, and pull until all are answered."""
         asked, replies = self.push_messages(messages), list[Message]()
         while stack := list(self.pull_messages(asked)):
             replies += stack

@@ -30,7 +30,6 @@ def partition(kind: Partition, rows: Rows) -> dict[str, dict[Split, list[LoadedR
 
     Args:
         kind: how; its seed decides every draw.
-        rows: the rows of each split.
     Returns: site name -> split -> rows, in the order of the sites' names as configured (alphabetical for
         `column`). Every site has training rows; it may lack validation or test rows.
     Raises: DataError: a site would be left without training rows, `min_rows` cannot be met, or a row does not
@@ -146,7 +145,6 @@ def _by_column(kind: Column, rows: Rows) -> tuple[list[str], dict[Split, npt.NDA
 
 
 def _site_of(row: LoadedRow, column: str) -> tuple[str, str]:
-    """Return the site's name and the value it comes from."""
     if column not in row.raw or is_missing(row.raw[column]):
         raise DataError(
             f"{row.source}: column {column!r} names no site; fill it in, or correct partition.column.",

@@ -51,7 +51,6 @@ class SplitHash(Record):
     """The rows of one split of one site."""
 
     rows: int
-    """How many."""
     sha256: str
     """Of their task columns, in order; of the content of image files."""
 
@@ -96,9 +95,6 @@ class Origin:
         """Describe a run that is about to start.
 
         Args:
-            config: the run.
-            sites: its sites file.
-            base_dir: the sites file's folder.
             rows: what was loaded: site name -> split -> rows.
         """
         data = sites.data[config.data]

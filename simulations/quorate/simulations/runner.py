@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -27,16 +28,29 @@ from quorate.simulations.in_process_grid import RUN_ID, SERVER_NODE, InProcessGr
 from quorate.simulations.provenance import Origin
 
 
+@dataclass(frozen=True)
+class SimulationOptions:
+    """What a simulation can be asked for besides.
+
+    Args:
+        resume: go on with the run in the output folder.
+        samples: test images that the report shows, where the task has pictures.
+        origin: where the rows came from; kept with it, so that `quorate rerun` can make it again.
+    """
+
+    resume: bool = False
+    samples: int = 0
+    origin: Origin | None = None
+
+
 def simulate(
     config: RunConfig,
     rows: Mapping[str, SiteRows],
     output_dir: Path,
     *,
-    resume: bool = False,
-    samples: int = 0,
     trackers: Sequence[Tracker] = (),
     on_step: OnStep = ignore_step,
-    origin: Origin | None = None,
+    options: SimulationOptions | None = None,
 ) -> Summary:
     """Run `config` with these sites and write everything to `output_dir`.
 
@@ -49,13 +63,9 @@ def simulate(
         summary = simulate(config, rows, Path("runs/demo"), trackers=[show])
 
     Args:
-        config: the run.
         rows: site name -> split -> rows.
         output_dir: a new folder, or with `resume` one that holds this run.
-        samples: test images that the report shows, where the task has pictures.
         trackers: callables that are told what happens, event by event; `output_dir` has it all in a file too.
-        on_step: told of every optimiser step.
-        origin: where the rows came from; kept in `output_dir`, so that `quorate rerun` can make it again.
     Returns: the summary.
     Raises: BadInput: before anything is trained, where something cannot work. QuorumNotMet,
         ModelDiverged, KeyboardInterrupt: after writing what finished rounds gave.
@@ -65,19 +75,19 @@ def simulate(
             f"federation.quorum: {config.federation.quorum} is above the number of sites ({len(rows)}: "
             f"{', '.join(rows)}); lower it to at most {len(rows)}."
         )
-    check_samples(config, samples)
+    options = options or SimulationOptions()
+    check_samples(config, options.samples)
     pooled = {POOL: pool(rows, config)} if "centralised" in config.evaluation.references else {}
     engine = Site({**rows, **pooled}, on_step=on_step, as_given=pooled)
     config = engine.prepare(config)
     with locked_output(output_dir), telling_warnings(output_dir, trackers):
-        run = Run.open(config, output_dir, resume=resume, trackers=trackers)
-        if origin is not None:
-            origin.keep(output_dir)
-        return _carry_out(run, rows, engine, samples)
+        run = Run.open(config, output_dir, resume=options.resume, trackers=trackers)
+        if options.origin is not None:
+            options.origin.keep(output_dir)
+        return _carry_out(run, rows, engine, options.samples)
 
 
 def _carry_out(run: Run, rows: Mapping[str, SiteRows], engine: Engine, samples: int) -> Summary:
-    """Run the rounds, measure what came of them, and write it."""
     grid = InProcessGrid(engine, list(rows))
     result = serve(grid, run)
 

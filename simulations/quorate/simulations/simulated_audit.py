@@ -26,9 +26,7 @@ def audit(
 
     Args:
         folder: the output folder of a simulated run that is done.
-        options: how thorough.
         site: attack this site's rows alone; site-level privacy is always audited with all of them.
-        on_step: told of every optimiser step.
     Raises: OutputError, DataError: as `reopen`. AdapterError: there is no adapter yet. ConfigError: no such
         site.
     """

@@ -35,11 +35,9 @@ def audit_mechanism(
     """Audit the private training of sites, in shared passes.
 
     Args:
-        shadow: the run's base model.
         rows: site -> its training rows.
         canaries: how many at each site; more make the bound sharper.
         confidence: of each bound.
-        on_step: told of every optimiser step.
     Raises: ConfigError: the run has no record- or group-level privacy, or too few numbers are trained.
     """
     run = shadow.run

@@ -55,11 +55,9 @@ def membership(
     """Attack a released adapter by RMIA.
 
     Args:
-        shadow: the run's base model.
         adapter_dir: what was released: the run's `adapter/`.
         rows: members and others; the reference adapters see random halves of both.
         pairs: twice as many reference adapters are trained.
-        on_step: told of every optimiser step of theirs.
     Raises: DataError: too few rows, or one that the task cannot use. AdapterError.
     """
     rows.check()

@@ -1,4 +1,4 @@
-"""Audit the result of a run: its private training, and the adapter that was released."""
+"""Audit the result of a run: its private training, and the adapter that was released, or is to be."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from quorate.client.audit.mechanism import audit_mechanism
 from quorate.client.audit.membership_attack import Rows, membership
 from quorate.client.audit.shadow_models import Shadow
 from quorate.client.audit.token_leak import NotChecked, token_leaks
+from quorate.client.models.predictions import check_adapter_dir
+from quorate.client.node.folder import SiteFolder
 from quorate.client.privacy.units import plan_of
 from quorate.client.site.data_source import SiteRows
+from quorate.client.site.delivered import RECEIVED
+from quorate.client.site.site_data import SiteData
 from quorate.client.trainer.sampling import few_shot
-from quorate.shared.adapters.peft_export import WEIGHTS_FILE
+from quorate.shared.adapters.peft_export import ADAPTER_DIR, RUN_FILE, WEIGHTS_FILE
+from quorate.shared.config.load import load_run
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.privacy.audit.audit_record import AuditRecord, MechanismAudit, MembershipAudit, TokenLeak
+from quorate.shared.errors import AuditMissing, OutputError
+from quorate.shared.privacy.audit.audit_record import (
+    AUDIT_FILE,
+    AuditRecord,
+    MechanismAudit,
+    MembershipAudit,
+    TokenLeak,
+)
+from quorate.shared.process.files import BY_UMASK, write_atomically
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.protocol.messages import Split
 from quorate.shared.tasks.task import Row
@@ -55,11 +70,7 @@ def audit_result(
     Args:
         run: the run, with its base model named as it lies here.
         config_hash: of the run as it was made.
-        adapter_dir: the exported adapter.
         rows: site -> split -> rows.
-        held_by: who runs the audit.
-        options: how thorough.
-        on_step: told of every optimiser step.
     Raises: DataError: too few rows. ConfigError, ModelError, AdapterError: as in a run.
     """
     used = {site: few_shot(run, site, splits.get("train", ())) for site, splits in rows.items()}
@@ -100,3 +111,48 @@ def audit_result(
 
 def _all(rows: Mapping[str, SiteRows], split: Split) -> list[Row]:
     return [row for splits in rows.values() for row in splits.get(split, ())]
+
+
+def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
+    """Audit STATE/received/RUN_ID; writes audit.json there.
+
+    Raises: OutputError: no such result. AdapterError, DataError, ModelError: as `audit_result`.
+    """
+    held = SiteData(SiteFolder.find(folder), looks_only=True)
+    received = held.folder.state / RECEIVED
+    if not (received / run_id).is_dir():
+        there = sorted(path.name for path in received.glob("*/")) if received.is_dir() else []
+        raise OutputError(
+            f"{received}: holds no result of run {run_id}; it has {', '.join(there) or 'none'}."
+        )
+    adapter_dir = received / run_id / ADAPTER_DIR
+    check_adapter_dir(adapter_dir)
+    run = load_run(adapter_dir / RUN_FILE)
+    (site,) = held.names
+    rows = {site: held.rows(run, site)}
+    record = audit_result(held.at_hand(run), run.content_hash, adapter_dir, rows, "site", options)
+    write_atomically(received / run_id / AUDIT_FILE, record.model_dump_json(indent=2) + "\n", BY_UMASK)
+    return record
+
+
+def check_audited(adapter_dir: Path) -> None:
+    """Hold the audit beside an adapter folder against the adapter.
+
+    Raises: AuditMissing: there is none, it is of other weights, it tried nothing, or it refutes a claim.
+        OutputError: it is damaged.
+    """
+    path = adapter_dir.parent / AUDIT_FILE
+    if not path.is_file():
+        raise AuditMissing(f"{path}: there is none; make it with `quorate audit {adapter_dir.parent}`.")
+    try:
+        record = AuditRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise OutputError(f"{path}: is damaged; audit the run again.") from error
+    if record.adapter_sha256 != hashlib.sha256((adapter_dir / WEIGHTS_FILE).read_bytes()).hexdigest():
+        raise AuditMissing(
+            f"{path}: is of another adapter than the one in {adapter_dir}; audit the run again."
+        )
+    if not record.attacks:
+        raise AuditMissing(f"{path}: tried no attack; audit the run again without leaving parts out.")
+    if record.refuted:
+        raise AuditMissing(f"{path}: {'; '.join(record.refuted)}. Find out why before the adapter is used.")

@@ -30,13 +30,7 @@ Losses = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Shadow:
-    """A base model on which adapters are trained for an audit.
-
-    Args:
-        run: the audited run.
-        model: its base.
-        stack: the adapters on it.
-    """
+    """A base model on which adapters are trained for an audit."""
 
     run: RunConfig
     model: LoadedModel
@@ -81,7 +75,6 @@ class Shadow:
 
         Args:
             rows: name -> training rows; the name decides, with the run's seed, the order of rows.
-            on_step: told of every optimiser step.
             canaries: name -> what an audit puts beside these rows.
         """
         run, task = self.run, self.run.task

@@ -50,7 +50,6 @@ def token_leaks(
     """Train each site alone for up to ROUNDS rounds and hold its last update against the vocabulary.
 
     Args:
-        shadow: the run's base model.
         rows: site -> its training rows.
         tokens: most tokens of each kind that are told apart.
         on_step: told of every optimiser step.

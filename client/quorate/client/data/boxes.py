@@ -22,20 +22,24 @@ def objects_of(value: Any, label_id: Callable[[Any, str], int], where: str) -> l
         value: `{bbox: [[x, y, width, height], ...], categories: [...]}` as the image folders and data sets of
             Hugging Face have it, or a list of `{bbox, category}`; in a CSV cell either as JSON.
         label_id: from a category and where it stands to the label's id.
-        where: the row and column, for messages.
     Raises: DataError: another form, a box that is no box, an unknown category; says which object.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise DataError(
-                f"{where}: the objects are not JSON; write {_FORMS}.", kind="objects-not-json"
-            ) from None
+    value = from_cell(value, f"{where}: the objects are not JSON; write {_FORMS}.", "objects-not-json")
     return [
         (label_id(category, f"{where}, object {number}"), *_box(box, f"{where}, object {number}"))
         for number, (box, category) in enumerate(_pairs(value, where), start=1)
     ]
+
+
+def from_cell(value: Any, otherwise: str, kind: str) -> Any:
+    """Return a value, of a text (a cell of a CSV file) what it says as JSON.
+
+    Raises: DataError: it is no JSON; with the words `otherwise`, of that `kind`.
+    """
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        raise DataError(otherwise, kind=kind) from None
 
 
 def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:

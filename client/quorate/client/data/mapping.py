@@ -5,13 +5,12 @@ Messages name file, line and column. They may quote a label's value, never the t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quorate.client.data.boxes import objects_of
+from quorate.client.data.boxes import from_cell, objects_of
 from quorate.client.data.readers import Refuse, describe_columns, stop
 from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.config.template import TextTemplate, is_missing, is_text
@@ -54,9 +53,6 @@ class RowMapper:
     def map(self, rows: Sequence[Row], refuse: Refuse = stop) -> list[LoadedRow]:
         """Map the rows of one split.
 
-        Args:
-            rows: as read.
-            refuse: told of every row that lacks something.
         Raises: DataError: a column that no row has.
         """
         known = dict.fromkeys(name for row in rows for name in row.values)
@@ -144,11 +140,8 @@ class RowMapper:
 
     def _words(self, kind: Kind, value: Any, where: str) -> list[Any]:
         """Return a list of words, or of the ids of their tags; a cell of a CSV file holds it as JSON."""
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                raise DataError(f'{where}: the list is not JSON; write ["one", "two"] in the cell.') from None
+        otherwise = f'{where}: the list is not JSON; write ["one", "two"] in the cell.'
+        value = from_cell(value, otherwise, "list-not-json")
         if not isinstance(value, list | tuple):
             raise DataError(f"{where} holds a {type(value).__name__}, not a list with one entry per word.")
         if kind == "tags":
@@ -175,19 +168,13 @@ class _Labels:
     def ids(self, value: Any, where: str) -> int | list[int]:
         """Return the id of a label, or the ids of a list of labels (JSON in a CSV cell)."""
         if isinstance(value, str) and value.lstrip().startswith("[") and value not in self.index:
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                raise DataError(
-                    f'{where}: the list of labels is not JSON; write ["one", "two"] in the cell.',
-                    kind="labels-not-json",
-                ) from None
+            otherwise = f'{where}: the list of labels is not JSON; write ["one", "two"] in the cell.'
+            value = from_cell(value, otherwise, "labels-not-json")
         if isinstance(value, (list, tuple)):
             return sorted({self.id(item, where) for item in value})
         return self.id(value, where)
 
     def id(self, value: Any, where: str) -> int:
-        """Return the id of one label."""
         if is_missing(value):
             raise DataError(f"{where} has no label; fill it in or remove the row.", kind="no-label")
         key = as_key(value)
@@ -238,14 +225,8 @@ def _as_number(value: Any, where: str) -> float:
 
 def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
     """Return a conversation; a cell of a CSV file holds it as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise DataError(
-                f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].',
-                kind="messages-not-json",
-            ) from None
+    otherwise = f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
+    value = from_cell(value, otherwise, "messages-not-json")
     if not isinstance(value, list | tuple) or not value:
         message = f"{where} does not hold a list of messages; give it one, or remove the row."
         raise DataError(message, kind="no-messages")

@@ -88,9 +88,7 @@ def content(values: Mapping[str, Any], images: Sequence[str], source: str) -> by
     so 7, 7.0, "7" and "7.0" are alike, and columns without a value are left out.
 
     Args:
-        values: as the data have them.
         images: the columns that hold images, as absolute paths or bytes.
-        source: of the row, for messages.
     Raises: DataError: an image cannot be read.
     """
     shown = [values[name] for name in images if not is_missing(values.get(name))]

@@ -13,12 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from quorate.client.data.duplicates import TARGETS, groups, input_key, near_rows, repeats
 from quorate.client.data.mapping import LABEL, LoadedRow, RowMapper
 from quorate.client.data.placement import Placement
-from quorate.client.data.quality_rules import INSPECTORS, Finding
+from quorate.client.data.quality_rules import INSPECTORS, Finding, Report, warning
 from quorate.client.data.readers import read_source
 from quorate.client.data.splits import fill_missing_splits, image_columns
 from quorate.shared.config.sites_config import SourceConfig
@@ -29,16 +27,8 @@ from quorate.shared.tasks.task import Row, Task
 
 MOST_NAMED = 20
 """Bad rows that are named; the rest is counted."""
-EXAMPLES = 3
-"""Rows that are named with a finding."""
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _PLACEHOLDERS = frozenset({"na", "n/a", "nan", "null", "none", "nil", "?", "-", "--", "unknown", "missing"})
-
-
-class Report(BaseModel):
-    """Base of the parts of a report."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
 class ColumnReport(Report):
@@ -58,7 +48,6 @@ class SourceReport(Report):
     rows: dict[Split, int]
     """Rows read, usable or not."""
     columns: dict[str, ColumnReport]
-    """Each column of the data."""
     unusable: int
     """Rows that a run would refuse."""
     problems: list[str]
@@ -69,7 +58,6 @@ class SplitReport(Report):
     """The usable rows of one split of one site."""
 
     rows: int
-    """How many."""
     labels: dict[str, int]
     """Rows (for tags: words; for objects: boxes) with each label; empty where there are no labels."""
     duplicates: int
@@ -84,16 +72,13 @@ class Overlap(Report):
     """Rows of one split whose input is in another one: what is tested was trained on."""
 
     exact: int
-    """The same input."""
     near: int
-    """Nearly the same input."""
 
 
 class SiteReport(Report):
     """One site."""
 
     name: str
-    """The site."""
     splits: dict[Split, SplitReport]
     """Each split that has rows."""
     overlaps: dict[str, Overlap]
@@ -110,10 +95,6 @@ def read_all(
     """Read a source and keep the rows that can be used.
 
     Args:
-        source: where rows come from.
-        base_dir: where relative paths start.
-        task: the run's.
-        name: for the report.
         placing: says where rows lie, see `load_splits`.
     Returns: usable rows per split, as a run would have them, and what there is to say of all rows.
     Raises: ConfigError, DataError: no row of it can be read: no such file, no header, no such column.
@@ -142,9 +123,7 @@ def inspect_site(name: str, rows: Mapping[Split, Sequence[Row]], task: Task, pro
     """Look at the usable rows of one site.
 
     Args:
-        name: the site.
         rows: split -> rows with the task's columns.
-        task: the run's.
         processor: the model's tokenizer; None leaves lengths in tokens out.
     """
     findings: list[Finding] = []
@@ -215,14 +194,14 @@ def _label_findings(labels: Mapping[Split, Mapping[str, int]]) -> list[Finding]:
     found = []
     train = labels.get("train", {})
     if absent := [name for name, count in train.items() if not count]:
-        found.append(_warning(f"train: no row of {_listed(absent)}, so this site cannot teach it"))
+        found.append(warning(f"train: no row of {_listed(absent)}, so this site cannot teach it"))
     for split, counts in labels.items():
         total, most = sum(counts.values()), max(counts.values(), default=0)
         if split != "train" and (untaught := [k for k, n in counts.items() if n and not train.get(k)]):
-            found.append(_warning(f"{split}: has rows of {_listed(untaught)}, train has none"))
+            found.append(warning(f"{split}: has rows of {_listed(untaught)}, train has none"))
         if total and len(counts) > 1 and most / total > 0.95:
             name = next(key for key, count in counts.items() if count == most)
-            found.append(_warning(f"{split}: {100 * most / total:.0f} % of the labels are {name}"))
+            found.append(warning(f"{split}: {100 * most / total:.0f} % of the labels are {name}"))
     return found
 
 
@@ -247,7 +226,7 @@ def _overlaps(
         pairs = [f"{rows[i][1].source} = {rows[j][1].source}" for i, j in exact.items()]
         pairs += [f"{rows[i][1].source} ~ {rows[j][1].source}" for i, j in close.items()]
         text = f"{inner} in {outer}: {len(exact)} rows are in both, {len(close)} more nearly so"
-        findings.append(_warning(text, pairs))
+        findings.append(warning(text, pairs))
     return found
 
 
@@ -268,12 +247,8 @@ def _disagreements(
             where.append(f"{rows[members[0]][1].source} / {rows[other][1].source}")
     if count:
         what = "label" if LABEL in targets else "target"
-        findings.append(_warning(f"{count} rows have the input of another row and another {what}", where))
+        findings.append(warning(f"{count} rows have the input of another row and another {what}", where))
     return count
-
-
-def _warning(text: str, rows: Sequence[str] = ()) -> Finding:
-    return Finding(level="warning", text=text, rows=list(rows[:EXAMPLES]))
 
 
 def _listed(names: Sequence[str]) -> str:

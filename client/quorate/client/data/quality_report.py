@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quorate.client.data.quality import Report, SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.data.quality import SiteReport, SourceReport, inspect_site, read_all
+from quorate.client.data.quality_rules import Report
 from quorate.client.data.split_key import look_beside
 from quorate.client.data.splits import image_columns
 from quorate.client.policy.site_config import SiteConfig
@@ -18,13 +19,10 @@ class DataReport(Report):
     """What `quorate data inspect` prints."""
 
     run: str
-    """Name of the run file."""
     ok: bool
     """Whether a run could use these data."""
     sources: list[SourceReport]
-    """What was read."""
     sites: list[SiteReport]
-    """What each site holds."""
     errors: list[str]
     """What would stop a run, a line each; bad rows are counted here and named with their source."""
     notes: list[str]
@@ -48,10 +46,6 @@ def own_source(site: SiteConfig, run: RunConfig) -> SourceConfig:
 def inspect_own_data(site: SiteConfig, base_dir: Path, run: RunConfig) -> DataReport:
     """Look at the data that a run would read at this site.
 
-    Args:
-        site: content of site.yaml.
-        base_dir: its folder, where relative paths start.
-        run: its data alias, task and model.
     Raises: ConfigError: site.yaml does not know the alias.
     """
     source = own_source(site, run)

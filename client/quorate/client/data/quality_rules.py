@@ -16,19 +16,23 @@ from pydantic import BaseModel, ConfigDict
 from quorate.shared.tasks.task import Kind, Row, Task
 
 _EXAMPLES = 3
+"""Rows that are named with a finding."""
 _FAR = 3.0
 """Interquartile ranges beyond the quartiles from which a number is an outlier (Tukey's outer fence)."""
 
 
-class Finding(BaseModel):
-    """Something to look at."""
+class Report(BaseModel):
+    """Base of the parts of a report."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
+
+
+class Finding(Report):
+    """Something to look at."""
 
     level: Literal["error", "warning"]
     """An error would stop a run."""
     text: str
-    """What it is."""
     rows: list[str] = []
     """The first rows it is about, `file:line`."""
 
@@ -97,7 +101,7 @@ def inspect_numbers(
         }
         if far:
             text = f"{len(far)} values of {name} are far from the rest (beyond {_FAR:g} interquartile ranges)"
-            findings.append(_warning(text, [rows[i].source for i in far]))
+            findings.append(warning(text, [rows[i].source for i in far]))
         centre, scale = getattr(task, "target_mean", None), getattr(task, "target_scale", None)
         if centre is None or not scale or not deviation:
             continue
@@ -106,7 +110,7 @@ def inspect_numbers(
                 f"{name} has mean {mean:.3g} and standard deviation {deviation:.3g}, the task expects about "
                 f"{centre:.3g} and {scale:.3g} (task.target_mean, task.target_scale)"
             )
-            findings.append(_warning(text))
+            findings.append(warning(text))
     return facts, findings
 
 
@@ -134,7 +138,7 @@ def inspect_images(
         text = f"{len(broken)} images cannot be read; replace them or remove the rows"
         findings.append(Finding(level="error", text=text, rows=broken[:_EXAMPLES]))
     if len(modes) > 1:
-        findings.append(_warning(f"images of {len(modes)} modes: {', '.join(sorted(modes))}"))
+        findings.append(warning(f"images of {len(modes)} modes: {', '.join(sorted(modes))}"))
     return {"width": _spread(widths), "height": _spread(heights), "modes": dict(modes)}, findings
 
 
@@ -169,7 +173,7 @@ def _against_limit(
         return facts, []
     share = 100 * len(cut) / len(lengths)
     text = f"{len(cut)} texts ({share:.1f} %) are longer than task.max_length {limit} and are cut"
-    return facts, [_warning(text, [rows[i].source for i in cut])]
+    return facts, [warning(text, [rows[i].source for i in cut])]
 
 
 def _damaged(texts: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[Finding]:
@@ -182,7 +186,7 @@ def _damaged(texts: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[Findin
     ):
         found = [row.source for each, row in zip(texts, rows, strict=True) if any(map(wrong, each))]
         if found:
-            findings.append(_warning(f"{len(found)} texts {what}", found))
+            findings.append(warning(f"{len(found)} texts {what}", found))
     return findings
 
 
@@ -209,5 +213,6 @@ def _control(text: str) -> bool:
     return any(unicodedata.category(each) == "Cc" and each not in "\t\n\r" for each in text)
 
 
-def _warning(text: str, rows: Sequence[str] = ()) -> Finding:
+def warning(text: str, rows: Sequence[str] = ()) -> Finding:
+    """Return a finding that stops no run, with the first of the rows that it is about."""
     return Finding(level="warning", text=text, rows=list(rows[:_EXAMPLES]))

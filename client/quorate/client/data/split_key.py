@@ -44,7 +44,6 @@ class SiteSplits:
     """The placing of one site, and its book of what was trained on.
 
     Args:
-        placing: under the site's key.
         book: path of the database; it may not be there before something was trained on.
     """
 

@@ -30,8 +30,6 @@ def load_splits(
     """Load a source's rows for a task.
 
     Args:
-        source: where rows come from, and how their columns and labels become the task's.
-        base_dir: where relative paths start.
         task_columns: columns every row must have, and what they hold afterwards.
         labels: the run's label names, in the order of their ids.
         placing: says where rows lie; left out, it follows from the seed, as at simulated sites.
@@ -70,7 +68,6 @@ def fill_missing_splits(
     Args:
         splits: rows of each split that the source has; `train` is always there.
         split: the shares; that of a split with a file of its own stays in training.
-        placing: says where each row lies.
         images: columns of the data that hold images.
     Raises: DataError: no row is left to train on.
     """
@@ -111,8 +108,6 @@ def measured_apart(
     without it the same rows are trained on and measured. To leave the measured one out would show it.
 
     Args:
-        splits: of one site.
-        placing: for digests.
         images: columns of the data that hold images.
         by_group: whether the run protects groups.
     Returns: all splits, and the digests of the rows (and groups) that are left to train on.

@@ -76,7 +76,6 @@ def activate_without_heartbeat(
     Args:
         server: HOST:PORT.
         key: the node key that signs.
-        client: how the server is reached.
     Raises: httpx.TransportError.
     """
     import httpx

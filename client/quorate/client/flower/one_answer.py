@@ -93,11 +93,9 @@ class OneAnswer:
         return int(lost.metadata.run_id)
 
     def push(self, push: Callable[..., None], *, state: Any, object_store: Any, **others: Any) -> None:
-        """Wait for the answer to the message at hand, and send it."""
         push(state=_Answering(state, object_store, self), object_store=object_store, **others)
 
     def created(self, task: int | None) -> int | None:
-        """Note the task that was made for the message at hand."""
         self._task = task
         return task
 

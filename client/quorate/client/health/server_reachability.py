@@ -1,4 +1,9 @@
-"""Whether the server can be reached as the SuperNode will: same proxy, same authority, same certificate."""
+"""Whether the server can be reached as the SuperNode will: same proxy, same authority, same certificate.
+
+And whether it has admitted this site's node key, asked in a way that changes nothing there: Flower tells that
+when a node is activated alone. It looks the key up first, then at the heartbeat that is promised: one of 0
+seconds is refused, and so nothing is activated.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from quorate.client.health.admission import judge, knock
 from quorate.client.health.credentials import RENEW_SERVER
 from quorate.client.node.folder import SiteFolder
 from quorate.shared.errors import ConfigError, NotReady, QuorateError
@@ -19,6 +25,8 @@ from quorate.shared.process.looks import Line, check_days, line
 
 SERVER, CERTIFICATE, ADMISSION = "server", "server certificate", "admission"
 """Names of the lines on the server."""
+ADMITTED, NOT_ADMITTED = 2003, 2004
+"""Flower's codes of an activation that promises a wrong heartbeat, and of one with an unknown key."""
 _SECONDS = 15.0
 _AHEAD_SECONDS, _BEHIND_SECONDS = 5, 300
 """How far this machine's clock may be off before Flower takes its signatures for stale."""
@@ -34,7 +42,6 @@ class ServerReply:
 
     Args:
         reply: to a request that asks for nothing.
-        certificate: what the server showed.
         via: through which proxy, in words; empty: directly.
     """
 
@@ -49,7 +56,6 @@ def server_lines(
     """Look at the way to the server, at the certificate that it shows, and at what it says to the node key.
 
     Args:
-        site: its folder.
         signed: ask with the node key too, which takes Flower, and so a few seconds.
         connected: whether the SuperNode gets through; where this command does not, it has another proxy or
             other rights, and nothing is wrong with the site.
@@ -176,3 +182,50 @@ def _proxy(server: str) -> str | None:
     proxies = getproxies()
     found = proxies.get("https") or proxies.get("all")
     return None if found is None else found.rpartition("@")[2].removeprefix("http://")
+
+
+def knock(site: SiteFolder, client: httpx.Client) -> httpx.Response:
+    """Send a signed request for an activation that cannot be.
+
+    Args:
+        site: whose node key signs it.
+    Raises: ConfigError: the node key is none. httpx.TransportError.
+    """
+    from quorate.client.flower.flower_internals import activate_without_heartbeat
+
+    private = load_ssh_private_key(site.node_key.read_bytes(), None)
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError(
+            f"{site.node_key}: must be an ECDSA key; make one with `quorate site enrol --renew`."
+        )
+    refusal = activate_without_heartbeat(site.connection.server, private, client)
+    if refusal is None:
+        raise ConfigError(
+            "this version of flwr activates a node without a heartbeat; install the one asked for."
+        )
+    return refusal
+
+
+def judge(site: SiteFolder, reply: httpx.Response) -> str:
+    """Say what the answer to `knock` means. Raises: NotReady: the key is not admitted."""
+    try:
+        code = int(reply.json()["code"])
+    except (ValueError, KeyError, TypeError):  # nginx's own words, or another version of Flower
+        code = 0
+    if code == ADMITTED:
+        return "the node key is admitted"
+    name = site.connection.site
+    if code == NOT_ADMITTED:
+        raise NotReady(
+            "the coordinator has not admitted this node key, or has revoked it; send "
+            f"{site.path / 'node.pub'} for `quorate server admit {name} node.pub`."
+        )
+    if reply.status_code == 403:
+        raise NotReady(
+            f"the server takes the client certificate of this site with another node key alone; have the "
+            f"coordinator look at both with `quorate certificates list`, and sign or admit {name} anew."
+        )
+    raise NotReady(
+        f"the server does not say whether this node key is admitted (HTTP {reply.status_code}: "
+        f"{reply.text[:200]}); is it of this release of Quorate?"
+    )

@@ -11,8 +11,7 @@ from quorate.client.health.server_reachability import server_lines
 from quorate.client.health.site_conditions import certificates, storage
 from quorate.client.health.site_file import check_process
 from quorate.client.node.folder import SITE_YAML, SiteFolder, local_data
-from quorate.client.node.permissions import Access
-from quorate.client.node.users import SystemUser, accounts
+from quorate.client.node.users import SystemUser, accounts, reads, reads_tree
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError, DataError, ModelError
 from quorate.shared.process.looks import Line, line
@@ -69,7 +68,7 @@ def _users(site: SiteFolder) -> str:
     python = Path(sys.executable).resolve()
     for user in both:
         for path in (python, Path(quorate.client.__file__)):
-            if not Access(user).reads([path])[0]:
+            if not reads(user, [path])[0]:
                 raise ConfigError(
                     f"user {user.name} cannot read {path}; install Python and quorate where every user may "
                     "read them, such as /opt/quorate."
@@ -77,12 +76,12 @@ def _users(site: SiteFolder) -> str:
     for alias, path in local_data(site).items():
         if path.resolve().is_relative_to(site.path):
             continue  # `site start` gives it to the site's user alone
-        if not all(Access(own).reads_tree(path)):
+        if not all(reads_tree(own, path)):
             raise DataError(
                 f"data.{alias}: user {own.name} cannot read {path}; allow it with "
                 f"`chown -R {own.name} {path}`."
             )
-        if any(Access(supernode).reads_tree(path)):
+        if any(reads_tree(supernode, path)):
             raise ConfigError(
                 f"data.{alias}: user {supernode.name}, which talks to the coordinator, can read {path}; "
                 f"forbid it with `chmod -R go-rwx {path}`."
@@ -96,7 +95,7 @@ def _models_are_readable(site: SiteFolder, own: SystemUser) -> None:
 
     for model in site.config.models:
         folder = find(model.path, site.path)
-        if not all(Access(own).reads_tree(folder)):
+        if not all(reads_tree(own, folder)):
             raise ModelError(
                 f"models: user {own.name} cannot read {folder}; allow it with `chmod -R a+rX {folder}`, and "
                 "the folders above it with `chmod a+x`."
@@ -105,27 +104,17 @@ def _models_are_readable(site: SiteFolder, own: SystemUser) -> None:
 
 def _model(site: SiteFolder, index: int) -> str:
     from quorate.client.models.base_models import find
+    from quorate.shared.model.base_model import whole_files
 
     model = site.config.models[index]
     folder = find(model.path, site.path)
-    found = _weights(folder)
+    _, found = whole_files(folder)
     if found != model.sha256:
         raise ModelError(
             f"{folder}: its weights have sha256 {found}, {SITE_YAML} says {model.sha256}; get the right "
             "model, or correct the hash if this one is meant."
         )
     return f"{folder}, sha256 {found[:12]}... as it should be"
-
-
-def _weights(folder: Path) -> str:
-    """Return the hash of a model's weights, as a run file names it. Raises: ModelError."""
-    from quorate.shared.model.base_model import hash_files
-    from quorate.shared.model.weights import check_files, weights_sha256
-
-    files = hash_files(folder)
-    found = weights_sha256(files, folder)
-    check_files(folder, files)
-    return found
 
 
 def _data(site: SiteFolder, alias: str) -> str:
@@ -184,12 +173,13 @@ def _run(site: SiteFolder, run_path: Path) -> str:
 def _pinned(site: SiteFolder, run: RunConfig) -> tuple[RunConfig, str]:
     """Return the run with its base model's hash, which `quorate run` fills in, and a remark on it."""
     from quorate.client.models.base_models import find
+    from quorate.shared.model.base_model import whole_files
 
     named, listed = run.model.model_name_or_path, [model.sha256 for model in site.config.models]
     if run.model.sha256 is not None or not listed:  # where there is no model at all, the policy says so
         return run, ""
     try:
-        sha256 = _weights(find(named, Path.cwd()))
+        _, sha256 = whole_files(find(named, Path.cwd()))
         remark = f"; the run file names no model.sha256, that of {named} is {sha256[:12]}..."
     except ModelError:  # it is the coordinator's copy that will be hashed
         sha256 = listed[0]

@@ -31,22 +31,16 @@ class ServerContact(ConfigModel):
     detail: str
     """Kind of failure, or HTTP status."""
     since: datetime | None
-    """Since when it is so."""
 
 
 class SiteStatus(ConfigModel):
     """What `quorate site status` tells."""
 
     site: str
-    """Name of the site."""
     federation: str
-    """Name of the federation."""
     running: bool
-    """Whether the site was started."""
     programs: dict[str, ProgramState]
-    """Name -> program."""
     server: ServerContact
-    """The connection."""
     base_model_loaded: bool
     """Whether the site process holds a base model; it loads one when a run first asks."""
     site_file: SiteFileState | None

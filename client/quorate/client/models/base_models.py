@@ -28,8 +28,6 @@ def at_site(run: RunConfig, site: SiteConfig, base_dir: Path) -> RunConfig:
 
     Args:
         run: as the coordinator sent it, with model.sha256.
-        site: the site's configuration.
-        base_dir: site.yaml's folder, where relative paths start.
     Raises: ModelError: the site does not list this model, or its folder is not there.
     """
     for model in site.models:
@@ -66,7 +64,6 @@ class Imported:
     """A model that was delivered as an archive.
 
     Args:
-        folder: where it lies now.
         sha256: of its weights, as a run file pins it.
         left_out: names in the archive that are no model files.
     """
@@ -88,13 +85,11 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
 
     Args:
         archive: holds the files of one model, at its top or in one folder.
-        models_dir: where models lie at this site.
         sha256: what its weights must hash to, as agreed with the coordinator.
     Raises: ModelError: not an archive, a link or a path out of it, another hash, files cut off.
         ConfigError: `models_dir` cannot be written.
     """
-    from quorate.shared.model.base_model import hash_files  # torch: only when it is needed
-    from quorate.shared.model.weights import check_files, weights_sha256
+    from quorate.shared.model.base_model import whole_files  # torch: only when it is needed
 
     try:
         if not models_dir.is_dir():
@@ -105,9 +100,7 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
         raise ConfigError(f"{models_dir}: {error.strerror}; choose a folder that can be written.") from error
     try:
         left_out = _unpack(archive, work)
-        files = hash_files(work)
-        found = weights_sha256(files, work)
-        check_files(work, files)
+        _, found = whole_files(work)
         if sha256 is not None and found != sha256:
             raise ModelError(
                 f"{archive}: its weights have sha256 {found}, not {sha256}; get the right archive.",

@@ -30,7 +30,6 @@ def predict(
         adapter_dir: the `adapter/` folder of a run.
         inputs: texts, prompts, or paths of images.
         images: whether they are paths of images.
-        batch_size: inputs in one forward pass.
     Returns: per input what the task's `predictions` says, such as `label` and `scores`, `entities`, or
         `completion`.
     Raises: AdapterError: the folder is not such an adapter, or takes the other kind of input. ModelError: its

@@ -37,11 +37,7 @@ class ConnectionState:
 
 
 class Contact:
-    """Writes the file; its time of change is that of the last request.
-
-    Args:
-        path: the file.
-    """
+    """Writes the file; its time of change is that of the last request."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

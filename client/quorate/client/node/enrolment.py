@@ -6,6 +6,7 @@ there is a second key pair, whose certificate the coordinator signs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,6 @@ def enrol(folder: Path, *, renew: bool = False) -> Enrolment:
     Interrupted at any moment, it goes on where it stopped when called again.
 
     Args:
-        folder: the unpacked start-up kit.
         renew: make new keys; the old ones are kept beside them, with the time in their names.
     Raises: ConfigError: the folder is no kit, or a key in it is no key of ours. OutputError: not writable.
     """
@@ -99,12 +99,7 @@ def signing_request(key: ec.EllipticCurvePrivateKey, site: str) -> bytes:
 def _node_key(folder: Path, connection: ConnectionConfig, made: list[str]) -> Path:
     """Make node.key if there is none, and node.pub unless it is that key's; returns node.pub."""
     private, public = folder / NODE_KEY, folder / NODE_PUB
-    if private.exists():
-        key = _load(private)
-    else:
-        key = new_key()
-        write_atomically(private, node_private_bytes(key), PRIVATE)
-        made.append(NODE_KEY)
+    key = _key(private, node_private_bytes, made)
     line = node_public_bytes(key.public_key(), connection.site)
     if not public.exists() or public.read_bytes() != line:
         write_atomically(public, line, PUBLIC)
@@ -115,16 +110,23 @@ def _node_key(folder: Path, connection: ConnectionConfig, made: list[str]) -> Pa
 def _client_key(folder: Path, connection: ConnectionConfig, made: list[str]) -> Path:
     """Make client.key if there is none, and client.csr unless it is that key's; returns client.csr."""
     private, request = folder / CLIENT_KEY, folder / CLIENT_CSR
-    if private.exists():
-        key = _load(private)
-    else:
-        key = new_key()
-        write_atomically(private, client_private_bytes(key), PRIVATE)
-        made.append(CLIENT_KEY)
+    key = _key(private, client_private_bytes, made)
     if not _asks_for(request, key):  # signatures are random: an equal request would have other bytes
         write_atomically(request, signing_request(key, connection.site), PUBLIC)
         made.append(CLIENT_CSR)
     return request
+
+
+def _key(
+    path: Path, encode: Callable[[ec.EllipticCurvePrivateKey], bytes], made: list[str]
+) -> ec.EllipticCurvePrivateKey:
+    """Return the private key that lies there, making it if there is none."""
+    if path.exists():
+        return _load(path)
+    key = new_key()
+    write_atomically(path, encode(key), PRIVATE)
+    made.append(path.name)
+    return key
 
 
 def _asks_for(path: Path, key: ec.EllipticCurvePrivateKey) -> bool:

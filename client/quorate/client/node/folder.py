@@ -70,22 +70,18 @@ class SiteFolder:
 
     @property
     def ca(self) -> Path:
-        """Certificate of the federation's authority."""
         return self.path / "ca.crt"
 
     @property
     def node_key(self) -> Path:
-        """Private key that this site is known by."""
         return self.path / "node.key"
 
     @property
     def client_key(self) -> Path:
-        """Private key of mutual TLS."""
         return self.path / "client.key"
 
     @property
     def client_crt(self) -> Path:
-        """Certificate of mutual TLS."""
         return self.path / "client.crt"
 
     @cached_property
@@ -100,7 +96,6 @@ class SiteFolder:
 
     @property
     def ledger(self) -> Path:
-        """Folder of the privacy ledger's database."""
         return self.state / "ledger"
 
     @property
@@ -115,27 +110,22 @@ class SiteFolder:
 
     @property
     def socket(self) -> Path:
-        """Where the site process listens."""
         return socket_of(self.state)
 
     @property
     def bin(self) -> Path:
-        """Commands for Flower."""
         return self.state / "bin"
 
     @property
     def logs(self) -> Path:
-        """Output of the programs."""
         return self.state / "logs"
 
     @property
     def supervisor(self) -> Path:
-        """Lock and status of the supervisor."""
         return self.state / "supervisor"
 
     @property
     def supernode(self) -> Path:
-        """Home of the SuperNode."""
         return self.state / "supernode"
 
     @property
@@ -145,7 +135,6 @@ class SiteFolder:
 
     @property
     def contact(self) -> Path:
-        """How the SuperNode stands with the server."""
         return self.supernode / "contact.json"
 
 

@@ -68,8 +68,6 @@ def flower_programs(
     """Return the SuperNode, and the executor that starts our guarding launcher for it.
 
     Args:
-        site: its folder.
-        ports: loopback ports.
         server: HOST:PORT that the SuperNode connects to; the server's when left out.
         ca: whose certificate is trusted there; the federation's authority when left out.
     """

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from quorate.client.flower.allowed_commands import GUARDED, write_commands
-from quorate.client.node.folder import SiteFolder, socket_of
+from quorate.client.node.folder import SiteFolder
 from quorate.client.node.names import Half
 from quorate.client.node.supervise import become_supervisor
 from quorate.client.node.tls_forwarder import connecting_programs
@@ -35,13 +35,7 @@ class NodeFolder(SiteFolder):
 
     @property
     def state(self) -> Path:
-        """What the processes write."""
         return self.path / "state"
-
-    @property
-    def socket(self) -> Path:
-        """Where the site process listens."""
-        return socket_of(self.state)
 
     @property
     def logs(self) -> Path:

@@ -1,12 +1,13 @@
-"""The users that a site's processes run as, and folders that each of them alone can read."""
+"""The users that a site's processes run as, folders that each of them alone can read, and what each can."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,7 @@ from quorate.shared.process.files import write_atomically
 
 @dataclass(frozen=True)
 class SystemUser:
-    """An operating-system user.
-
-    Args:
-        name: of the user.
-        uid: number of the user.
-        gid: number of its primary group.
-        home: its home directory.
-    """
+    """An operating-system user."""
 
     name: str
     uid: int
@@ -43,8 +37,7 @@ class SystemUser:
         except KeyError:
             raise ConfigError(
                 f"users: there is no user {name!r} on this machine; make it with "
-                f"`useradd --system --no-create-home {name}`, or take `users` out of site.yaml.",
-                kind="no-user",
+                f"`useradd --system --no-create-home {name}`, or take `users` out of site.yaml."
             ) from None
         return cls(name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
 
@@ -60,8 +53,7 @@ def accounts(users: UsersConfig | None) -> tuple[SystemUser, SystemUser] | None:
     if site.uid == supernode.uid or supernode.uid == 0:
         raise ConfigError(
             "users: site and supernode must be two users, and supernode not root, or one could read the "
-            "other's files.",
-            kind="one-user-for-both",
+            "other's files."
         )
     if os.geteuid() != 0:
         raise ConfigError(
@@ -165,9 +157,7 @@ def _prepare_for_two(site: SiteFolder, own: SystemUser, supernode: SystemUser) -
 
 def _folder(path: Path, mode: int, uid: int = -1, gid: int = -1) -> None:
     if path.is_symlink():
-        raise ConfigError(
-            f"{path}: must be a folder, not a link; put the folder itself there.", kind="link-for-a-folder"
-        )
+        raise ConfigError(f"{path}: must be a folder, not a link; put the folder itself there.")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chown(path, uid, gid)
     path.chmod(mode)  # after chown, which may clear setgid
@@ -203,3 +193,44 @@ def _blocked(path: Path, account: SystemUser) -> Path | None:
 
 def _write_secret(path: Path, owner: SystemUser | None) -> None:
     write_atomically(path, secrets.token_bytes(32), owner=(owner.uid, owner.gid) if owner else None)
+
+
+def reads(account: SystemUser, paths: Sequence[Path]) -> list[bool]:
+    """Return for each file whether a user may read it, for each folder whether it may list it; root asks.
+
+    It is found by becoming that user in a process of its own.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            os.setgroups([])
+            os.setresgid(account.gid, account.gid, account.gid)
+            os.setresuid(account.uid, account.uid, account.uid)
+            answer = json.dumps([_opens(path) for path in paths]).encode()
+            with os.fdopen(writing, "wb") as stream:
+                stream.write(answer)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        content = stream.read()
+    os.waitpid(child, 0)
+    answers: list[bool] = json.loads(content)
+    return answers
+
+
+def reads_tree(account: SystemUser, path: Path) -> list[bool]:
+    """Return the same for a file, or for every file in a folder."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return reads(account, files)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError:
+        return False
+    return True

@@ -76,7 +76,6 @@ class AnswerStore:
             ) from error
 
     def handle(self, request: Request) -> Update:
-        """Answer a request; one that is refused by its code."""
         try:
             stored = self.stored(request)
             if stored is not None:
@@ -103,14 +102,12 @@ class AnswerStore:
             raise self._unusable(error) from error
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     def _unusable(self, error: sqlite3.Error) -> OutputError:
         return OutputError(f"{self._path}: {error}; free some space, or mend the file's rights.")
 
     def _bind(self, request: Request) -> None:
-        """Tie the run's id to its configuration."""
         run_id, config_hash = request.header.run_id, request.header.config_hash
         # One statement, so that the first configuration wins and no kill comes between.
         ((known,),) = self._db.execute(
@@ -126,7 +123,6 @@ class AnswerStore:
             )
 
     def _stored(self, request: Request) -> Update | None:
-        """Return the answer that this very request got; None when it is new."""
         run_id, phase, round, split, input_hash = key = _key(request)
         row = self._db.execute(
             "SELECT message FROM answers WHERE (run_id, phase, round, split, input_hash) = (?, ?, ?, ?, ?)",

@@ -57,7 +57,6 @@ def approve(state: Path, run_id: str) -> Path:
     """Approve the run that waits under `run_id`, as it asked.
 
     Args:
-        state: the site's state folder.
         run_id: as the site's log and `quorate runs list` show it.
     Returns: the configuration (JSON) that is approved now, for the person to read.
     Raises: ConfigError: no such run has asked here. OutputError: the folder cannot be written.
@@ -83,7 +82,6 @@ def withdraw(state: Path, run_id: str) -> None:
     What the site sent before stays with the coordinator.
 
     Args:
-        state: the site's state folder.
         run_id: as the site's log and `quorate runs list` show it.
     Raises: ConfigError: that is no run id. OutputError: the folder cannot be written.
     """

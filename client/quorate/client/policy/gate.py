@@ -24,7 +24,6 @@ class Gate:
     """A handler that lets through what the policy allows.
 
     Args:
-        site: the site's own configuration.
         state: the site's state folder, where approvals lie.
         inner: answers what is let through.
     """
@@ -35,7 +34,6 @@ class Gate:
         self._inner = inner
 
     def handle(self, request: Request) -> Update:
-        """Answer a request; one outside the policy by a code."""
         try:
             admit(request, self._site, self._state)
         except Exception as error:  # whatever it is, only its code leaves
@@ -49,10 +47,6 @@ class Gate:
 def admit(request: Request, site: SiteConfig, state: Path) -> None:
     """Hold a request against the site's policy. Reads no data and no model.
 
-    Args:
-        request: what is asked, and of which run.
-        site: the site's own configuration.
-        state: the site's state folder, where approvals lie.
     Raises: RequestRefused: a rule says no. ProtocolError, NonFiniteUpdate: the message is wrong in itself.
     """
     run, policy, run_id = request.run, site.policy, request.header.run_id
@@ -117,8 +111,6 @@ def check_steps(site: SiteConfig, run: RunConfig, units: int) -> None:
     What is counted is passes and rows, as one optimiser step may be any number of either.
 
     Args:
-        site: the site's own configuration.
-        run: the run's.
         units: training rows (or groups, where they are what is protected) that the run uses here.
     Raises: RequestRefused: there are too many.
     """

@@ -46,7 +46,6 @@ class WorkLimits:
         self._before = 0.0
 
     def handle(self, request: Request) -> Update:
-        """Answer a request; one beyond a limit by a code."""
         try:
             self._admit(request)
             # A run need not join: its first message, whatever it is, is held against the data as they are.

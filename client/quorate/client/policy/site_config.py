@@ -7,9 +7,8 @@ from typing import Annotated, Self, get_args
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from quorate.shared.aggregation import RULES
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import ConfigModel, Name, Sha256
 from quorate.shared.config.sites_config import SourceConfig
-from quorate.shared.config.texts import Name, Sha256
 
 UserName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 

@@ -54,11 +54,6 @@ def places(source: str, base_dir: Path, where: str) -> tuple[str, ...]:
 
     Both, so that neither a second link to the data nor a link that points elsewhere tomorrow begins a new
     count. Nothing has to be there.
-
-    Args:
-        source: as in site.yaml.
-        base_dir: where relative paths start.
-        where: for messages.
     Raises: ConfigError: an unset variable.
     """
     text = expand(source, where)
@@ -83,8 +78,6 @@ def spending(
 
     Args:
         run: its configuration, with record- or group-level privacy.
-        site: the site's own.
-        base_dir: folder of site.yaml.
         event_of: what one round of the run does here, which takes the number of units.
     Raises: DataError, ConfigError, RequestRefused: of `event_of`.
     """
@@ -96,13 +89,7 @@ def spending(
 
 @dataclass(frozen=True)
 class Budgets:
-    """The budgets of one site.
-
-    Args:
-        site: its configuration.
-        base_dir: folder of site.yaml.
-        accountant: composes events.
-    """
+    """The budgets of one site."""
 
     site: SiteConfig
     base_dir: Path
@@ -152,7 +139,6 @@ class Budgets:
         """Refuse what would take a data set above its cap.
 
         Args:
-            spending: of the run.
             entries: all reservations of the ledger.
             more: what is to come on top of them.
         Raises: RequestRefused: with rule, value and remedy.

@@ -49,11 +49,9 @@ class SiteForecast(ConfigModel):
     """One site's part of the run."""
 
     site: str
-    """Its name."""
     unit: Literal["record", "group"]
     """What one difference between neighbouring data sets is."""
     rows: int
-    """Its training rows."""
     clipping_norm: float
     """L2 norm to which a unit's gradient is clipped."""
     privacy: Forecast
@@ -81,7 +79,6 @@ class RunForecast(ConfigModel):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     run: str
-    """Name of the run file."""
     largest_epsilon: float
     """Of the site that spends most; infinite where the noise is too little for any, which a run refuses."""
     device: str | None = None
@@ -89,7 +86,6 @@ class RunForecast(ConfigModel):
     peak_memory_bytes: int | None = None
     """The most memory that this process held until the last step (on CUDA: that was allocated there)."""
     sites: tuple[SiteForecast, ...]
-    """By site."""
 
 
 def site_privacy(run: RunConfig) -> SitePrivacy:
@@ -123,7 +119,6 @@ def forecast_sites(
     thrown away; else its weights are left alone.
 
     Args:
-        run: the run.
         rows: site -> training rows.
         measure: whether to take these steps.
         device: where to; the first visible GPU, else the CPU, when left out.
@@ -170,8 +165,6 @@ def forecast_own(site: SiteConfig, base_dir: Path, run: RunConfig, *, measure: b
 
     Args:
         site: content of site.yaml. Its own copy of the base model is used where the run file names the hash.
-        base_dir: its folder, where relative paths start.
-        run: the coordinator's run file.
         measure: as for `forecast_sites`.
     Raises: as `forecast_sites`; ConfigError: site.yaml does not know the alias; ModelError: it lists no such
         model; LedgerError: the ledger beside it is not what was written.
@@ -221,7 +214,6 @@ def traffic(run: RunConfig, schema: Schema, share: float = 1.0) -> tuple[int, in
     """Return the adapter bytes that a site is expected to send and to receive in all rounds.
 
     Args:
-        run: the run.
         schema: name -> shape of the adapter's arrays.
         share: its chance of being asked to train in a round; it is asked to measure whether it was or not.
     """

@@ -31,7 +31,6 @@ class BudgetForecast(ConfigModel):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     data: str
-    """Data alias."""
     group: str | None
     """Column of the groups; None: by record."""
     delta: float
@@ -66,8 +65,6 @@ def against_ledger(run: RunConfig, site: SiteConfig, base_dir: Path, found: Fore
 
     Args:
         run: with record- or group-level privacy.
-        site: content of site.yaml.
-        base_dir: its folder.
         found: the forecast for the site's rows.
     Raises: LedgerError: the ledger is not what was written. ConfigError: a source names an unset variable.
     """

@@ -96,12 +96,10 @@ class Ledger:
 
     @property
     def rows(self) -> tuple[Reservation | Commit, ...]:
-        """All rows, in order."""
         return tuple(self._rows)
 
     @property
     def head(self) -> str:
-        """Hash of the newest row."""
         return self._rows[-1].hash if self._rows else BEFORE_ALL
 
     @property

@@ -17,8 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from quorate.shared.config.config_model import ConfigModel
-from quorate.shared.config.texts import Sha256
+from quorate.shared.config.config_model import ConfigModel, Sha256
 from quorate.shared.errors import LedgerError
 from quorate.shared.privacy.privacy_event import PrivacyEvent
 
@@ -30,9 +29,7 @@ class RequestKey(ConfigModel):
     """What makes a request to train this one and no other."""
 
     run_id: str
-    """The run."""
     config_hash: str
-    """SHA-256 of the run's configuration."""
     round: int
     """Round, from 1."""
     input_hash: str
@@ -72,7 +69,6 @@ class _Row(ConfigModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical text, in hex."""
         return digest(self.canonical)
 
 
@@ -80,7 +76,6 @@ class Reservation(_Row):
     """Spending, written before the training that it pays for. It counts in full from now on, for good."""
 
     kind: Literal["reserve"] = "reserve"
-    """The kind of row."""
     alias: str
     """Data alias that the run named."""
     protects: ProtectedData
@@ -95,7 +90,6 @@ class Commit(_Row):
     """An answer that was about to leave the site."""
 
     kind: Literal["commit"] = "commit"
-    """The kind of row."""
     reservation: int = Field(ge=1)
     """Number of the row that reserved what the answer cost."""
     answer: Sha256
@@ -108,13 +102,7 @@ _ROW: TypeAdapter[Reservation | Commit] = TypeAdapter(Row)
 
 @dataclass(frozen=True)
 class StoredRow:
-    """A row as the database has it, believed in nothing.
-
-    Args:
-        seq: its number there.
-        content: its text.
-        hash: what is stored as its hash.
-    """
+    """A row as the database has it, believed in nothing."""
 
     seq: object
     content: object

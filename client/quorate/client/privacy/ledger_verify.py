@@ -142,8 +142,6 @@ def verify(database: Path, anchor: Anchor, noted: str | None = None) -> Verdict:
     """Check a ledger that may be in use meanwhile. Changes nothing.
 
     Args:
-        database: `ledger.db`.
-        anchor: its heads.
         noted: a head that somebody wrote down, or the beginning of it; it must be one of the chain.
     Raises: OutputError: something cannot be read.
     """
@@ -174,7 +172,6 @@ def against_heads(
         rows: those of them that are proven, from the first.
         before: the anchor just before they were read.
         after: and just after.
-        anchor: its path, for messages.
     Returns: what is wrong.
     """
     if after.newest < 0:

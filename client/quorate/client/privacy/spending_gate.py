@@ -83,7 +83,6 @@ class SpendingGate:
         return self._ledger
 
     def close(self) -> None:
-        """Close the ledger."""
         if self._ledger is not None:
             self._ledger.close()
 

@@ -42,7 +42,6 @@ class Chain:
     answered: AnswerStore
 
     def answer(self, message: RoundRequest) -> Update:
-        """Answer one message."""
         return self.recorded.answer(message)
 
     def on_step(self, event: StepEvent) -> None:
@@ -64,7 +63,6 @@ def build_chain(folder: SiteFolder, at_site: SiteData, engine: Engine) -> Chain:
     Args:
         folder: the site's, as it is when the process starts.
         at_site: what it holds; told when site.yaml has changed, and when a run begins.
-        engine: trains.
     Raises: OutputError: the stored answers, or the book of runs, cannot be opened.
     """
     book = RunHistory(folder.state / RUNS)

@@ -57,11 +57,7 @@ class SiteUnavailable(QuorateError):
 
 
 class RemoteSite:
-    """A resident site process behind a Unix socket; closed by `with`.
-
-    Args:
-        socket: its path.
-    """
+    """A resident site process behind a Unix socket; closed by `with`."""
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -91,7 +87,6 @@ class RemoteSite:
         self.close()
 
     def close(self) -> None:
-        """Let go of the socket."""
         self._channel.close()
 
     def ask(self, message: bytes, timeout: float | None = None) -> bytes:

@@ -50,7 +50,6 @@ class SiteService:
     """The service of one site.
 
     Args:
-        answer: answers messages, one at a time.
         site: this site's name; a request for another one is refused.
         socket: where to listen; a dead process's socket is replaced.
         max_bytes: largest message that is read.

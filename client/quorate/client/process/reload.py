@@ -52,7 +52,6 @@ class SiteFileGate:
         self._tell()
 
     def handle(self, request: Request) -> Update:
-        """Answer a request; one outside the policy, or while there is none, by a code."""
         try:
             config = self.config()
         except QuorateError as error:

@@ -24,9 +24,7 @@ class MessageRecorder:
     """Reads messages, has them answered, and writes down who asked what, and what left.
 
     Args:
-        book: of the site's runs.
         connection: whose coordinator asks.
-        inner: answers.
     """
 
     def __init__(self, book: RunHistory, connection: ConnectionConfig, inner: Handler) -> None:

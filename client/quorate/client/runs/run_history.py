@@ -110,7 +110,6 @@ class RunHistory:
             self._db.execute("DELETE FROM in_hand")
 
     def close(self) -> None:
-        """Close the database."""
         self._db.close()
 
     def begin(self, asked: Asked, phase: str, round: int) -> None:
@@ -150,9 +149,6 @@ class RunHistory:
         """Note what came of the message in hand.
 
         Args:
-            asked: the run.
-            phase: of the message.
-            round: of the message.
             left: what it lets out; None where it is refused.
             code: why it is refused, as the coordinator learns it.
             why: the same in words, which stay here.

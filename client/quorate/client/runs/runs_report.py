@@ -36,7 +36,6 @@ class InHand(ConfigModel):
     phase: str
     """As the coordinator asked: join, fit, evaluate, alone, finish."""
     round: int
-    """Of the run."""
     since: datetime
     """When it came (UTC)."""
     step: int | None
@@ -62,7 +61,6 @@ class RunAtSite(ConfigModel):
     run_id: str
     """Its id, for `quorate site approve` and `withdraw`."""
     name: str
-    """Its name in the run file."""
     state: State
     """`working` on a message now; `open`: it may ask again; `silent`: open, and not heard of for an hour;
     `finished`: its result was delivered; `refused`: nothing of it was ever answered; `waiting` for a person;
@@ -72,9 +70,7 @@ class RunAtSite(ConfigModel):
     server: str
     """Where the requests come from, HOST:PORT."""
     task: str
-    """What is learnt."""
     data: str
-    """Data alias."""
     model: str | None
     """SHA-256 of the base model."""
     privacy: str | None
@@ -82,13 +78,11 @@ class RunAtSite(ConfigModel):
     claim: str | None
     """What this site said of privacy when it joined."""
     rounds: int
-    """Rounds of the run."""
     round: int
     """The newest round that was trained here."""
     trained: int
     """Rounds that were trained here."""
     rows: int | None
-    """Training rows."""
     started: datetime
     """When it asked first (UTC)."""
     heard: datetime
@@ -110,7 +104,6 @@ class RunAtSite(ConfigModel):
     withdrawal: Withdrawal | None
     """Who took this site out of it."""
     in_hand: InHand | None
-    """What is worked on now."""
 
 
 def runs_of(site: SiteFolder) -> list[RunAtSite]:

@@ -59,16 +59,13 @@ class InMemory:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites of this process."""
         return tuple(self.of)
 
     @property
     def readings(self) -> int:
-        """They are never read again."""
         return 0
 
     def rows(self, run: RunConfig, site: str) -> SiteRows:
-        """Return the site's rows."""
         return self.of[site]
 
     @property
@@ -77,5 +74,4 @@ class InMemory:
         return BaseLimits()
 
     def at_hand(self, run: RunConfig) -> RunConfig:
-        """Return the run as it is."""
         return run

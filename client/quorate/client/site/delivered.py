@@ -33,7 +33,6 @@ def keep_result(
 
     Args:
         received: the site's folder for results; made where it is missing, for its owner alone.
-        run: the run's configuration.
         header: names the run, and brings the figures.
         state: the final model.
         claim: what the site claims for its own rows, under record- or group-level privacy.

@@ -72,10 +72,6 @@ def in_smaller_stacks(
     """Answer requests that share one pass; where memory does not suffice, in two halves, and so on.
 
     Stacked sites are each what they would be alone, so halves change no answer.
-
-    Args:
-        answer: answers some requests in one pass.
-        requests: those that share it.
     Returns: the answers, in order; that of a site that fails is an error code.
     """
     try:

@@ -57,7 +57,6 @@ class OneAtATime:
     engine: Engine
 
     def handle(self, request: Request) -> Update:
-        """Answer one request."""
         (update,) = self.engine.handle_many([request])
         return update
 

@@ -23,8 +23,6 @@ def describe(
     """Describe a site in counts and versions.
 
     Args:
-        run: what it joins.
-        model: its base model.
         examples: split -> examples.
         used: the training rows that the run uses.
         there: how many training rows it has.

@@ -30,9 +30,6 @@ class Resident:
     """What stays loaded while requests of one run come in.
 
     Args:
-        run: the run in hand.
-        model: its base model.
-        stack: the adapters on it.
         examples: (data alias, site, split, rows of each label) -> examples.
         readings: which reading of the rows they were made of.
     """

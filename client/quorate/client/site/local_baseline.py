@@ -71,8 +71,6 @@ def train_local_baseline(
         resident: the run, the base without a residual, and the adapters on it.
         task: the site's training rows and the seeded start.
         validation: its validation rows, which pick the round.
-        test: its test rows.
-        on_step: told of every optimiser step.
     Raises: NonFiniteUpdate: training diverged.
     """
     config, stack = resident.run, resident.stack

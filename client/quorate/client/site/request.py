@@ -83,7 +83,7 @@ class Handler(Protocol):
     """A link of the chain before the engine, or its end."""
 
     def handle(self, request: Request) -> Update:
-        """Answer one request."""
+        """Answer one request; one that is refused, or fails, by its code."""
         ...
 
 
@@ -91,7 +91,6 @@ class Failed(Update):
     """An answer that is a code alone.
 
     Args:
-        header: with the code.
         why: the same in words, which stay here.
     """
 

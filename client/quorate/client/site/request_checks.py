@@ -67,7 +67,6 @@ def check_arrays(request: Request, initial: Adapter) -> None:
 
     Args:
         request: says run, phase and round; a site has what is missing from its seeded start.
-        initial: the seeded start.
     Raises: AdapterError: an array that the rule does not send, or of another shape; a residual that is no
         pair of factors, is of a layer without an adapter, or of a rank that cannot have come about.
         NonFiniteUpdate: NaN or infinity.

@@ -45,7 +45,6 @@ class Site:
     Args:
         rows: site name -> split -> rows, or whoever finds them (and the base model) for a run.
         device: where to train; the first visible GPU, else the CPU, when left out.
-        on_step: told of every optimiser step.
         as_given: names of which all training rows are used, whatever `training.examples_per_class` says: the
             reference that holds what the sites have drawn.
         received: folder for the results of runs; none are taken when left out.
@@ -69,7 +68,6 @@ class Site:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites this process answers for."""
         return self._prepared.holdings.names
 
     def handle_many(self, requests: Sequence[Request]) -> list[Update]:
@@ -113,7 +111,6 @@ class Site:
         return resident.run
 
     def samples(self, run: RunConfig, states: Sequence[GlobalState]) -> list[list[tuple[str, str]]]:
-        """Return what each state answers to the run's own public prompts, as (prompt, answer)."""
         resident = self._prepared.load(run)
         answers = []
         for state in states:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from quorate.client.data.changes import RowChanges
-from quorate.client.data.run_rows import read_rows
+from quorate.client.data.mapping import LoadedRow
 from quorate.client.data.split_key import SiteSplits, look_at_splits, open_splits
+from quorate.client.data.splits import image_columns, load_splits, measured_apart
 from quorate.client.models.base_models import at_site as model_at_site
 from quorate.client.node.folder import SiteFolder
 from quorate.client.policy.gate import check_rows, check_steps
@@ -18,11 +20,40 @@ from quorate.client.site.request_checks import BaseLimits
 from quorate.client.trainer.sampling import few_shot
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
+from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import BadInput
 from quorate.shared.privacy.privacy_event import PrivacyEvent
+from quorate.shared.protocol.messages import Split
 from quorate.shared.tasks.task import Row
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class RowChanges:
+    """Rows of the reading before, as hashes of their content that mean nothing outside this process."""
+
+    _before: dict[str, tuple[object, _Held]] = field(default_factory=dict)
+
+    def describe(self, alias: str, key: object, rows: SiteRows) -> str:
+        """Say how many rows there are, and what changed since they were read last.
+
+        Args:
+            key: what the rows were read for (columns, labels, source); rows of another key are not compared.
+        """
+        held: _Held = {split: Counter(map(_hash, each)) for split, each in rows.items()}
+        read_for, before = self._before.get(alias, (None, held))
+        self._before[alias] = key, held
+        counts = ", ".join(f"{split} {len(each)}" for split, each in rows.items())
+        if read_for != key:
+            return counts
+        changed = [
+            f"{split} {fewer} fewer and {more} more"
+            for split in held
+            if (fewer := _total(before.get(split, Counter()) - held[split]))
+            + (more := _total(held[split] - before.get(split, Counter())))
+        ]
+        return f"{counts}; since they were read last: {', '.join(changed) or 'nothing changed'}"
 
 
 @dataclass
@@ -46,11 +77,9 @@ class SiteData:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """This site alone."""
         return (self.folder.connection.site,)
 
     def rows(self, run: RunConfig, site: str) -> SiteRows:
-        """Return the rows that the run's data alias stands for here, with the task's columns alone."""
         key = self._key(run)
         if key not in self._rows:
             self.forget()  # before the next ones take their memory
@@ -74,7 +103,6 @@ class SiteData:
         return rows
 
     def _key(self, run: RunConfig) -> tuple[object, ...]:
-        """Return what decides which rows a run has."""
         # Not every task has labels; those that have list them under this name.
         labels: tuple[str, ...] = getattr(run.task, "labels", ())
         unit = run.privacy.unit if isinstance(run.privacy, SitePrivacy) else None
@@ -119,10 +147,51 @@ class SiteData:
 
     @property
     def base_limits(self) -> BaseLimits:
-        """How far site.yaml lets a rule move the base model."""
         policy = self.folder.config.policy
         return BaseLimits(policy.max_residual_rank, policy.max_base_change)
 
     def at_hand(self, run: RunConfig) -> RunConfig:
-        """Return the run with the folder of its base model here."""
         return model_at_site(run, self.folder.config, self.folder.path)
+
+
+def read_rows(
+    run: RunConfig, source: SourceConfig, base_dir: Path, held: SiteSplits | None
+) -> tuple[dict[Split, list[LoadedRow]], set[bytes]]:
+    """Read the rows that a run uses at a site.
+
+    Args:
+        held: how rows are placed; None where nobody knows yet, see `look_at_splits`.
+    Returns: its splits, without measured rows that a private run was trained on; and the digests of what is
+        trained on, of a run with record- or group-level privacy.
+    Raises: ConfigError, DataError: as `load_splits`. OutputError: the book of what was trained on.
+    """
+    # Not every task has labels; those that have list them under this name.
+    labels: tuple[str, ...] = getattr(run.task, "labels", ())
+    images = image_columns(source, run.task.columns)
+    splits = load_splits(source, base_dir, run.task.columns, labels, held.placing if held else None)
+    if held is None:
+        return splits, set()
+    if held.knows_none(splits, images):
+        log.error(
+            "data.%s: private runs were trained at this site, and on none of these rows. Where these are the "
+            "same people's with a column more, less or changed in each row, they are new rows to the splits, "
+            "and what was trained on may be measured: see docs/data.md (Splits)",
+            run.data,
+        )
+    splits, left = held.leave_out_trained(splits, images)
+    if left:
+        log.warning("data.%s: %d measured rows are left out: a private run had them", run.data, left)
+    if not isinstance(run.privacy, SitePrivacy):
+        return splits, set()
+    return measured_apart(splits, held.placing, images, by_group=run.privacy.unit == "group")
+
+
+_Held = dict[Split, Counter[int]]
+
+
+def _hash(row: Row) -> int:
+    return hash((repr(sorted(row.values.items(), key=lambda item: item[0])), row.group))
+
+
+def _total(counted: Counter[int]) -> int:
+    return sum(counted.values())

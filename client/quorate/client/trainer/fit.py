@@ -23,8 +23,6 @@ __all__ = ["Fitted", "SiteTask", "fit"]
 
 @dataclass
 class _Member:
-    """A site's own optimiser, plan and sums while the stack trains."""
-
     task: SiteTask
     steps: list[list[list[int]]]
     first_step: int
@@ -48,7 +46,6 @@ def fit(
     """Train the sites of one stack for one round.
 
     Args:
-        stack: installed on the base model.
         round: from 1; decides data order, dropout and the place in the learning-rate schedule.
         trainable: arrays that move.
     Returns: one result per site, in order; under record- or group-level privacy that of `fit_privately`.
@@ -100,8 +97,6 @@ def _member(stack: AdapterStack, run: RunConfig, round: int, position: int, site
 
 @dataclass(frozen=True)
 class _Training:
-    """A stack in one round of training."""
-
     stack: AdapterStack
     run: RunConfig
     round: int
@@ -131,14 +126,12 @@ class _Training:
         return list(losses.values())
 
     def _share(self, position: int, step: int, micro: int) -> Share:
-        """Return a site's rows of a pass, augmented."""
         member, run = self.members[position], self.run
         drawn = rng(run.seed, "augment", member.task.site, self.round, step, micro)
         rows = [member.task.examples[row] for row in member.steps[step][micro]]
         return Share(position, run.task.augment(rows, drawn, self.stack.model.processor), member.generator)
 
     def _update(self, position: int, step: int) -> None:
-        """Clip and apply one site's gradient with its own optimiser and learning rate."""
         member, training = self.members[position], self.run.training
         for name, parameter in member.parameters.items():
             gradient = self.stack.arrays[name].grad

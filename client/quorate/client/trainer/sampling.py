@@ -40,8 +40,6 @@ class BalancedWalk:
 
     Args:
         members: rows of each label the site has; a row with several labels is a member of each.
-        seed: of the run.
-        site: its name.
     """
 
     members: Sequence[Sequence[int]]
@@ -58,7 +56,6 @@ class BalancedWalk:
         return cls([members[label] for label in sorted(members)], seed, site)
 
     def rows(self, start: int) -> Iterator[int]:
-        """Yield the rows from the `start`-th on."""
         lap, offset = divmod(start, len(self.members))
         orders: dict[tuple[int, int], list[int]] = {}  # of one epoch of each label: a walk goes on in it
         while True:

@@ -47,12 +47,10 @@ class BatchPlan:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimiser step."""
         return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
 
     @property
     def steps_per_round(self) -> int:
-        """Optimiser steps of one round."""
         if self.training.max_steps is not None:
             return self.training.max_steps
         return self.training.num_train_epochs * math.ceil(self.rows / self.rows_per_step)  # of each epoch

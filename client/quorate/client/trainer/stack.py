@@ -64,7 +64,6 @@ class Stacked(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """The layout of the batch in flight."""
         return self._in_flight.layout
 
     def of_batch(self, stack: Tensor) -> Tensor:
@@ -283,7 +282,6 @@ class AdapterStack:
 
     @property
     def size(self) -> int:
-        """How many sites the stack holds."""
         return next(iter(self.arrays.values())).shape[0]
 
     @property
@@ -327,7 +325,6 @@ class AdapterStack:
         return array
 
     def read(self, position: int) -> Adapter:
-        """Return the adapter at a stack position."""
         return Adapter(
             {
                 n: self.own(position, n, p.detach()[position]).cpu().numpy().copy()

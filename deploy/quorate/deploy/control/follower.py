@@ -23,8 +23,6 @@ class Follower:
     """Passes a run's events to a console.
 
     Args:
-        console: where to write.
-        quiet: write nothing; the summary is kept all the same.
         output_dir: where the results will lie, named in the place of the run's own folder.
     """
 
@@ -36,7 +34,6 @@ class Follower:
         self._refused: dict[str, Exclusion] = {}
 
     def __call__(self, event: Event) -> None:
-        """Show one event."""
         if isinstance(event, Refused):
             self._refused = event.sites
         if isinstance(event, Started):
@@ -55,7 +52,6 @@ class Follower:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the live bar off the screen."""
         self.tracker.close()
 
 
@@ -66,7 +62,6 @@ def joining_table(
 
     Args:
         sites: what the sites that joined said of themselves.
-        refused: sites that cannot take part.
         sha256: the base model's, as in the run file.
     """
     table = Table("site", "state", "rows", "labels", "model", "quorate", "torch", box=SIMPLE)

@@ -45,8 +45,6 @@ class Controller:
     """Carries one run through.
 
     Args:
-        run: its folder.
-        flower: the server's control side.
         on_event: told of every event of the run, in order.
         say: told, in words, of what went wrong and what is done about it.
         max_restarts: how many times in a row the run is submitted again without a finished round between.
@@ -207,7 +205,6 @@ class _Question:
     """What Flower says of a run, asked more and more seldom.
 
     Args:
-        flower: whom to ask.
         number: Flower's id of the run.
         say: told once when it does not answer.
     """

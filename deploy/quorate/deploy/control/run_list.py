@@ -11,18 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.rounds.checkpoint import list_checkpoints
 from quorate.server.rounds.run import RUN_FILE
 from quorate.server.tracking.events import EVENTS_FILE
-from quorate.server.tracking.records import Record
-from quorate.server.tracking.run_status import STATUS_FILE, RunStatus, State
+from quorate.server.tracking.run_status import STATUS_FILE, RunFile, RunStatus, State
 from quorate.shared.config.load import load_run
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.errors import ConfigError, OutputError
-from quorate.shared.process.files import held, write_atomically, writing
+from quorate.shared.errors import ConfigError
+from quorate.shared.process.files import held, writing
 
 CONTROL_FILE, CONTROL_LOCK = "control.json", "control.lock"
 RunState = State | Literal["waiting", "lost"]
@@ -30,34 +27,17 @@ RunState = State | Literal["waiting", "lost"]
 again."""
 
 
-class Submission(Record):
+class Submission(RunFile):
     """`control.json`: what the command that submits a run keeps of it."""
 
+    name_of_file = CONTROL_FILE
+    damaged = "not as `quorate run` writes it; delete it."
     started: datetime
     """When the run was first submitted (UTC)."""
     output_dir: str
     """Where its results go at the end; absolute."""
     flower_runs: tuple[int, ...] = ()
     """Flower's id of every submission, in order."""
-
-    @classmethod
-    def read(cls, run_dir: Path) -> Submission | None:
-        """Return what the folder holds; None where no command has submitted it.
-
-        Raises: OutputError: the file was edited.
-        """
-        try:
-            return cls.model_validate_json((run_dir / CONTROL_FILE).read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            raise OutputError(
-                f"{run_dir / CONTROL_FILE}: not as `quorate run` writes it; delete it."
-            ) from error
-
-    def write(self, run_dir: Path) -> None:
-        """Write it, whole or not at all. Raises: OutputError."""
-        write_atomically(run_dir / CONTROL_FILE, self.model_dump_json(indent=2).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -72,7 +52,6 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """Quorate's id of the run."""
         return self.path.name
 
     @property
@@ -150,7 +129,6 @@ class RunFolder:
 
     @property
     def state(self) -> RunState:
-        """How the run stands."""
         occupied, status = self.occupied, RunStatus.read(self.path)
         newest = self.flower_run
         if status is None or (newest is not None and status.flower_run_id != newest and not occupied):

@@ -43,16 +43,13 @@ def pinned(config: RunConfig) -> RunConfig:
     """
     if config.model.sha256 is not None:
         return config
-    from quorate.shared.model.base_model import hash_files
+    from quorate.shared.model.base_model import whole_files
     from quorate.shared.model.sources import resolve_model
-    from quorate.shared.model.weights import check_files, weights_sha256
 
     name = config.model.model_name_or_path
     try:
         folder = resolve_model(name, config.model.revision)
-        files = hash_files(folder)
-        check_files(folder, files)
-        sha256 = weights_sha256(files, folder)
+        _, sha256 = whole_files(folder)
     except ModelError as error:
         raise ModelError(
             f"{error} A federated run must name its base model's hash: write model.sha256 into the run file "

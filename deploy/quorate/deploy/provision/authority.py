@@ -38,12 +38,7 @@ _SLACK = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Authority:
-    """The CA of one federation. Every method that writes expects the caller to hold the folder (`locked`).
-
-    Args:
-        folder: the federation's folder.
-        federation: its name.
-    """
+    """The CA of one federation. Every method that writes expects the caller to hold the folder (`locked`)."""
 
     folder: FederationFolder
     federation: str
@@ -99,7 +94,6 @@ class Authority:
         Args:
             role: `server` or `client`.
             name: the common name: host name or site.
-            key: the public key it is for.
             hosts: host names and IP addresses that a server's certificate is for.
             days: validity; it never outlives the CA.
         Raises: ConfigError: the CA's key is missing or another's.
@@ -160,7 +154,6 @@ class Authority:
 
     @property
     def crl_file(self) -> Path:
-        """The list of revoked certificates, in PEM."""
         return self.folder.ca / "ca.crl"
 
     @property

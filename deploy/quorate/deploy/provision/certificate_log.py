@@ -27,9 +27,7 @@ class Issued(BaseModel):
 
     event: Literal["issued"] = "issued"
     time: AwareDatetime
-    """When it was issued."""
     role: Role
-    """What it is for."""
     name: str
     """Whose it is: the site for a client's, the host name for the server's, the federation for the CA's."""
     serial: str = Field(pattern=r"^[0-9a-f]+$")
@@ -53,7 +51,6 @@ class Issued(BaseModel):
 
     @property
     def x509(self) -> x509.Certificate:
-        """The certificate, parsed."""
         return x509.load_pem_x509_certificate(self.pem)
 
     @property
@@ -69,7 +66,6 @@ class Revoked(BaseModel):
 
     event: Literal["revoked"] = "revoked"
     time: AwareDatetime
-    """When it was revoked."""
     serial: str = Field(pattern=r"^[0-9a-f]+$")
     """Which certificate, in hex."""
 
@@ -81,7 +77,6 @@ class Index(BaseModel):
 
     format: Literal[1] = 1
     federation: str
-    """Name of the federation."""
     events: tuple[Annotated[Issued | Revoked, Field(discriminator="event")], ...] = ()
     """What happened, oldest first."""
 

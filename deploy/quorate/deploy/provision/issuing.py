@@ -168,8 +168,6 @@ def revoke_site(
     """Put a site out: its node key at once, then all its client certificates. Given again, it completes.
 
     Args:
-        folder: the federation.
-        authority: its CA.
         site: the site, which may have gone from federation.yaml already.
         serial: revoke this certificate of the site alone, named by its first digits; the site stays in.
 

@@ -48,9 +48,6 @@ def kit_files(
     """Return the files of a kit, by name.
 
     Args:
-        config: the federation.
-        site: whose kit it is.
-        ca: the CA's certificate.
         keys: files of a kit with keys, by name; empty for any other.
     """
     connection = connection_of(config, site)

@@ -34,7 +34,6 @@ class Revocation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     time: AwareDatetime
-    """When the site was revoked."""
     node_keys: tuple[str, ...] = ()
     """SHA-256 of the public keys it had, which are never admitted again."""
 
@@ -45,7 +44,6 @@ def admit_key(folder: FederationFolder, site: str, pub: Path, *, renew: bool = F
     The same key twice changes nothing.
 
     Args:
-        folder: the federation.
         site: name of the site, which must stand in federation.yaml.
         pub: the file `node.pub` that the site sent.
         renew: replace a key that was admitted before; the old file is kept beside the new one.
@@ -214,7 +212,6 @@ def stamp() -> str:
 
 
 def _revocations(folder: FederationFolder, site: str) -> list[Revocation]:
-    """Return a site's revocations, now and before."""
     found = (_read(path) for path in sorted(folder.site(site).glob(f"{REVOKED}*")))
     return [each for each in found if each is not None]
 

@@ -64,7 +64,6 @@ def provision(
     """Make the folder of the federation that `file` describes, or complete it.
 
     Args:
-        file: federation.yaml.
         output: the folder; when left out QUORATE_HOME/NAME, or `file`'s own if that is a federation's.
         with_keys: for trials: make the sites' keys here, put them into the kits, and admit them.
         days: validity of certificates that are made by this call.
@@ -98,7 +97,6 @@ def provision(
 
 
 def _choose(file: Path, config: FederationConfig, output: Path | None) -> Path:
-    """Return the federation's folder."""
     if output is not None:
         return output.absolute()
     beside = file.absolute().parent
@@ -137,7 +135,6 @@ def _secret(done: Provisioned) -> None:
 
 
 def _site(done: Provisioned, authority: Authority, site: str, *, with_keys: bool, days: int) -> None:
-    """Make a site's kit if there is none."""
     place = done.folder.site(site)
     make_folder(place)
     path, trial = place / KIT, place / _TRIAL_KEYS

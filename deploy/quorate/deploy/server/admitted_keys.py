@@ -22,7 +22,6 @@ class Admitted:
     """A site that may connect.
 
     Args:
-        site: its name.
         public_key: of its node, in PEM, as Flower registers it and SuperNodes send it.
         fingerprint: SHA-256 of that key, in hex.
         path: the file that holds it.

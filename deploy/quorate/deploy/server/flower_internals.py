@@ -68,5 +68,4 @@ class ControlClient:
         self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def close(self) -> None:
-        """Close its connections."""
         self._client.close()

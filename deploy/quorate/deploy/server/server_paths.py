@@ -14,22 +14,16 @@ NGINX, SUPERLINK, SUPEREXEC = "nginx", "superlink", "superexec"
 
 @dataclass(frozen=True)
 class ServerPaths:
-    """Files of the running server.
-
-    Args:
-        folder: the federation's.
-    """
+    """Files of the running server."""
 
     folder: FederationFolder
 
     @property
     def supervisor(self) -> Path:
-        """Lock and status of the supervisor."""
         return self.folder.state
 
     @property
     def logs(self) -> Path:
-        """One file per program."""
         return self.folder.state / "logs"
 
     @property
@@ -49,7 +43,6 @@ class ServerPaths:
 
     @property
     def database(self) -> Path:
-        """The SuperLink's SQLite database."""
         return self.folder.state / "superlink.db"
 
     @property
@@ -59,7 +52,6 @@ class ServerPaths:
 
     @property
     def loopback_key(self) -> Path:
-        """Its private key."""
         return self.folder.state / "superlink" / "loopback.key"
 
     @property
@@ -69,17 +61,14 @@ class ServerPaths:
 
     @property
     def certificate(self) -> Path:
-        """The certificate of the public port."""
         return self.folder.server / "server.crt"
 
     @property
     def key(self) -> Path:
-        """Its private key."""
         return self.folder.server / "server.key"
 
     @property
     def ca(self) -> Path:
-        """The federation's certificate authority."""
         return self.folder.ca / "ca.crt"
 
     @property

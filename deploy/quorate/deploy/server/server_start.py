@@ -133,7 +133,6 @@ def _registered(folder: FederationFolder, key: str, timeout: float) -> bool:
     """Wait until the running server has taken a key over; returns whether it did in time.
 
     Args:
-        folder: the federation.
         key: SHA-256 of the public key, in hex.
         timeout: longest wait [s].
     Raises: ConfigError: Flower does not take this key.

@@ -50,7 +50,6 @@ class Exchange:
 
     @property
     def waiting(self) -> set[int]:
-        """The nodes that have a message without a reply."""
         return set(self._open.values())
 
     def send(self, requests: Mapping[int, RoundRequest]) -> None:

@@ -22,8 +22,8 @@ from quorate.server.rounds.update_checks import MOST_ROWS
 from quorate.server.tracking.events import PhaseBegan, Refused, Waiting
 from quorate.server.tracking.records import Exclusion
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.config.config_model import NAME
 from quorate.shared.config.privacy_config import SitePrivacy
-from quorate.shared.config.texts import NAME
 from quorate.shared.errors import ConfigError, NonFiniteUpdate, ProtocolError, QuorumNotMet
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, SiteDescription, Split, Update
 from quorate.shared.protocol.phases import Phase
@@ -124,8 +124,6 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     """Ask every node to describe itself, and keep those that hold the same base and the same start.
 
     Args:
-        grid: reaches the nodes.
-        run: says what is asked for.
         names: node id -> site, as registered with the node's key; None where sites name themselves.
     Raises: QuorumNotMet: fewer than federation.quorum are left, with each one's reason.
     """

@@ -32,8 +32,6 @@ class Latecomers:
     Not with client-level privacy: its noise was settled for the sites that there were.
 
     Args:
-        grid: reaches them.
-        run: what is asked.
         members: `late` names them; whoever joins becomes one of the others.
         names: node id -> site, as in `join`.
     """

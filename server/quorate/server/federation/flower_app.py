@@ -49,21 +49,16 @@ class StoppableGrid(Grid):
     """A grid in which a run that somebody stopped ends as by Ctrl-C: what is there gets written.
 
     Flower raises a BaseException of its own, which no step of a run would expect.
-
-    Args:
-        grid: carries the messages.
     """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
     def set_run(self, run: FlowerRun) -> None:
-        """Take over Flower's description of the run."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> FlowerRun:
-        """Flower's description of the run."""
         return self._grid.run
 
     def create_message(
@@ -74,28 +69,23 @@ class StoppableGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Return a message to one node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are connected."""
         with _stoppable():
             return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; returns their ids."""
         with _stoppable():
             return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there."""
         with _stoppable():
             return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, and wait for the replies."""
         with _stoppable():
             return self._grid.send_and_receive(messages, timeout=timeout)
 

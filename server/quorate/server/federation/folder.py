@@ -21,9 +21,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import NAME, ConfigModel, Name
 from quorate.shared.config.read import load_file
-from quorate.shared.config.texts import NAME, Name
 from quorate.shared.errors import ConfigError
 
 HOME = "QUORATE_HOME"
@@ -95,11 +94,7 @@ class FederationConfig(ConfigModel):
 
 @dataclass(frozen=True)
 class FederationFolder:
-    """Where everything of one federation lies at the coordinator.
-
-    Args:
-        path: the folder.
-    """
+    """Where everything of one federation lies at the coordinator."""
 
     path: Path
 
@@ -127,22 +122,18 @@ class FederationFolder:
 
     @property
     def ca(self) -> Path:
-        """The certificate authority."""
         return self.path / "ca"
 
     @property
     def server(self) -> Path:
-        """Certificate, key and secret of the server."""
         return self.path / "server"
 
     @property
     def state(self) -> Path:
-        """What running processes write."""
         return self.path / "state"
 
     @property
     def runs(self) -> Path:
-        """The output folders of runs, named by run id."""
         return self.state / "runs"
 
     @property

@@ -14,7 +14,6 @@ class SiteNode(ConfigModel):
     """A node that may connect."""
 
     site: str
-    """The site it belongs to."""
     key: str
     """SHA-256 of the public key it signs with, in hex."""
 

@@ -40,9 +40,6 @@ class NoisedAccumulator(Accumulator):
 
     Args:
         inner: the rule's own.
-        clipped: sum of the clipped updates.
-        plan: how much noise.
-        privacy: what the run asks for.
         noise: what was added; None before `finish`.
     """
 
@@ -80,8 +77,6 @@ class CentralPrivacy:
     """What `privacy: {unit: client}` adds to a run.
 
     Args:
-        run: the run.
-        privacy: what it asks for.
         ledger: what has been released, and how.
         planned_epsilon: what will have been spent after the last round.
         pending: the round to go on with, where a killed process had released it already.

@@ -67,7 +67,6 @@ def most_releases(run: RunConfig, ledger: ReleaseLedger, names: Collection[str],
     Args:
         run: with client-level privacy.
         ledger: what has been released before.
-        names: the sites.
         first: the next round to be drawn.
     """
     plan, rounds = ledger.plan, range(first, run.federation.rounds + 1)

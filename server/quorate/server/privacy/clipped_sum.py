@@ -53,7 +53,6 @@ class ClippedSum:
 
     @property
     def size(self) -> int:
-        """How many values move."""
         return sum(array.size for array in self.sums.values())
 
     def add(self, update: Adapter) -> None:
@@ -74,7 +73,6 @@ class ClippedSum:
         Args:
             noise_multiplier: z', standard deviation of the noise over the clipping norm.
             expected: K.
-            source: draws the noise.
         """
         deviation = noise_multiplier * self.clipping_norm
 
@@ -90,7 +88,6 @@ class ClippedSum:
         Args:
             deviation: sigma_b, standard deviation of the noise on the count.
             expected: K.
-            source: draws the noise.
         """
         return 0.5 + (self.within + deviation * float(source.normal(1)[0])) / expected
 

@@ -82,7 +82,6 @@ class ReleaseLedger(Record):
     """What has been released (`privacy.json`)."""
 
     plan: ClientPlan
-    """How."""
     releases: int = 0
     """Noised sums that the sites may have seen the effect of."""
     asked: dict[str, int] = {}
@@ -132,13 +131,11 @@ class Released(Record):
     """A round whose model is noised and may have been seen."""
 
     round: int
-    """Round, from 1."""
     started_from: str
     """Content hash of the state before it."""
     state_hash: str
     """Content hash of the state after it."""
     cohort: tuple[str, ...]
-    """Sites that were drawn."""
     log: RoundLog
     """What was noted down until then."""
 

@@ -48,7 +48,6 @@ class Table:
 
     Args:
         caption: what the table shows, also its title where it is folded.
-        columns: headings.
         rows: cells, or plain text.
         folded: shown on a click (and in print).
         words: indices of columns that hold words, aligned to the left; all others hold numbers.
@@ -66,7 +65,6 @@ class Table:
     kind: str = "table"
 
     def cells(self) -> list[list[Cell]]:
-        """Return the rows with every plain text as a cell."""
         return [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in self.rows]
 
 
@@ -110,7 +108,6 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
     def say(self, text: str, tone: Literal["", "note", "muted"] = "") -> None:
-        """Add a paragraph."""
         self.blocks.append(Text(text, tone))
 
 

@@ -112,7 +112,6 @@ class RunFiles:
 
     @cached_property
     def members(self) -> list[str]:
-        """Sites that joined the run."""
         if self.summary and self.summary.sites:
             return sorted(self.summary.sites)
         return sorted({site for record in self.records for site in record.cohort})
@@ -139,7 +138,6 @@ class RunFiles:
 
     @property
     def final(self) -> Measured | None:
-        """The last round's model."""
         return self.summary.final if self.summary else None
 
     @cached_property

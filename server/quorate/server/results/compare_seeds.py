@@ -21,11 +21,9 @@ class Figure(Record):
     """One figure over several seeds."""
 
     mean: float
-    """Mean over seeds."""
     low: float
     """Lower end of the 95 % t-interval of the mean."""
     high: float
-    """Upper end."""
     values: tuple[float, ...]
     """One value per seed, in the order of seeds."""
 
@@ -34,11 +32,8 @@ class Comparison(Record):
     """Test figures of several runs that differ in their seed alone, of each run's best round."""
 
     name: str
-    """Name of the run file."""
     seeds: tuple[int, ...]
-    """The seeds."""
     metrics: tuple[str, ...]
-    """Names of the metrics."""
     pooled: dict[str, dict[str, Figure]]
     """Model (`federated`, `centralised`, `local only: SITE`) -> metric -> figure on all sites' rows."""
     sites: dict[str, dict[str, dict[str, Figure]]]
@@ -114,7 +109,6 @@ def _figure(values: Sequence[float]) -> Figure:
 
 
 def _models(summary: Summary) -> dict[str, Evaluation]:
-    """Return model name -> its test evaluation."""
     models = {"federated": summary.best}
     if summary.references:
         models["centralised"] = summary.references.centralised

@@ -55,9 +55,6 @@ def compare(grid: Grid, run: Run, result: Result, federated: Mapping[str, Outcom
     """Have every site train alone, if the run asks for that, and compare.
 
     Args:
-        grid: reaches the sites.
-        run: what was asked of them.
-        result: of the rounds.
         federated: test outcomes of the federated model per site.
     """
     config = run.config

@@ -29,9 +29,7 @@ class Progress(Record):
     """Where a run stands after a round."""
 
     run_id: str
-    """Identity of the run."""
     config_hash: str
-    """Hash of the run configuration."""
     round: int
     """The last finished round."""
     best_round: int | None = None
@@ -46,7 +44,6 @@ class Progress(Record):
     initial_hash: str
     """Content hash of the adapter's seeded start, which the sites must still have on resume."""
     sites: dict[str, SiteDescription]
-    """The sites that joined."""
     refused: dict[str, Exclusion] = {}
     """Sites that could not join, and why."""
     record: RoundRecord
@@ -56,7 +53,6 @@ class Progress(Record):
 
     @property
     def best(self) -> BestRound:
-        """The best round so far, to go on from."""
         return BestRound(self.best_round, self.best_value, self.rounds_without_improvement, self.best_sites)
 
 

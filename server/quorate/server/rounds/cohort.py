@@ -23,8 +23,6 @@ def poisson_cohort(names: Iterable[str], probability: float, round: int, seed: i
     """Return the sites drawn for `round`, each by a coin of its own; there may be none.
 
     Args:
-        names: all sites.
-        probability: of each coin.
         round: from 1.
         seed: throws the coins so that anyone who knows it can tell; None for secret ones.
     """

@@ -26,7 +26,6 @@ def summarise(
 
     Args:
         outcomes: site -> outcomes; sites without rows are left out of the figures.
-        intervals: whether to give 95 % intervals.
     """
     present = {site: outcomes[site] for site in sorted(outcomes) if outcomes[site].rows}
     pooled = Outcomes.pooled(present.values())

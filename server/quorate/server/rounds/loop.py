@@ -46,7 +46,6 @@ class Result:
 
     @property
     def status(self) -> Literal["done", "interrupted", "quorum-not-met", "diverged"]:
-        """How the run ended."""
         if self.stopped is None:
             return "done"
         if isinstance(self.stopped, ModelDiverged):
@@ -69,8 +68,6 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     """Run (or resume) all rounds; every finished round is on disk before the next begins.
 
     Args:
-        grid: reaches the sites.
-        run: what is asked of them.
         names: node id -> site, where the server knows them by their keys; sites then answer under no other
             name. None: sites say their names themselves, as in a simulation.
     Raises: QuorumNotMet: too few sites could join. BadInput: the run cannot be carried out as asked.
@@ -112,8 +109,6 @@ def run_round(
 
     Args:
         round: its number, and whom it can ask.
-        state: that it starts from.
-        before: the round before.
         central: client-level privacy, where the run asks for it.
     Returns: the state after it, and the progress that was checkpointed.
     Raises: QuorumNotMet: fewer good updates than federation.quorum. ModelDiverged: no site can measure what
@@ -193,7 +188,6 @@ def _start(run: Run, members: Members) -> tuple[GlobalState, Progress | None]:
 def _checkpoint(
     round: Round, state: GlobalState, before: Progress | None, log: RoundLog, validation: Evaluation | None
 ) -> Progress:
-    """Step 9: checkpoint, then record."""
     started = time.monotonic()
     run, members, number = round.run, round.members, round.number
     standing = before.best if before else BestRound()

@@ -46,9 +46,6 @@ def measure(
     """Have every site that has rows of this split measure `state` on them.
 
     Args:
-        round: whose model it is.
-        state: the model.
-        split: the rows.
         intervals: whether to give 95 % intervals.
         moved: site -> how far its update moved, to be named where nobody can measure what came of it.
     Raises: ModelDiverged: all sites that have such rows answered, and none of them could measure it.

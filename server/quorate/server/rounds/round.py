@@ -19,9 +19,6 @@ class Round:
     """A round.
 
     Args:
-        grid: reaches the sites.
-        run: what is asked of them.
-        members: the sites and their nodes.
         number: from 1.
     """
 

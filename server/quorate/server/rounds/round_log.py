@@ -50,7 +50,6 @@ class RoundLog:
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
 
     def take(self, answers: Answers) -> None:
-        """Add an exchange's traffic and exclusions."""
         for total, part in ((self.bytes_down, answers.bytes_down), (self.bytes_up, answers.bytes_up)):
             for site, count in part.items():
                 total[site] = total.get(site, 0) + count
@@ -58,7 +57,6 @@ class RoundLog:
         self.excluded = {**answers.excluded, **self.excluded}
 
     def note(self, passed: Passed) -> None:
-        """Note an update that counts."""
         header = passed.header
         self.num_examples[passed.site] = header.num_examples
         self.num_steps[passed.site] = header.num_steps
@@ -74,7 +72,6 @@ class RoundLog:
                 figures.pop(site, None)
 
     def record(self, state_hash: str, early_stop: str | None) -> RoundRecord:
-        """Return the round's record."""
         total = sum(self.weights.values())
         return RoundRecord(
             round=self.round,

@@ -47,7 +47,6 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The metric that picks the best round."""
         return self.config.metric
 
     @classmethod
@@ -63,10 +62,7 @@ class Run:
         """Make or reopen the output folder.
 
         Args:
-            config: the run.
-            output_dir: its folder.
             resume: go on with what is there.
-            trackers: told what happens.
             run_id: identity of a run that has no checkpoint yet; a new one when left out.
 
         Raises:

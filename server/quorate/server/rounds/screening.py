@@ -56,7 +56,6 @@ class Passed:
     norm: float
 
     def weighing(self, weight: float) -> Passed:
-        """Return it with another weight."""
         return replace(self, weight=weight)
 
 

@@ -21,10 +21,7 @@ class Collection:
     """The updates of one exchange of a round that count, in the order of the cohort's names, as they arrive.
 
     Args:
-        round: whose.
-        phase: what is asked.
         state: what the sites start from.
-        cohort: who is asked.
         before: the round before, whose norms say what is usual.
         answers: traffic, and who does not count; complete once all updates were taken.
         screen: holds updates against each other.
@@ -78,7 +75,6 @@ class Collection:
         return passed
 
     def _screen(self) -> Screen:
-        """Return what holds the updates against each other."""
         config = self.round.run.config
         moving = upload_schema(config, self.state.adapter.schema, self.round.number)
         return Screen(

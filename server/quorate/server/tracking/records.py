@@ -85,7 +85,6 @@ class Evaluation(Record):
     """One model measured on one split, per site and together."""
 
     split: Literal["train", "validation", "test"]
-    """Which rows."""
     pooled: Metrics
     """All sites' rows together."""
     mean: dict[str, Figure]
@@ -118,9 +117,7 @@ class Measured(Record):
     round: int
     """The round after which the model was taken."""
     validation: Evaluation | None = None
-    """On validation rows."""
     test: Evaluation | None = None
-    """On test rows."""
 
 
 class References(Record):
@@ -144,13 +141,10 @@ class LocalGain(Record):
     """What the federation brought one site, on its own test rows."""
 
     metric: str
-    """The metric compared."""
     federated: Figure
     """The federated model (best round)."""
     local_only: Figure
-    """The site's own adapter."""
     gain: Figure
-    """federated - local_only."""
     interval: tuple[Figure, Figure] | None = None
     """95 % interval of the gain, for which the two figures are taken for independent (so it is on the wide
     side: the same rows were scored twice)."""
@@ -160,7 +154,6 @@ class SampleObject(Record):
     """One box of a sample image."""
 
     label: str
-    """Its label."""
     box: tuple[float, float, float, float]
     """x, y, width, height [pixels of the image]."""
     score: float | None = None
@@ -175,9 +168,7 @@ class Sample(Record):
     site: str
     """Whose image it is."""
     width: int
-    """Width [pixels]."""
     height: int
-    """Height [pixels]."""
     true: tuple[SampleObject, ...]
     """The boxes of the data."""
     found: tuple[SampleObject, ...]
@@ -248,7 +239,6 @@ class Summary(Record):
     metric: str
     """The metric that picks the best round and that references are compared on."""
     seed: int
-    """The run's seed."""
     config_hash: str
     """SHA-256 of the resolved run configuration."""
     stopped: str | None = None

@@ -44,7 +44,6 @@ class TensorboardTracker:
         self._writer: Any = None
 
     def __call__(self, event: Event) -> None:
-        """Plot what there is of an event."""
         if isinstance(event, Started):
             self._open(event)
         elif self._writer is None:  # opening it failed, and that was said
@@ -68,7 +67,6 @@ class TensorboardTracker:
         self._writer.flush()
 
     def _plot(self, record: RoundRecord, metrics: RoundMetrics) -> None:
-        """Write the round's scalars and flush, so that a run that is killed later has them."""
         if self._hidden:  # all but the figures of an evaluation depends on who was drawn
             validation = metrics.validation
             self._write(dict(_evaluation_scalars(validation)) if validation else {}, record.round)

@@ -86,7 +86,6 @@ class WeightedSum:
     weight: float = 0.0
 
     def add(self, update: Adapter, weight: float) -> None:
-        """Add `weight` times `update`."""
         self.weight += weight
         for name, array in update.items():
             term = np.multiply(array, weight, dtype=np.float64)

@@ -1,11 +1,15 @@
-"""The base of every configuration model: frozen, no unknown fields, one canonical JSON form."""
+"""The base of every configuration model (frozen, no unknown fields, one JSON form), and names in them."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, StringConstraints, Tag
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 ONE, LIST = Tag("one"), Tag("list")
 ONE_OR_LIST = Discriminator(lambda value: "list" if isinstance(value, (list, tuple)) else "one")
 """Tells a union of a value (tagged `ONE`) and a list (`LIST`) apart: `Annotated[... | ..., ONE_OR_LIST]`.

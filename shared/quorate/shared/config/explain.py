@@ -10,10 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import ConfigModel, Name, Sha256
 from quorate.shared.config.dialect import Lines, Place
 from quorate.shared.config.fields import Node, dotted, root, suggest, suggest_choice
-from quorate.shared.config.texts import Name, Sha256
 
 _PATTERNS = {
     Name.__metadata__[0].pattern: "1 to 64 letters, digits, `_`, `.` or `-`, with a letter or digit in front",  # type: ignore[attr-defined]
@@ -66,8 +65,6 @@ def explain(
     """Return every problem, a line each: `file:line: field: what is wrong (value ...); remedy`.
 
     Args:
-        error: from the validation.
-        model: what was validated.
         where: the file, as the reader knows it.
         lines: of the file, as `dialect.read_mapping` found them.
         overridden: paths that were set on the command line.

@@ -12,11 +12,10 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 
 from quorate.shared.adapters.patterns import MOST, check_regular
 from quorate.shared.aggregation import AggregationRule, FedAvg
-from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel
+from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel, Name, Sha256
 from quorate.shared.config.evaluation_config import EvaluationConfig
 from quorate.shared.config.privacy_config import ClientPrivacy, PrivacyConfig
 from quorate.shared.config.privacy_rules import check_privacy_rules
-from quorate.shared.config.texts import Name, Sha256
 from quorate.shared.tasks import TaskConfig
 
 Pattern = Annotated[str, StringConstraints(min_length=1), AfterValidator(check_regular)]

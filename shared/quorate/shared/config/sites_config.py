@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel
+from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST, ConfigModel, Name
 from quorate.shared.config.template import TextTemplate
-from quorate.shared.config.texts import Name
 
 
 def _unique_names(names: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:

@@ -60,9 +60,7 @@ def load_base(run: RunConfig) -> Base:
     Raises: ModelError: the model is not there, or is not what the run file says.
     """
     folder = resolve_model(run.model.model_name_or_path, run.model.revision)
-    files = hash_files(folder)
-    sha256 = weights_sha256(files, folder)
-    check_files(folder, files)
+    files, sha256 = whole_files(folder)
     if run.model.sha256 not in (None, sha256):
         raise ModelError(
             f"{run.model.model_name_or_path}: weights have sha256 {sha256}, the run file says "
@@ -105,6 +103,17 @@ def hash_files(folder: Path) -> dict[str, str]:
         with (folder / name).open("rb") as stream:
             hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
+
+
+def whole_files(folder: Path) -> tuple[dict[str, str], str]:
+    """Return `hash_files`, and the hash of the weights among them as a run file names it.
+
+    Raises: ModelError: a file is missing or cut off.
+    """
+    files = hash_files(folder)
+    sha256 = weights_sha256(files, folder)
+    check_files(folder, files)
+    return files, sha256
 
 
 def _read(folder: Path, run: RunConfig, **where: Any) -> tuple[nn.Module, frozenset[str]]:

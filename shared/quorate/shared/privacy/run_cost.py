@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
@@ -12,10 +13,9 @@ from quorate.shared.adapters.adapter import is_lora_a, is_lora_b, num_values
 from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.errors import ConfigError
-from quorate.shared.privacy.accounting import check_delta, default_delta
+from quorate.shared.privacy.accounting import check_delta, default_delta, epsilon, grouped
 from quorate.shared.privacy.calibration import calibrate
 from quorate.shared.privacy.privacy_event import PrivacyEvent
-from quorate.shared.privacy.second_opinion import cross_checked
 
 BYTES_PER_VALUE = 4
 """Adapters travel as float32."""
@@ -33,9 +33,7 @@ class Plan(ConfigModel):
     batch: int
     """Expected units in a step's batch, B."""
     rounds: int
-    """Rounds of the run."""
     steps: int
-    """Steps of all rounds."""
     sampling_probability: float
     """Chance of a unit to be in a batch: B over the site's units."""
     noise_multiplier: float
@@ -70,7 +68,6 @@ class Forecast(ConfigModel):
     units: int
     """Records or groups of the site."""
     configured: Plan
-    """As the run file says."""
     alternatives: tuple[Plan, ...]
     """Rank, rounds and batch, each halved and doubled, where that is possible."""
 
@@ -199,3 +196,49 @@ def of_rank(
             return None
         changed[name] = (*shape[:axis], rank, *shape[axis + 1 :])
     return {**shapes, **changed} if changed else None
+
+
+class CrossCheck(ConfigModel):
+    """Epsilon of the same events by independent accountants; infinite where a step had no noise."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
+
+    pld: float
+    """By privacy loss distributions: the figure to rely on."""
+    rdp: float
+    """By Renyi divergence: an upper bound that older papers report."""
+    prv: float | None
+    """By Opacus (Gopi et al., arXiv:2106.02848), which adds .01 for its own error; None if it was not asked,
+    or if a step takes every unit, where Opacus' formula takes the logarithm of 0."""
+
+
+def cross_checked(events: Iterable[PrivacyEvent], delta: float, *, prv: bool = True) -> CrossCheck:
+    """Return the epsilon [nats] of `events` at `delta` by each accountant.
+
+    `prv` imports torch and takes seconds, the more the larger epsilon is. Raises: ConfigError: as `epsilon`.
+    """
+    groups = grouped(events)
+    return CrossCheck(
+        pld=epsilon(groups, delta),
+        rdp=epsilon(groups, delta, "rdp"),
+        prv=_by_prv(groups, delta) if prv else None,
+    )
+
+
+def _by_prv(groups: tuple[PrivacyEvent, ...], delta: float) -> float | None:
+    if not groups:
+        return 0.0
+    if any(group.noise_multiplier == 0 for group in groups):
+        return math.inf
+    if any(group.sampling_probability == 1 for group in groups):
+        return None
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [
+        (group.noise_multiplier, group.sampling_probability, group.steps) for group in groups
+    ]
+    with warnings.catch_warnings():
+        # It sizes its grid by Renyi bounds of few orders, and says so where others would fit better.
+        warnings.filterwarnings("ignore", "Optimal order is the", UserWarning)
+        return float(accountant.get_epsilon(delta))

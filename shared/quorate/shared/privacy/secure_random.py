@@ -45,11 +45,9 @@ class SeededSource(SecretSource):
         self._draw = np.random.Generator(np.random.PCG64(secrets.randbits(128)))
 
     def uniform(self, count: int) -> Floats:
-        """Return numbers from [0, 1), [count]."""
         return self._draw.random(count)
 
     def normal(self, count: int) -> Floats:
-        """Return standard normal numbers, [count]."""
         return self._draw.standard_normal(count)
 
 
@@ -66,13 +64,11 @@ class CipherSource(SecretSource):
         self._stream = Cipher(algorithms.AES(key), modes.CTR(start)).encryptor()
 
     def uniform(self, count: int) -> Floats:
-        """Return numbers from [0, 1), [count]."""
         words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
         found: Floats = np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
         return found
 
     def normal(self, count: int) -> Floats:
-        """Return standard normal numbers, [count]."""
         parts = [self._normal(min(_CHUNK, count - at)) for at in range(0, count, _CHUNK)]
         return np.concatenate(parts) if parts else np.empty(0)
 

@@ -53,7 +53,6 @@ class LogFile:
         self._torn = False
 
     def write(self, content: bytes) -> None:
-        """Append whole lines."""
         try:
             if self._lost:
                 note = f"{_now()} {self._lost} lines before this one could not be written\n".encode()

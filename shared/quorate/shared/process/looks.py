@@ -22,9 +22,7 @@ class Line(ConfigModel):
     """One thing that was looked at."""
 
     what: str
-    """Its name."""
     ok: bool
-    """Whether it is right."""
     found: str
     """What was found; where it is not right, what to do as well."""
     exit_code: int = 0

@@ -28,7 +28,6 @@ class ProgramState(ConfigModel):
     pid: int | None
     """Process id; None between its death and its restart."""
     restarts: int
-    """How often it was started again."""
     since: datetime
     """When it started, or died."""
     problem: str | None
@@ -43,7 +42,6 @@ class ProgramStatus(ConfigModel):
     since: float
     """When it started, or died [Unix time]."""
     restarts: int
-    """How often it was started again."""
     last_exit: int | None = None
     """How it ended last: exit code, or minus the signal."""
     problem: str | None = None
@@ -68,7 +66,6 @@ class Status(ConfigModel):
     pid: int
     """The supervisor's process id."""
     programs: dict[str, ProgramStatus]
-    """Name -> program."""
 
 
 def start_detached(

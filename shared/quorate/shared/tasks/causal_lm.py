@@ -83,12 +83,10 @@ class CausalLM(Task):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return the columns of the format."""
         return _COLUMNS[self.format]
 
     @property
     def metrics_for_best_model(self) -> tuple[str, ...]:
-        """Return all there are."""
         return ("loss", "perplexity", "token_accuracy")
 
     @property
@@ -193,11 +191,9 @@ class CausalLM(Task):
         return [joined([examples[index] for index in row]) for row in rows]
 
     def num_rows(self, examples: Sequence[Example]) -> int:
-        """Return how many rows there are in packed examples."""
         return sum(len(example.features["lengths"]) for example in examples)
 
     def num_tokens(self, examples: Sequence[Example]) -> int:
-        """Return how many tokens are learnt."""
         return sum(count_learnt(example.target) for example in examples)
 
     def weigh(self, examples: Sequence[Example]) -> list[Example]:
@@ -208,7 +204,6 @@ class CausalLM(Task):
         return [replace(e, weight=size / mean) for e, size in zip(examples, sizes, strict=True)]
 
     def length(self, example: Example) -> int:
-        """Return the number of tokens."""
         return len(example.features["input_ids"])
 
     def longest(self, example: Example) -> Example:
@@ -311,11 +306,9 @@ class CausalLM(Task):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Return the run file's sample_prompts."""
         return self.sample_prompts
 
     def samples(self, model: Any, processor: Any) -> list[tuple[str, str]]:
-        """Return each of `sample_prompts` with the model's answer."""
         answers = []
         for prompt in self.sample_prompts:  # one by one: nothing is padded
             examples = self.encode([Row({"text": prompt}, "task.sample_prompts")], processor, labelled=False)

@@ -68,7 +68,6 @@ class Classification(TargetTask):
 
     @property
     def metrics_for_best_model(self) -> tuple[str, ...]:
-        """Return the rates; loss is better when smaller."""
         return ("exact_match", "micro_f1", "macro_f1") if self.multi_label else ("accuracy", "macro_f1")
 
     @property
@@ -82,7 +81,6 @@ class Classification(TargetTask):
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Return the head's size and label names for `from_pretrained`."""
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
@@ -92,7 +90,6 @@ class Classification(TargetTask):
 
     @property
     def blank_target(self) -> int | tuple[float, ...]:
-        """The first label, or none."""
         return (0.0,) * len(self.labels) if self.multi_label else 0
 
     def target(self, row: Row) -> int | tuple[float, ...]:
@@ -140,7 +137,6 @@ class Classification(TargetTask):
         return tuple(float(w) if t else 1.0 for w, t in zip(weights, example.target, strict=True))
 
     def label_counts(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Count examples per label name."""
         counts = np.zeros(len(self.labels), dtype=np.int64)
         for example in examples:
             if isinstance(example.target, int):
@@ -150,7 +146,6 @@ class Classification(TargetTask):
         return dict(zip(self.labels, counts.tolist(), strict=True))
 
     def labels_of(self, example: Example) -> tuple[int, ...]:
-        """Return the label, or the labels that are present."""
         if isinstance(example.target, int):
             return (example.target,)
         return tuple(index for index, present in enumerate(example.target) if present)

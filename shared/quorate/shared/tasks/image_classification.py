@@ -21,7 +21,6 @@ class ImageClassification(Classification, ImageTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return image and label."""
         return {"image": "image", "label": "label"}
 
 
@@ -35,5 +34,4 @@ class ImageRegression(Regression, ImageTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return image and label."""
         return {"image": "image", "label": "number"}

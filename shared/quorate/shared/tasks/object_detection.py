@@ -98,16 +98,13 @@ class ObjectDetection(Task):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return image and objects."""
         return {"image": "image", "objects": "objects"}
 
     @property
     def metrics_for_best_model(self) -> tuple[str, ...]:
-        """Return the average precisions."""
         return ("map", "map_50", "map_75")
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Return the head's size and label names for `from_pretrained`."""
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
@@ -123,7 +120,6 @@ class ObjectDetection(Task):
         )
 
     def head_modules(self, base: nn.Module) -> tuple[str, ...] | None:
-        """Return the heads for labels and boxes."""
         return HEADS
 
     def prepare_processor(self, processor: Any, base: Any, pad_token: str | None, name: str) -> Any:
@@ -193,7 +189,6 @@ class ObjectDetection(Task):
         return (f"{empty} of {len(examples)} training images show no object",) if empty else ()
 
     def label_counts(self, examples: Sequence[Example]) -> dict[str, int]:
-        """Count boxes per label name."""
         ids = [index for each in examples for index in each.target["class_labels"].tolist()]
         return {label: ids.count(index) for index, label in enumerate(self.labels)}
 
@@ -206,7 +201,6 @@ class ObjectDetection(Task):
         return [_changed(each, self.augmentation.draw(draw)) for each in examples]
 
     def length(self, example: Example) -> int:
-        """Return 0: all images are of one size."""
         return 0
 
     def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
@@ -216,7 +210,6 @@ class ObjectDetection(Task):
         return Batch({"pixel_values": pixels}, [each.target for each in examples], weights)
 
     def forward(self, model: Any, batch: Batch) -> Detections:
-        """Run the model."""
         out = model(**batch.inputs)
         return Detections(out.logits, out.pred_boxes)
 

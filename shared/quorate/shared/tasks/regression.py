@@ -34,11 +34,9 @@ class Regression(TargetTask):
 
     @property
     def metrics_for_best_model(self) -> tuple[str, ...]:
-        """Return the errors and R squared."""
         return ("rmse", "mae", "r2")
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Return a head of one output."""
         return {"num_labels": 1, "problem_type": "regression"}
 
     def target(self, row: Row) -> float:
@@ -50,7 +48,6 @@ class Regression(TargetTask):
 
     @property
     def blank_target(self) -> float:
-        """Zero."""
         return 0.0
 
     def loss(self, logits: Any, batch: Batch) -> Tensor:
@@ -59,7 +56,6 @@ class Regression(TargetTask):
         return function(logits.float()[:, 0], batch.targets.float(), reduction="none") * batch.weights
 
     def outcomes(self, logits: Any, batch: Batch) -> npt.NDArray[np.int64]:
-        """Return none: what is measured are sums."""
         return np.empty((0, 1), dtype=np.int64)
 
     def sums(self, logits: Any, batch: Batch) -> dict[str, float]:

@@ -22,7 +22,6 @@ class SequenceClassification(Classification, TextTargetTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return text and label."""
         return {"text": "text", "label": "label"}
 
 
@@ -37,5 +36,4 @@ class SequenceRegression(Regression, TextTargetTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return text and label."""
         return {"text": "text", "label": "number"}

@@ -71,7 +71,6 @@ class Batch:
     weights: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`."""
         return replace(
             self,
             inputs=_moved(self.inputs, device),

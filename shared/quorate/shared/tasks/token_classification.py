@@ -80,12 +80,10 @@ class TokenClassification(TextTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return words and tags."""
         return {"tokens": "tokens", "ner_tags": "tags"}
 
     @property
     def metrics_for_best_model(self) -> tuple[str, ...]:
-        """Return the rates over entities."""
         return ("f1", "macro_f1", "precision", "recall")
 
     @property
@@ -96,7 +94,6 @@ class TokenClassification(TextTask):
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Return the head's size and label names for `from_pretrained`."""
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),

@@ -201,7 +201,6 @@ def _check_same(search: Search) -> None:
 
 
 def _tell(study: Study, last: FrozenTrial, search: Search, wanted: int) -> None:
-    """Say how a trial went."""
     values = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in last.params.items())
     best = study.best_trial if any(each.state.name == "COMPLETE" for each in settled(study)) else None
     how = {"PRUNED": "stopped early", "FAIL": "diverged"}.get(last.state.name, "")

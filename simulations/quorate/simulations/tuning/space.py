@@ -95,12 +95,10 @@ class IntRange(ConfigModel):
 
     @property
     def bounds(self) -> tuple[Value, ...]:
-        """What must be allowed in a run for the whole range to be."""
         return self.low, self.high
 
     @property
     def points(self) -> list[Value]:
-        """Every value."""
         return list(range(self.low, self.high + 1, self.step))
 
 
@@ -126,7 +124,6 @@ class Choices(ConfigModel):
 
     @property
     def points(self) -> list[Value]:
-        """Every value."""
         return list(self.choices)
 
 

@@ -48,14 +48,12 @@ class Search:
     """One search.
 
     Args:
-        run_path: the run file.
         overrides: of the run file, for every trial.
         space: what is searched, checked against the run file.
         rows: site name -> split -> rows.
         output_dir: everything it writes.
         origin: where the rows came from.
         say: told, in a line, of every trial that ended.
-        on_step: told of every optimiser step.
     Raises: ConfigError: the run file does not validate, or its privacy does not go with a search.
     """
 
@@ -96,7 +94,6 @@ class Search:
         return "maximize" if self.base.task.sign(self.metric) > 0 else "minimize"
 
     def config(self, values: Mapping[str, Any]) -> RunConfig:
-        """Return the run with these values of the space."""
         return load_run(self.run_path, [*self.overrides, *as_overrides(values)])
 
 
@@ -115,8 +112,6 @@ def suggest(trial: Trial, key: str, parameter: FloatRange | IntRange | Choices) 
 
 
 def _watch(trial: Trial, metric: str, rounds: int) -> Tracker:
-    """Return a tracker that reports every round to Optuna, and stops the run that it gives up on."""
-
     def report(event: Event) -> None:
         """Report a round's pooled validation metric."""
         if not isinstance(event, RoundDone) or event.metrics.validation is None:

@@ -67,7 +67,6 @@ class Tuned(Record):
     """A search in one object."""
 
     name: str
-    """Name of the run file."""
     metric: str
     """What was searched for, on validation rows."""
     direction: str
@@ -77,7 +76,6 @@ class Tuned(Record):
     importances: dict[str, float] = Field(default_factory=dict)
     """Field -> its share of what made trials differ (PED-ANOVA, arXiv:2304.10255), largest first."""
     trials: list[TrialRecord]
-    """All of them, by number."""
     spent: SearchSpending | None = None
     """What all of them together spent of the sites' privacy, where the run has record- or group-level one."""
 
@@ -275,7 +273,6 @@ def _history(trials: list[TrialRecord], result: Tuned) -> Markup:
 
 
 def _slice(trials: list[TrialRecord], result: Tuned, name: str, search: Search, index: int) -> Markup:
-    """Draw the metric over one setting."""
     parameter = search.space.space[name]
     choices = [] if hasattr(parameter, "low") else parameter.points
     with drawing(HALF, 220) as figure:

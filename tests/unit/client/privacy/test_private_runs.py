@@ -33,7 +33,7 @@ from quorate.shared.protocol.messages import RoundRequest
 from quorate.shared.protocol.phases import Phase
 from quorate.shared.tasks.task import Row
 from quorate.simulations.baselines import pool
-from quorate.simulations.runner import simulate
+from quorate.simulations.runner import SimulationOptions, simulate
 from quorate.simulations.simulated_sites import load_sites
 
 RECORD = {"unit": "record", "noise_multiplier": 1.0}
@@ -377,7 +377,7 @@ def test_a_resumed_private_run_says_that_its_noise_is_new(
     run, sites = make_run(privacy=RECORD), make_sites(north=12, south=12)
     simulate(run, sites, tmp_path / "out")
     assert not [line for line in caplog.messages if "draw new noise" in line]
-    simulate(run, sites, tmp_path / "out", resume=True)
+    simulate(run, sites, tmp_path / "out", options=SimulationOptions(resume=True))
     assert [
         line
         for line in caplog.messages

@@ -13,7 +13,7 @@ from quorate.server.rounds.best_round import BestRound
 from quorate.server.rounds.run import METRICS_FILE, RECORD_FILE, read_jsonl
 from quorate.server.tracking.records import Evaluation, RoundMetrics, RoundRecord
 from quorate.shared.errors import ConfigError
-from quorate.simulations.runner import simulate
+from quorate.simulations.runner import SimulationOptions, simulate
 
 SIZES = {"north": 12, "south": 7}
 
@@ -109,7 +109,7 @@ def test_a_run_stops_cleanly_says_why_and_stays_stopped(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Stopped early after round 3 of 6" in page and "(early stopping)" in page
 
-    again = simulate(run, make_sites(**SIZES), tmp_path / "out", resume=True)
+    again = simulate(run, make_sites(**SIZES), tmp_path / "out", options=SimulationOptions(resume=True))
     assert again.rounds == 3 and again.stopped == summary.stopped
     assert len(read_jsonl(tmp_path / "out" / METRICS_FILE, RoundMetrics)) == 3
 
@@ -128,7 +128,7 @@ def test_a_run_that_is_cut_and_resumed_stops_where_the_uninterrupted_one_does(
     whole = simulate(run, make_sites(**SIZES), tmp_path / "out")
     for round in (3, 4):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{round}")
-    resumed = simulate(run, make_sites(**SIZES), tmp_path / "out", resume=True)
+    resumed = simulate(run, make_sites(**SIZES), tmp_path / "out", options=SimulationOptions(resume=True))
     assert (resumed.rounds, resumed.stopped) == (whole.rounds, whole.stopped) == (4, whole.stopped)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quorate.client.site.site import Site
-from quorate.deploy.commands.both.adapter_choice import adapter_folder
+from quorate.deploy.commands.both.options import adapter_folder
 from quorate.server.rounds.loop import run_rounds
 from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
 from quorate.server.tracking.records import RoundMetrics, RoundRecord

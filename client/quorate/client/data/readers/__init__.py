@@ -33,10 +33,7 @@ def read_source(
     """Read every split a source has files for; one file is all `train`, to be split later.
 
     Args:
-        source: where rows come from.
-        base_dir: where relative paths start.
         images: columns that hold images; their cells become absolute paths or bytes.
-        refuse: told of every row of a file that cannot be read.
     Returns: raw rows per split, in file order; `train` is always there, no split is empty.
     Raises: ConfigError: an unset variable. DataError: missing, empty or damaged data.
     """

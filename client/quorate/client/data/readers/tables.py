@@ -37,7 +37,6 @@ def read_file(path: Path, refuse: Refuse = stop) -> list[Row]:
 
     Args:
         path: ends in one of `SUFFIXES`, which says what it is; texts are UTF-8, with or without a BOM.
-        refuse: told of every row that cannot be read.
     Returns: one Row per row, values as the file has them, blank cells of a CSV file as None, source
         `file:line` (Parquet: `file:row`, from 1).
     Raises: DataError: unknown ending, unreadable, empty or damaged file; names file and line.

@@ -20,7 +20,6 @@ class ClippedGradientSum:
     Args:
         shapes: of every trained array; their norm is taken over all of them together.
         clipping_norm: C.
-        device: of the gradients.
     """
 
     def __init__(

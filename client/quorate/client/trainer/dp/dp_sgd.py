@@ -36,8 +36,6 @@ Unit = list[int]
 
 @dataclass
 class _PrivateMember:
-    """A site's own mechanism and optimiser while the stack trains."""
-
     task: SiteTask
     plan: PrivatePlan
     units: list[Unit]
@@ -62,7 +60,6 @@ def fit_privately(
     """Train the sites of one stack for one round with record- or group-level privacy.
 
     Args:
-        stack: installed on the base model.
         round: from 1; decides the place in the learning-rate schedule.
         trainable: arrays that move; a unit's gradient is clipped over all of them together.
     Returns: one result per site, in order; their metrics depend on no row.
@@ -183,7 +180,6 @@ def _step(
 def _share(
     stack: AdapterStack, run: RunConfig, position: int, member: _PrivateMember, drawn: list[tuple[int, int]]
 ) -> Share:
-    """Return a site's (unit, row) pairs of a pass as rows, augmented."""
     rows = [member.task.examples[row] for _, row in drawn]
     augmented = run.task.augment(rows, member.augment, stack.model.processor)
     return Share(position, augmented, member.dropout)
@@ -219,7 +215,6 @@ def _empty_sum(member: _PrivateMember) -> ClippedGradientSum:
 
 
 def _update(run: RunConfig, member: _PrivateMember, total: ClippedGradientSum, step: int) -> None:
-    """Add the noise and apply one site's gradient with its own optimiser and learning rate."""
     plan = member.plan
     noisy = total.noised(member.source, plan.noise_multiplier)
     if member.task.canaries is not None:

@@ -53,12 +53,7 @@ class PerSample:
 def linear(
     kept: PerSample, x: Tensor, weight: Tensor, bias: Tensor | None, of: tuple[nn.Parameter, ...]
 ) -> Tensor:
-    """Return x [k, n, d_in] through weight [k, d_out, d_in] and bias [k, d_out]; n is a multiple of b.
-
-    Args:
-        kept: takes the gradients.
-        of: the parameters that weight and bias are slices of.
-    """
+    """Return x [k, n, d_in] through weight [k, d_out, d_in] and bias [k, d_out]; n is a multiple of b."""
     _check_rows(x.shape[1], kept.rows)
     found: Tensor = _Linear.apply(x, weight, bias, kept, of)  # type: ignore[no-untyped-call]
     return found

@@ -63,9 +63,6 @@ def check_rows_apart(
     of zero, without dropout and in full precision. It is done once for a site's rows, and leaves the stack
     with another adapter. Where rows mix by no more than the length that they are padded to, as in a model
     without attention mask, they do not once all are padded to one length.
-
-    Args:
-        examples: the site's training examples.
     Returns: the length that all rows must be padded to [tokens]; None for the longest of a batch.
     Raises: ModelError: rows mix all the same.
     """
@@ -183,11 +180,7 @@ def row_gradients(
     examples: Sequence[Example],
     length: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return each example's own gradient of the stack's first adapter, name -> [rows, ...].
-
-    Args:
-        length: see `row_losses`.
-    """
+    """Return each example's own gradient of the stack's first adapter, name -> [rows, ...]."""
     share = Share(0, examples, torch.Generator(stack.model.peft.device))
     kept = backward_by_row(stack, run, [share], length)
     return kept.of_site(stack.arrays, 0, len(examples))
@@ -201,8 +194,6 @@ def backward_by_row(
 ) -> PerSample:
     """Run the shares through the model and back, and return the rows' own gradients.
 
-    Args:
-        length: see `row_losses`.
     Raises: ModelError: an array was trained outside of the layers that keep them apart.
     """
     kept = PerSample(max(len(share.rows) for share in shares))
@@ -224,11 +215,7 @@ def summed_gradient(
     examples: Sequence[Example],
     length: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return plain autograd's gradient of the sum of the examples' losses, name -> array.
-
-    Args:
-        length: see `row_losses`.
-    """
+    """Return plain autograd's gradient of the sum of the examples' losses, name -> array."""
     wanted = {name: array for name, array in stack.arrays.items() if array.requires_grad}
     share = Share(0, examples, torch.Generator(stack.model.peft.device))
     with row_losses(stack, run, [share], length) as (each, _):

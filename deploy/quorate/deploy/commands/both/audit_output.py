@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quorate.deploy.commands.both.options import print_json
+from quorate.deploy.terminal import print_table
 from quorate.shared.privacy.rounding import at_least, at_most
 
 if TYPE_CHECKING:
@@ -58,20 +59,18 @@ def print_audit(record: AuditRecord, *, as_json: bool) -> None:
 
 
 def _print_tables(record: AuditRecord) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
-    console = stdout_console()
     if record.mechanism:
-        table = Table("site", "claimed epsilon", "at least", "confidence", "guesses right", box=SIMPLE)
-        for each in record.mechanism:
-            right = f"{each.guesses.right} of {each.guesses.made}"
-            figures = at_most(each.claim.epsilon), at_least(each.epsilon_at_least), f"{each.confidence:.1%}"
-            table.add_row(Text(each.site), *figures, right)
-        console.print(table)
+        rows = [
+            (
+                each.site,
+                at_most(each.claim.epsilon),
+                at_least(each.epsilon_at_least),
+                f"{each.confidence:.1%}",
+                f"{each.guesses.right} of {each.guesses.made}",
+            )
+            for each in record.mechanism
+        ]
+        print_table(("site", "claimed epsilon", "at least", "confidence", "guesses right"), rows)
     if (client := record.client) is not None:
         typer.echo(
             f"site-level privacy: epsilon {at_most(client.epsilon)} claimed; by {client.canaries} canary "

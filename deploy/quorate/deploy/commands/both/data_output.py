@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from quorate.deploy.commands.both.options import print_json
+from quorate.deploy.terminal import stdout_console, table_of
 from quorate.shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,60 +36,47 @@ def _print(report: DataReport) -> None:
     for each in report.sites:
         _print_site(each)
     for note in report.notes:
-        _line(f"note: {note}")
+        typer.echo(f"note: {note}")
     warnings = sum(finding.level == "warning" for each in report.sites for finding in each.findings)
-    _line(f"{len(report.errors)} errors, {warnings} warnings")
+    typer.echo(f"{len(report.errors)} errors, {warnings} warnings")
 
 
 def _print_source(source: SourceReport) -> None:
     rows = ", ".join(f"{split} {count}" for split, count in source.rows.items())
-    _line(f"{source.name}: {rows} rows read, {source.unusable} of them cannot be used")
+    typer.echo(f"{source.name}: {rows} rows read, {source.unusable} of them cannot be used")
     for problem in source.problems:
-        _line(f"  error: {problem}")
+        typer.echo(f"  error: {problem}")
     if source.unusable > len(source.problems):
-        _line(f"  error: and {source.unusable - len(source.problems)} more such rows")
+        typer.echo(f"  error: and {source.unusable - len(source.problems)} more such rows")
     gaps = {name: column for name, column in source.columns.items() if column.missing or column.placeholders}
     for name, column in list(gaps.items())[:_MOST_COLUMNS]:
         said = f", {column.placeholders} that say so in words" if column.placeholders else ""
-        _line(f"  column {name}: {column.missing} rows without a value{said}")
+        typer.echo(f"  column {name}: {column.missing} rows without a value{said}")
     if len(gaps) > _MOST_COLUMNS:
-        _line(f"  and {len(gaps) - _MOST_COLUMNS} more columns with gaps (--json lists them)")
+        typer.echo(f"  and {len(gaps) - _MOST_COLUMNS} more columns with gaps (--json lists them)")
 
 
 def _print_site(site: SiteReport) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
-    table = Table("", *site.splits, box=SIMPLE, title=Text(site.name))
-    for column in table.columns[1:]:
-        column.justify = "right"
     splits = list(site.splits.values())
-
-    def add(name: str, values: list[Any]) -> None:
-        table.add_row(Text(name), *[_cell(value) for value in values])
-
-    add("rows", [each.rows for each in splits])
-    add("repeat an earlier row", [each.duplicates for each in splits])
-    add("nearly repeat one", [each.near_duplicates for each in splits])
+    values: dict[str, list[Any]] = {
+        "rows": [each.rows for each in splits],
+        "repeat an earlier row": [each.duplicates for each in splits],
+        "nearly repeat one": [each.near_duplicates for each in splits],
+    }
     for label in dict.fromkeys(label for each in splits for label in each.labels):
-        add(f"label {label}", [each.labels.get(label) for each in splits])
+        values[f"label {label}"] = [each.labels.get(label) for each in splits]
     for fact in dict.fromkeys(fact for each in splits for fact in each.facts):
         for name in dict.fromkeys(name for each in splits for name in each.facts.get(fact, {})):
-            add(f"{fact}: {name.replace('_', ' ')}", [each.facts.get(fact, {}).get(name) for each in splits])
-    stdout_console().print(table)
+            shown = [each.facts.get(fact, {}).get(name) for each in splits]
+            values[f"{fact}: {name.replace('_', ' ')}"] = shown
+    rows = [[name, *map(_cell, each)] for name, each in values.items()]
+    stdout_console().print(table_of(("", *site.splits), rows, title=site.name))
     for finding in site.findings:
         where = f" ({', '.join(finding.rows)})" if finding.rows else ""
-        _line(f"  {finding.level}: {finding.text}{where}")
+        typer.echo(f"  {finding.level}: {finding.text}{where}")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _line(text: str) -> None:
-    typer.echo(text)

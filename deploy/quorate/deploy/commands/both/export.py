@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.both.adapter_choice import adapter_folder
 from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
+    adapter_folder,
     configure_logging,
     print_json,
 )
@@ -56,7 +56,7 @@ def export(
         )
     adapter = adapter_folder(directory)
     if require_audit:
-        from quorate.client.audit.release_gate import check_audited
+        from quorate.client.audit.result_audit import check_audited
 
         check_audited(adapter)
     from quorate.client.models.merge import merge as merge_model

@@ -1,4 +1,4 @@
-"""What several commands share: their options, logging, and printing for machines."""
+"""What several commands share: their options, logging, printing for machines, and finding an adapter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quorate.deploy.terminal import stderr_console
+from quorate.shared.errors import AdapterError
+from quorate.shared.process.files import restore_folder
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -24,6 +26,11 @@ class LogLevel(StrEnum):
     info = "info"
     warning = "warning"
     error = "error"
+
+    @property
+    def quiet(self) -> bool:
+        """Whether progress is left out."""
+        return self in (LogLevel.warning, LogLevel.error)
 
 
 LogLevelOption = Annotated[
@@ -41,6 +48,17 @@ JsonOption = Annotated[
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run file, or the name of a recipe that comes with Quorate.")
+]
+FolderArgument = Annotated[
+    Path,
+    # Readable: no. With two users, either may walk through the folder, and not list it.
+    typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False),
+]
+FolderOption = Annotated[
+    Path,
+    typer.Option(
+        "--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.", readable=False
+    ),
 ]
 SiteFileOption = Annotated[
     Path | None,
@@ -95,3 +113,18 @@ def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Return the adapter folder that is meant: this one, or the one in a run's output folder.
+
+    Raises: AdapterError: neither is one. OutputError: a kill left it under another name,
+        which cannot be changed.
+    """
+    for candidate in (folder, folder / "adapter"):
+        restore_folder(candidate)
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise AdapterError(
+        f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
+    )

@@ -11,14 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from quorate.deploy.commands.both.adapter_choice import adapter_folder
 from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
+    adapter_folder,
     configure_logging,
     print_json,
 )
+from quorate.deploy.terminal import print_table
 from quorate.shared.config.template import is_text
 from quorate.shared.errors import DataError
 
@@ -150,27 +151,18 @@ def _box(box: Sequence[float]) -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
     if "completion" in rows[0]:
-        table = Table("prompt", "completion", box=SIMPLE)
-        for row in rows:
-            table.add_row(Text(row["text"]), Text(row["completion"]))
-        stdout_console().print(table)
+        print_table(("prompt", "completion"), ((row["text"], row["completion"]) for row in rows))
         return
     name = next(iter(rows[0]))
     kinds = {"entities": "entity", "objects": "object", "value": "value"}
     what = next((kind for key, kind in kinds.items() if key in rows[0]), "label")
-    table = Table(what, "probability", name, box=SIMPLE)
+    shown_rows = []
     for row in rows:
         shown = row[name] if len(row[name]) <= 70 else row[name][:67] + "..."
         for found, probability in _found(row) or [("(none)", "")]:
-            table.add_row(Text(found), probability, Text(shown))
+            shown_rows.append((found, probability, shown))
             shown = ""  # once for all that was found in it
         if cut := row.get("words_cut"):
-            table.add_row(Text(f"(the last {cut} words are beyond max_length: not read)"), "", "")
-    stdout_console().print(table)
+            shown_rows.append((f"(the last {cut} words are beyond max_length: not read)", "", ""))
+    print_table((what, "probability", name), shown_rows)

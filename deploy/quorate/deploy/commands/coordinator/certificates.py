@@ -11,6 +11,7 @@ import typer
 from quorate.deploy.commands.both.options import JsonOption, print_json
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
 from quorate.deploy.commands.coordinator.provision import DaysOption
+from quorate.deploy.terminal import print_table
 
 if TYPE_CHECKING:
     from quorate.deploy.provision.authority import Authority
@@ -43,20 +44,13 @@ def list_(federation: FederationOption = None, as_json: JsonOption = False) -> N
     if as_json:
         print_json({"certificates": every, "sites": sites})
         return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    from quorate.deploy.terminal import stdout_console
-
-    table = Table("who", "for", "serial", "until", "days left", "state", box=SIMPLE)
-    for each in every:
-        values = [str(each[column]) for column in ("name", "role", "until", "days", "state")]
-        table.add_row(*values[:2], each["serial"][:SHOWN], *values[2:])
-    stdout_console().print(table)
-    keys = Table("site", "node key", "SHA-256 of the key", box=SIMPLE)
-    for each in sites:
-        keys.add_row(each["site"], each["state"], (each["node_key"] or "")[:SHOWN])
-    stdout_console().print(keys)
+    rows = (
+        (each["name"], each["role"], each["serial"][:SHOWN], each["until"], str(each["days"]), each["state"])
+        for each in every
+    )
+    print_table(("who", "for", "serial", "until", "days left", "state"), rows)
+    keys = ((each["site"], each["state"], (each["node_key"] or "")[:SHOWN]) for each in sites)
+    print_table(("site", "node key", "SHA-256 of the key"), keys)
 
 
 @certificates.command("renew")

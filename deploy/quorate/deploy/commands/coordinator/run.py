@@ -92,8 +92,7 @@ def run(
             if resume
             else run_outputs.new_run(folder, config, output_dir)
         )
-        quiet = log_level in (LogLevel.warning, LogLevel.error)
-        follower = Follower(stderr_console(), quiet=quiet, output_dir=output_dir)
+        follower = Follower(stderr_console(), quiet=log_level.quiet, output_dir=output_dir)
         controller = Controller(
             target,
             Flower.of(folder),

@@ -14,6 +14,7 @@ from quorate.deploy.commands.both.options import (
     print_json,
 )
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
+from quorate.deploy.terminal import print_table, stdout_console
 from quorate.shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,18 +52,13 @@ def list_(
     if not found:
         typer.echo("no runs yet; start one with `quorate run`")
         return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    from quorate.deploy.terminal import stdout_console
-
-    table = Table("id", "name", "state", "rounds", "started (UTC)", "heard of (UTC)", box=SIMPLE)
+    rows = []
     for each in found:
         rounds = f"{each['round']}/{each['rounds']}"
         state = f"{each['state']}, alone" if each["command"] == "gone" else each["state"]
         started, heard = (moment[:19].replace("T", " ") for moment in (each["started"], each["heard"] or ""))
-        table.add_row(each["id"], each["name"], state, rounds, started, heard)
-    stdout_console().print(table)
+        rows.append((each["id"], each["name"], state, rounds, started, heard))
+    print_table(("id", "name", "state", "rounds", "started (UTC)", "heard of (UTC)"), rows)
     if any(each["command"] == "gone" for each in found):
         typer.echo(
             "alone: no command follows the run, and it would not be submitted again; follow it with `quorate "
@@ -86,7 +82,6 @@ def show(
 
     from quorate.deploy.control.run_list import Submission, find_run_folder
     from quorate.deploy.results import print_results
-    from quorate.deploy.terminal import stdout_console
     from quorate.server.results.outputs import read_summary
     from quorate.server.rounds.run import SUMMARY_FILE
     from quorate.server.tracking.run_status import RunStatus
@@ -132,7 +127,6 @@ def logs(
     configure_logging(log_level)
     from quorate.deploy.control.follower import Follower
     from quorate.deploy.control.run_list import find_run_folder
-    from quorate.deploy.terminal import stdout_console
     from quorate.server.tracking.events import EVENTS_FILE
     from quorate.server.tracking.events import follow as follow_events
 

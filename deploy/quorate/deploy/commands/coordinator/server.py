@@ -15,7 +15,8 @@ from quorate.deploy.commands.both.options import (
     print_json,
 )
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
-from quorate.deploy.commands.site.site_output import print_lines
+from quorate.deploy.commands.site.site_output import print_lines, print_programs
+from quorate.deploy.terminal import print_table
 
 if TYPE_CHECKING:
     from quorate.deploy.server.server_status import ServerStatus
@@ -123,29 +124,17 @@ def admit(
 
 
 def _print(found: ServerStatus) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
-    console = stdout_console()
     if not found.running:
         typer.echo(f"the server of {found.federation} does not run; start it with `quorate server start`.")
     else:
-        table = Table("program", "process", "restarts", "since (UTC)", "state", box=SIMPLE)
-        for name, program in found.programs.items():
-            since = program.since.strftime("%Y-%m-%d %H:%M:%S")
-            pid = "" if program.pid is None else str(program.pid)
-            table.add_row(name, pid, str(program.restarts), since, Text(program.problem or "works"))
-        console.print(table)
-    table = Table("certificate", "good for", box=SIMPLE)
-    for name, days in found.certificates.items():
-        table.add_row(Text(name), f"{days:.0f} days" if days >= 0 else "EXPIRED")
-    console.print(table)
-    table = Table("site", "node", "state", box=SIMPLE)
+        print_programs(found.programs)
+    certificates = (
+        (name, f"{days:.0f} days" if days >= 0 else "EXPIRED") for name, days in found.certificates.items()
+    )
+    print_table(("certificate", "good for"), certificates)
+    sites = []
     for name, site in found.sites.items():
         since = f" {site.revoked:%Y-%m-%d %H:%M} UTC" if site.revoked else ""
-        table.add_row(Text(name), site.node_id or "", f"{site.state}{since}")
-    console.print(table)
+        sites.append((name, site.node_id or "", f"{site.state}{since}"))
+    print_table(("site", "node", "state"), sites)
     print_lines(found.checks)

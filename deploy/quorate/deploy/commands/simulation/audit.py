@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +48,7 @@ def audit(
     from quorate.deploy.terminal import stderr_console
     from quorate.simulations.simulated_audit import audit as audit_folder
 
-    tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
-    try:
-        options = Options(canaries, confidence, reference_pairs, tokens)
+    options = Options(canaries, confidence, reference_pairs, tokens)
+    with closing(ConsoleTracker(stderr_console(), quiet=log_level.quiet)) as tracker:
         record = audit_folder(directory, options, site=site, on_step=tracker.step)
-    finally:
-        tracker.close()
     print_audit(record, as_json=as_json)

@@ -51,9 +51,7 @@ def load_rows(sites: SitesConfig, path: Path, run: RunConfig) -> dict[str, dict[
     """Load every site's rows: site -> split -> rows.
 
     Args:
-        sites: content of the sites file.
         path: the sites file, which messages name.
-        run: its data alias, task columns and labels.
     Raises: BadInput: as `load_sites`, with the sites file in front.
     """
     from quorate.simulations.simulated_sites import load_sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -48,21 +49,18 @@ def rerun(
     from quorate.deploy.terminal import stderr_console, stdout_console
     from quorate.server.tracking.trackers import configured_trackers
     from quorate.simulations.provenance import reopen
-    from quorate.simulations.runner import simulate
+    from quorate.simulations.runner import SimulationOptions, simulate
 
     config, rows, origin = reopen(directory)
-    tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
-    try:
+    with closing(ConsoleTracker(stderr_console(), quiet=log_level.quiet)) as tracker:
         summary = simulate(
             config,
             rows,
             output_dir,
             trackers=[tracker, *configured_trackers(config)],
             on_step=tracker.step,
-            origin=origin,
+            options=SimulationOptions(origin=origin),
         )
-    finally:
-        tracker.close()
     private = config.privacy is not None
     before, now = None if private else _sha256(directory / _WEIGHTS), _sha256(output_dir / _WEIGHTS)
     if as_json:

@@ -53,21 +53,20 @@ def simulate(
     from quorate.deploy.terminal import stderr_console, stdout_console
     from quorate.server.tracking.trackers import configured_trackers
     from quorate.simulations.provenance import Origin
+    from quorate.simulations.runner import SimulationOptions
     from quorate.simulations.runner import simulate as run_simulation
 
     rows = load_rows(sites_config, sites_path, config)
-    tracker = ConsoleTracker(stderr_console(), quiet=log_level in (LogLevel.warning, LogLevel.error))
+    tracker = ConsoleTracker(stderr_console(), quiet=log_level.quiet)
     origin = Origin.of(config, sites_config, sites_path.parent, rows)
     try:
         run_simulation(
             config,
             rows,
             output_dir,
-            resume=resume,
-            samples=sites_config.samples,
             trackers=[tracker, *configured_trackers(config)],
             on_step=tracker.step,
-            origin=origin,
+            options=SimulationOptions(resume, sites_config.samples, origin),
         )
     finally:
         # A run that is interrupted or loses its quorum has a summary too, of the rounds it finished.

@@ -78,10 +78,9 @@ def tune(
     from quorate.simulations.tuning.tuning_report import write_tuned
 
     rows = load_sites(sites_config, sites_path.parent, config)
-    quiet = log_level in (LogLevel.warning, LogLevel.error)
 
     def say(text: str) -> None:
-        if not quiet:
+        if not log_level.quiet:
             stderr_console().print(text, markup=False, soft_wrap=True)
 
     search = Search(
@@ -102,7 +101,6 @@ def tune(
 
 
 def _print(result: Tuned, folder: Path) -> None:
-    """Print the best settings, what mattered, and where everything lies."""
     if result.best is not None:
         typer.echo(
             f"best {result.metric} on validation rows: {result.best.value:.4f}, trial {result.best.number}"

@@ -130,7 +130,6 @@ def _check_data(
 
 
 def _print_summary(found: dict[str, Any]) -> None:
-    """Print what the run will do, on one screen."""
     run = found["run"]
     federation, training, adapter = run["federation"], run["training"], run["adapter"]
     labels = run["task"].get("labels", [])

@@ -48,11 +48,6 @@ def inspect(
 def inspect_own(run_path: Path, overrides: Sequence[str], site_file: Path, *, as_json: bool) -> None:
     """Print the report on what one site holds for a run.
 
-    Args:
-        run_path: the run file.
-        overrides: `key=value` of it.
-        site_file: the site's site.yaml.
-        as_json: for machines.
     Raises: ConfigError: a file that is not there or not right. DataError: a run would refuse the data.
     """
     from quorate.client.data.quality_report import inspect_own_data

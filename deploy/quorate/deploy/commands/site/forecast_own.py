@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
 
 from quorate.deploy.commands.both.options import (
     JsonOption,
@@ -16,11 +19,10 @@ from quorate.deploy.commands.both.options import (
     configure_logging,
     print_model,
 )
+from quorate.deploy.terminal import print_line, stdout_console, table_of
 from quorate.shared.privacy.rounding import at_most, delta_shown
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from quorate.client.privacy.forecast import RunForecast, SiteForecast
     from quorate.shared.privacy.run_cost import Plan
 
@@ -58,12 +60,6 @@ def forecast_for_own(
 ) -> None:
     """Print the forecast for one site.
 
-    Args:
-        run_path: the run file.
-        overrides: `key=value` of it.
-        site_file: the site's site.yaml.
-        measure: whether to take steps.
-        as_json: for machines.
     Raises: as `forecast_own`.
     """
     from quorate.client.policy.site_config import SiteConfig
@@ -81,40 +77,27 @@ def print_forecast(found: RunForecast, *, as_json: bool) -> None:
     if as_json:
         print_model(found)
         return
-    from quorate.deploy.terminal import stdout_console
-
     console = stdout_console()
     for site in found.sites:
         console.print(_settings(site))
         for line in _facts(site):
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            print_line(console, f"  {line}")
         if site.budgets:
             console.print("  epsilon of what the ledger has and this run, composed:", highlight=False)
             console.print(_spending(site))
         if site.refusal is not None:
-            said = f"  this site would refuse the run: {site.refusal}"
-            console.print(said, markup=False, soft_wrap=True)
+            print_line(console, f"  this site would refuse the run: {site.refusal}")
     counted = any(site.ledger for site in found.sites)
-    console.print(
-        f"largest epsilon of a site: {at_most(found.largest_epsilon)}, for this run alone"
-        + ("" if counted else ": what earlier runs on the same rows spent comes on top"),
-        markup=False,
-        soft_wrap=True,
+    before = "" if counted else ": what earlier runs on the same rows spent comes on top"
+    print_line(
+        console, f"largest epsilon of a site: {at_most(found.largest_epsilon)}, for this run alone{before}"
     )
     if found.peak_memory_bytes is not None:
-        from rich.filesize import decimal
-
-        console.print(
-            f"memory: {decimal(found.peak_memory_bytes)} at most, with one site at a time on {found.device}",
-            markup=False,
-            soft_wrap=True,
-        )
+        most = decimal(found.peak_memory_bytes)
+        print_line(console, f"memory: {most} at most, with one site at a time on {found.device}")
 
 
 def _settings(site: SiteForecast) -> Table:
-    """Return the site's plan and its neighbours as a table."""
-    from rich.filesize import decimal
-
     def row(plan: Plan) -> tuple[str, ...]:
         return (
             plan.change,
@@ -126,37 +109,14 @@ def _settings(site: SiteForecast) -> Table:
             decimal(plan.bytes_each_way),
         )
 
-    return settings_table(
-        f"{site.site}: {site.privacy.units} {site.unit}s",
-        ("epsilon", "noise multiplier", "chance in a step", "steps", "relative noise", "a round"),
+    return table_of(
+        ("", "epsilon", "noise multiplier", "chance in a step", "steps", "relative noise", "a round"),
         map(row, (site.privacy.configured, *site.privacy.alternatives)),
+        title=f"{site.site}: {site.privacy.units} {site.unit}s",
     )
 
 
-def settings_table(title: str, figures: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Return a table of settings and what follows from each.
-
-    Args:
-        title: above it.
-        figures: heads of the columns after the first.
-        rows: a setting in words, and its figures.
-    """
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE, title=Text(title))
-    table.add_column("")
-    for name in figures:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _facts(site: SiteForecast) -> list[str]:
-    from rich.filesize import decimal
-
     plan = site.privacy.configured
     lines = [
         f"delta {delta_shown(site.privacy.delta)}; epsilon by Renyi divergence {at_most(plan.epsilon_rdp)}; "
@@ -170,11 +130,7 @@ def _facts(site: SiteForecast) -> list[str]:
 
 def _spending(site: SiteForecast) -> Table:
     """Return what the ledger would have, with the run and with its neighbours, as a table."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE)
+    table = table_of((), ())
     table.add_column("")
     for budget in site.budgets:
         unit = "record" if budget.group is None else f"group ({budget.group})"

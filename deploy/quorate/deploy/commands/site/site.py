@@ -9,6 +9,8 @@ import typer
 
 from quorate.client.node.names import Half
 from quorate.deploy.commands.both.options import (
+    FolderArgument,
+    FolderOption,
     JsonOption,
     LogLevel,
     LogLevelOption,
@@ -37,21 +39,8 @@ site.add_typer(models)
 site.add_typer(ledger)
 site.command("audit")(site_audit)
 site.command("runs")(site_runs)
-FolderArgument = Annotated[
-    Path,
-    # Readable: no. With two users, either may walk through the folder, and not list it.
-    typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False),
-]
 RunIdArgument = Annotated[
     str, typer.Argument(metavar="RUN_ID", help="The run, as this site's log and `quorate runs list` name it.")
-]
-
-
-FolderOption = Annotated[
-    Path,
-    typer.Option(
-        "--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to.", readable=False
-    ),
 ]
 
 

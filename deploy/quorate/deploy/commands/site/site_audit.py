@@ -14,17 +14,20 @@ from quorate.deploy.commands.both.audit_output import (
     TokensOption,
     print_audit,
 )
-from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, configure_logging
+from quorate.deploy.commands.both.options import (
+    FolderOption,
+    JsonOption,
+    LogLevel,
+    LogLevelOption,
+    configure_logging,
+)
 
 
 def site_audit(
     run_id: Annotated[
         str, typer.Argument(metavar="RUN_ID", help="A run of which this site has received the result.")
     ],
-    folder: Annotated[
-        Path,
-        typer.Option("--folder", metavar="FOLDER", help="The folder that the start-up kit unpacked to."),
-    ] = Path(),
+    folder: FolderOption = Path(),
     canaries: CanariesOption = 500,
     reference_pairs: ReferencesOption = 2,
     tokens: TokensOption = 500,
@@ -39,8 +42,7 @@ def site_audit(
     Example: quorate site audit 0123456789abcdef --folder ./north
     """
     configure_logging(log_level)
-    from quorate.client.audit.own_audit import audit_received
-    from quorate.client.audit.result_audit import Options
+    from quorate.client.audit.result_audit import Options, audit_received
 
     record = audit_received(folder, run_id, Options(canaries, confidence, reference_pairs, tokens))
     print_audit(record, as_json=as_json)

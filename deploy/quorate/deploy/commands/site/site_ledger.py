@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quorate.deploy.commands.both.options import (
+    FolderArgument,
     JsonOption,
     LogLevel,
     LogLevelOption,
     configure_logging,
     print_json,
 )
+from quorate.deploy.terminal import print_table
 from quorate.shared.privacy.rounding import at_least, at_most
 
 if TYPE_CHECKING:
@@ -27,10 +29,6 @@ ledger = typer.Typer(
     no_args_is_help=True,
     help="The privacy ledger: what this site's data have spent.\n\nExample: quorate site ledger show ./north",
 )
-FolderArgument = Annotated[
-    Path,
-    typer.Argument(metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False),
-]
 
 
 @ledger.command("show")
@@ -154,16 +152,10 @@ def _end(verdict: Verdict) -> None:
 
 
 def _print_accounts(found: list[Account]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
     if not found:
         typer.echo("no budget, and nothing was spent")
         return
-    table = Table("data", "unit", "entries", "epsilon spent", "at delta", "cap", "remaining", box=SIMPLE)
+    rows = []
     for each in found:
         spent = "infinite" if each.epsilon is None else at_most(each.epsilon, 4)
         cap, left = (
@@ -172,5 +164,5 @@ def _print_accounts(found: list[Account]) -> None:
             else (f"{each.max_epsilon:g}", at_least(each.remaining, 4))
         )
         unit = "record" if each.group is None else f"group ({each.group})"
-        table.add_row(Text(each.data), Text(unit), str(each.entries), spent, f"{each.delta:g}", cap, left)
-    stdout_console().print(table)
+        rows.append((each.data, unit, str(each.entries), spent, f"{each.delta:g}", cap, left))
+    print_table(("data", "unit", "entries", "epsilon spent", "at delta", "cap", "remaining"), rows)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
+from rich.text import Text
+
+from quorate.deploy.terminal import print_table
 
 if TYPE_CHECKING:
     from quorate.client.health.site_status import SiteStatus
     from quorate.shared.process.looks import Line
+    from quorate.shared.process.supervised import ProgramState
 
 
 def print_checks(lines: list[Line]) -> None:
@@ -21,35 +25,31 @@ def print_checks(lines: list[Line]) -> None:
 
 def print_lines(lines: Sequence[Line]) -> None:
     """Print a table of what was looked at."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
+    rows = ((line.what, "ok" if line.ok else "WRONG", Text(line.found, overflow="fold")) for line in lines)
+    print_table(("check", "", "found, and what to do"), rows)
 
-    from quorate.deploy.terminal import stdout_console
 
-    table = Table("check", "", "found, and what to do", box=SIMPLE)
-    for line in lines:
-        table.add_row(Text(line.what), "ok" if line.ok else "WRONG", Text(line.found, overflow="fold"))
-    stdout_console().print(table)
+def print_programs(programs: Mapping[str, ProgramState]) -> None:
+    """Print a table of what a supervisor runs."""
+    rows = (
+        (
+            name,
+            "" if program.pid is None else str(program.pid),
+            str(program.restarts),
+            f"{program.since:%Y-%m-%d %H:%M:%S}",
+            program.problem or "works",
+        )
+        for name, program in programs.items()
+    )
+    print_table(("program", "process", "restarts", "since (UTC)", "state"), rows)
 
 
 def print_status(found: SiteStatus) -> None:
     """Print how a site stands."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    from quorate.deploy.terminal import stdout_console
-
     if not found.running:
         typer.echo(f"site {found.site} does not run; start it with `quorate site start`.")
     else:
-        table = Table("program", "process", "restarts", "since (UTC)", "state", box=SIMPLE)
-        for name, program in found.programs.items():
-            pid = "" if program.pid is None else str(program.pid)
-            since = f"{program.since:%Y-%m-%d %H:%M:%S}"
-            table.add_row(name, pid, str(program.restarts), since, Text(program.problem or "works"))
-        stdout_console().print(table)
+        print_programs(found.programs)
         detail = f" ({found.server.detail})" if found.server.detail else ""
         since = f" since {found.server.since:%Y-%m-%d %H:%M:%S} UTC" if found.server.since else ""
         typer.echo(f"server {found.server.address}: {found.server.state}{detail}{since}")

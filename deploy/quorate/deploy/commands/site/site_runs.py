@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quorate.deploy.commands.both.options import (
+    FolderArgument,
     JsonOption,
     LogLevel,
     LogLevelOption,
     configure_logging,
     print_json,
 )
+from quorate.deploy.terminal import print_table
 from quorate.shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,12 +26,7 @@ if TYPE_CHECKING:
 
 
 def site_runs(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="[FOLDER]", help="The folder that the start-up kit unpacked to.", readable=False
-        ),
-    ] = Path(),
+    folder: FolderArgument = Path(),
     run_id: Annotated[
         str | None,
         typer.Option("--run", metavar="RUN_ID", help="Show all that is known of this run."),
@@ -63,27 +60,24 @@ def site_runs(
 
 
 def _print_table(found: list[RunAtSite]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    from quorate.deploy.terminal import stdout_console
-
-    table = Table("run", "name", "state", "rounds", "rows", "data", "left", "heard of (UTC)", box=SIMPLE)
+    rows = []
     for each in found:
         state: str = each.state
         if each.refusal is not None and state == "refused":
             state = f"refused: {each.refusal.code}"
-        table.add_row(
-            each.run_id,
-            each.name,
-            state,
-            f"{each.trained}/{each.rounds}",
-            "" if each.rows is None else str(each.rows),
-            each.data,
-            _size(sum(each.left.values())),
-            _moment(each.heard),
+        rows.append(
+            (
+                each.run_id,
+                each.name,
+                state,
+                f"{each.trained}/{each.rounds}",
+                "" if each.rows is None else str(each.rows),
+                each.data,
+                _size(sum(each.left.values())),
+                _moment(each.heard),
+            )
         )
-    stdout_console().print(table)
+    print_table(("run", "name", "state", "rounds", "rows", "data", "left", "heard of (UTC)"), rows)
 
 
 def _told(run: RunAtSite) -> Iterator[tuple[str, str]]:

@@ -88,7 +88,6 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     """Return the figure as an `svg` element for the page.
 
     Args:
-        figure: drawn under `drawing`.
         name: unique in the page; makes the ids inside unique and the same each time.
         title, description: what a screen reader says.
     """

@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from quorate.shared.config.config_model import ConfigModel
-from quorate.shared.config.texts import Sha256
+from quorate.shared.config.config_model import ConfigModel, Sha256
 from quorate.shared.privacy.audit.membership_inference import LOW_FPR, Attack
 from quorate.shared.privacy.audit.one_run import Guesses
 from quorate.shared.privacy.claim import PrivacyClaim
@@ -21,11 +20,8 @@ class MechanismAudit(ConfigModel):
     """The one-run audit of a site's private training, by canaries whose noisy sums the auditor sees."""
 
     site: str
-    """Whose rows and mechanism."""
     claim: PrivacyClaim
-    """What the site claims."""
     guesses: Guesses
-    """How the auditor fared."""
     confidence: float = Field(gt=0, lt=1)
     """Of the bound."""
     epsilon_at_least: float = Field(ge=0)
@@ -68,7 +64,6 @@ class ClientAudit(ConfigModel):
     epsilon: float = Field(ge=0)
     """Claimed of the run with the canaries in it."""
     delta: float = Field(gt=0, lt=1)
-    """Of that claim."""
     canaries: int = Field(ge=2)
     """Sites that sent a random direction in every round they were drawn for."""
     values: int = Field(ge=2)

@@ -29,7 +29,6 @@ class TextTask(Task):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return the text."""
         return {"text": "text"}
 
     def prepare_processor(self, processor: Any, base: Any, pad_token: str | None, name: str) -> Any:
@@ -64,7 +63,6 @@ class TextTask(Task):
         return replace(example, features={**example.features, "input_ids": changed})
 
     def length(self, example: Example) -> int:
-        """Return the number of tokens."""
         return len(example.features["input_ids"])
 
     def longest(self, example: Example) -> Example:
@@ -91,7 +89,6 @@ class TextTargetTask(TextTask, TargetTask):
         return [Example(each, target) for each, target in zip(features, targets, strict=True)]
 
     def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:
-        """Pad to `length`, or to the longest text of the batch."""
         inputs = padded(examples, processor, length)
         targets = torch.tensor([e.target for e in examples])
         weights = torch.tensor([e.weight for e in examples], dtype=torch.float32)

@@ -49,7 +49,6 @@ class ImageTask(TargetTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        """Return the image."""
         return {"image": "image"}
 
     def kwargs_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +113,6 @@ class ImageTask(TargetTask):
     def augment(
         self, examples: Sequence[Example], draw: np.random.Generator, processor: Any
     ) -> list[Example]:
-        """Change each image as `augmentation` says."""
         if not self.augmentation.changes:
             return list(examples)
         return [
@@ -123,7 +121,6 @@ class ImageTask(TargetTask):
         ]
 
     def length(self, example: Example) -> int:
-        """Zero: all images are of one size."""
         return 0
 
     def collate(self, examples: Sequence[Example], processor: Any, length: int | None = None) -> Batch:

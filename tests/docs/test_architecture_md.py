@@ -58,6 +58,20 @@ def test_a_path_or_name_is_there(path: str, name: str) -> None:
         assert name in names(file), f"{path} has no {name}"
 
 
+def test_a_round_reads_as_nine_steps_on_one_screen() -> None:
+    text = (ROOT / "server/quorate/server/rounds/loop.py").read_text(encoding="utf-8")
+    (round_,) = [
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == "run_round"
+    ]
+    lines = text.splitlines()[round_.lineno - 1 : round_.end_lineno]
+    comments = [line.partition("  # ")[2] for line in lines]
+    steps = [int(step) for comment in comments for step in re.findall(r"(?:^|, )(\d) ", comment)]
+    assert steps == list(range(1, 10))
+    assert len(lines) <= 60
+
+
 def test_every_folder_of_the_source_is_on_the_page() -> None:
     for portion in PORTIONS:
         base = ROOT / portion / "quorate" / portion

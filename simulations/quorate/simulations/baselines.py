@@ -19,6 +19,7 @@ from quorate.client.site.request import Request
 from quorate.client.trainer.sampling import few_shot
 from quorate.server.exchange.exclusions import exclusion
 from quorate.server.exchange.join import request
+from quorate.server.results.local_reference import Compared
 from quorate.server.rounds.evaluation import local_gain, summarise
 from quorate.server.rounds.run import Run
 from quorate.server.tracking.events import PhaseBegan
@@ -51,7 +52,7 @@ def run_references(
     engine: Engine,
     initial: Adapter,
     federated: Mapping[str, Outcomes],
-) -> tuple[References, dict[str, LocalGain]]:
+) -> Compared:
     """Run the references that the configuration asks for.
 
     Args:
@@ -59,7 +60,7 @@ def run_references(
         engine: answers for these sites and, under the name POOL, for all their rows together.
         initial: the adapter's seeded start.
         federated: test outcomes of the federated model per site.
-    Returns: the references, and what the federation was worth to each site (with local_only).
+    Returns: the references, and (with local_only) what the federation was worth to each site.
     """
     config, wanted = run.config, run.config.evaluation.references
     alone, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
@@ -78,7 +79,7 @@ def run_references(
         found = pooled.best(_all_steps(config, rows), [POOL], "centralised")
         centralised = found[POOL][0] if found else None
     failed = alone.failed | pooled.failed
-    return References(local_only=local, centralised=centralised, failed=failed), gains
+    return Compared(References(local_only=local, centralised=centralised, failed=failed), gains)
 
 
 def pool(rows: Mapping[str, SiteRows], config: RunConfig) -> dict[Split, Sequence[Row]]:

@@ -13,11 +13,12 @@ from quorate.client.site.data_source import SiteRows
 from quorate.client.site.engine import Engine
 from quorate.client.site.site import Site
 from quorate.server.results.complete import all_the_same
+from quorate.server.results.local_reference import Compared
 from quorate.server.results.outputs import best_state, measure, write_outputs
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import Run, locked_output
 from quorate.server.tracking.events import PhaseBegan, Tracker, telling_warnings
-from quorate.server.tracking.records import Answer, LocalGain, References, Summary
+from quorate.server.tracking.records import Answer, Summary
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
@@ -91,35 +92,20 @@ def _carry_out(run: Run, rows: Mapping[str, SiteRows], engine: Engine, samples: 
     grid = InProcessGrid(engine, list(rows))
     result = serve(grid, run)
 
-    def compare() -> tuple[References | None, dict[str, LocalGain]]:
+    def compare() -> Compared:
         if not run.config.evaluation.references or result.stopped is not None:
-            return None, {}
+            return Compared()
         return run_references(run, rows, engine, result.members.initial, outcomes)
 
     final, best, outcomes = all_the_same(result, lambda: measure(grid, run, result))
-    references, gains = all_the_same(result, compare)
-    answers = all_the_same(result, lambda: _answers(engine, run, result))
-    summary = all_the_same(
-        result,
-        lambda: write_outputs(run, result, final, best, references=references, worth=gains, samples=answers),
-    )
+    compared = all_the_same(result, compare)
+    prompted = all_the_same(result, lambda: _prompted(engine, run, result))
+    summary = all_the_same(result, lambda: write_outputs(run, result, final, best, compared, prompted))
     if samples and result.progress is not None and result.stopped is None:
         write_samples(run.config, rows, run.output_dir, samples)
     if result.stopped is not None:
         raise result.stopped
     return summary
-
-
-def _answers(engine: Engine, run: Run, result: Result) -> list[Answer]:
-    """Return answers to the run file's own prompts, by the base model and by the best round's."""
-    if not run.config.task.prompts or result.progress is None or result.stopped is not None:
-        return []
-    run.tell(PhaseBegan(round=result.progress.round, name="samples"))
-    before, after = engine.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
-    return [
-        Answer(prompt=prompt, base=base, adapted=adapted)
-        for (prompt, base), (_, adapted) in zip(before, after, strict=True)
-    ]
 
 
 def serve(grid: Grid, run: Run) -> Result:
@@ -133,3 +119,15 @@ def serve(grid: Grid, run: Run) -> Result:
 
     app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {}))
     return results[0]
+
+
+def _prompted(engine: Engine, run: Run, result: Result) -> list[Answer]:
+    """Return answers to the run file's own prompts, by the base model and by the best round's."""
+    if not run.config.task.prompts or result.progress is None or result.stopped is not None:
+        return []
+    run.tell(PhaseBegan(round=result.progress.round, name="samples"))
+    before, after = engine.samples(run.config, [GlobalState(result.members.initial), best_state(run, result)])
+    return [
+        Answer(prompt=prompt, base=base, adapted=adapted)
+        for (prompt, base), (_, adapted) in zip(before, after, strict=True)
+    ]

@@ -30,8 +30,27 @@ PUSHES = 5
 """How often messages are brought to a SuperLink that takes only part of them."""
 UNREACHABLE = "unreachable"
 """Code of a message that Flower could not bring, or of an error of Flower's own."""
-Open = dict[str, int]
-"""Id of a message without a reply -> the node it went to."""
+
+
+class Open(dict[str, int]):
+    """Id of a message without a reply -> the node it went to."""
+
+    def pull(self, grid: Grid) -> Iterator[tuple[int, bytes | str]]:
+        """Yield (node, message bytes or error code) of the replies that are there now, and take them out.
+
+        A reply is matched on the message it answers, as Flower's own errors carry no node.
+        """
+        if not self:
+            return
+        for message in list(grid.pull_messages(list(self))):
+            node = self.pop(message.metadata.reply_to_message_id, None)
+            if node is not None:
+                yield node, _content(message)
+
+    def forget(self, node: int) -> None:
+        """Take the messages to this node out."""
+        for message in [message for message, to in self.items() if to == node]:
+            del self[message]
 
 
 class Exchange:
@@ -46,7 +65,7 @@ class Exchange:
     def __init__(self, grid: Grid, ttl: float) -> None:
         self._grid = grid
         self._ttl = ttl
-        self._open: Open = {}
+        self._open = Open()
 
     @property
     def waiting(self) -> set[int]:
@@ -69,15 +88,15 @@ class Exchange:
 
     def pull(self) -> Iterator[tuple[int, bytes | str]]:
         """Yield (node, message bytes or error code) of the replies that are there now."""
-        return pull(self._grid, self._open)
+        return self._open.pull(self._grid)
 
     def settle(self, node: int) -> None:
         """Wait for no further reply of this node."""
-        forget(self._open, node)
+        self._open.forget(node)
 
     def leave(self) -> Open:
         """Give up on all that is open; returns it."""
-        left, self._open = self._open, {}
+        left, self._open = self._open, Open()
         return left
 
 
@@ -100,25 +119,6 @@ def push(grid: Grid, messages: list[Message]) -> Iterable[str]:
         f"the SuperLink did not store messages in {PUSHES} attempts; see its log (full disk?), and continue "
         "the run with --resume."
     ) from refused
-
-
-def forget(messages: Open, node: int) -> None:
-    """Take the messages to this node out."""
-    for message in [message for message, to in messages.items() if to == node]:
-        del messages[message]
-
-
-def pull(grid: Grid, messages: Open) -> Iterator[tuple[int, bytes | str]]:
-    """Yield (node, message bytes or error code) of the replies that are there now, and take them out.
-
-    A reply is matched on the message it answers, as Flower's own errors carry no node.
-    """
-    if not messages:
-        return
-    for message in list(grid.pull_messages(list(messages))):
-        node = messages.pop(message.metadata.reply_to_message_id, None)
-        if node is not None:
-            yield node, _content(message)
 
 
 def _content(message: Message) -> bytes | str:

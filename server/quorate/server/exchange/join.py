@@ -70,6 +70,11 @@ class Members:
         """Flower node id -> site."""
         return {node: site for site, node in self.nodes.items()}
 
+    def set_aside(self, site: str, why: Exclusion) -> None:
+        """Let a site that had joined take no part."""
+        self.refused[site] = why
+        del self.nodes[site], self.sites[site]
+
 
 def request(
     run: Run, round: int, phase: Phase, site: str, arrays: Adapter | None = None, split: Split | None = None
@@ -145,7 +150,7 @@ def join(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> Member
     members.presence = presence
     members.refused.update(answers.excluded)
     if len(members.nodes) >= federation.quorum:
-        _fetch_start(grid, run, members)
+        members.initial = _fetch_start(grid, run, members)
     members.refused.update({known[node]: exclusion("absent") for node in sorted(known.keys() - online)})
     members.late = {
         back[name]: name for name, why in members.refused.items() if name in back and why.code in _MAY_COME
@@ -268,31 +273,39 @@ def _agreeing(replied: list[tuple[int, Update]]) -> Members:
     return members
 
 
-def _fetch_start(grid: Grid, run: Run, members: Members) -> None:
+def _fetch_start(grid: Grid, run: Run, members: Members) -> Adapter:
     """Have one site send the seeded start that all say they have.
 
     One copy comes over the wire and is held, whatever the number of sites. One after the other is asked as
     long as what comes is wrong, and who sent that is set aside. Where one is silent, or cannot for now, all
     are asked at once, and the first to answer will do; the others stay what they are.
 
+    Returns: the start; the empty one of `members` where nobody is left.
     Raises: QuorumNotMet: nobody sent it within federation.timeout_seconds.
     """
     federation = run.config.federation
     patience = min(federation.timeout_seconds, max(1.0, federation.grace_seconds + federation.reask_seconds))
     for site, node in sorted(members.nodes.items()):
-        if _take_start(grid, run, members, {node: site}, patience):
-            return
+        start = _take_start(grid, run, members, {node: site}, patience)
+        if start is not None:
+            return start
         if site in members.nodes:
             break
-    if members.nodes and not _take_start(grid, run, members, members.by_node, federation.timeout_seconds):
+    if not members.nodes:  # each sent a wrong one; `join` says who and why
+        return members.initial
+    start = _take_start(grid, run, members, members.by_node, federation.timeout_seconds)
+    if start is None:
         raise QuorumNotMet(
             f"none of {', '.join(sorted(members.nodes))} sent the adapter's start, which they say they have; "
             "see their logs, then start the run again."
         )
+    return start
 
 
-def _take_start(grid: Grid, run: Run, members: Members, asked: Mapping[int, str], seconds: float) -> bool:
-    """Ask these sites for the start, and take the first that is right; set those aside whose is wrong."""
+def _take_start(
+    grid: Grid, run: Run, members: Members, asked: Mapping[int, str], seconds: float
+) -> Adapter | None:
+    """Return the first right start that these sites send, if any; set those aside whose is wrong."""
 
     def check(_request: RoundRequest, update: Update) -> Adapter:
         update.arrays.check_finite()
@@ -303,13 +316,12 @@ def _take_start(grid: Grid, run: Run, members: Members, asked: Mapping[int, str]
     answers = answers_of(run, asked, Presence(), quorum=1)  # who is silent here is not known to be away
     answers.timeout = seconds
     requests = {node: request(run, 0, "start", site) for node, site in asked.items()}
-    for _, members.initial in answers.ask(grid, requests, check):
-        return True
+    for _, start in answers.ask(grid, requests, check):
+        return start
     for site, why in answers.excluded.items():
         if why.code in _WRONG:
-            members.refused[site] = why
-            del members.nodes[site], members.sites[site]
-    return False
+            members.set_aside(site, why)
+    return None
 
 
 def identity(update: Update) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
-from quorate.server.exchange.flower_messages import UNREACHABLE, Open, forget, pull
+from quorate.server.exchange.flower_messages import UNREACHABLE, Open
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Presence:
     """
 
     away: dict[int, float] = field(default_factory=dict)
-    _open: Open = field(default_factory=dict)
+    _open: Open = field(default_factory=Open)
     _unlisted: set[int] = field(default_factory=set)
     _pauses: dict[int, tuple[float, float]] = field(default_factory=dict)
     _listed_at: float = -_LIST_SECONDS
@@ -46,7 +46,7 @@ class Presence:
         """Return the nodes that have shown themselves since the last look; they are no longer away."""
         if not self.away:
             return set()
-        back = {node for node, content in pull(grid, self._open) if content != UNREACHABLE}
+        back = {node for node, content in self._open.pull(grid) if content != UNREACHABLE}
         now = time.monotonic()
         if now - self._listed_at >= _LIST_SECONDS:
             self._listed_at = now
@@ -69,7 +69,7 @@ class Presence:
         self.away.pop(node, None)
         self._pauses.pop(node, None)
         self._unlisted.discard(node)
-        forget(self._open, node)
+        self._open.forget(node)
 
     def at_work(self, nodes: Set[int], grid: Grid) -> set[int]:
         """Return those of these silent nodes that may be at work: listed by Flower, and silent for once.
@@ -81,12 +81,12 @@ class Presence:
         before = self.away.keys() | set(self._open.values())
         return (set(nodes) - before) & set(grid.get_node_ids())
 
-    def missed(self, asked: Mapping[int, float], left: Open, *, listed: bool = True) -> None:
+    def missed(self, asked: Mapping[int, float], left: Mapping[str, int], *, listed: bool = True) -> None:
         """Take note of nodes that let an exchange pass.
 
         Args:
             asked: node -> when it was asked.
-            left: the messages to them that are still open.
+            left: id of a message to them that is still open -> node.
             listed: whether Flower's list had them.
         """
         now = time.monotonic()

@@ -27,7 +27,7 @@ def all_the_same(result: Result, work: Callable[[], _T]) -> _T:
     except KeyboardInterrupt as stop:
         if isinstance(result.stopped, KeyboardInterrupt):
             raise
-        result.stopped = result.stopped or stop
+        result.stop(stop)
         return work()
 
 
@@ -39,10 +39,7 @@ def complete_run(grid: Grid, run: Run, result: Result) -> Summary:
     """
     final, best, outcomes = all_the_same(result, lambda: measure(grid, run, result))
     compared = all_the_same(result, lambda: compare(grid, run, result, outcomes))
-    references, gains = compared.references, compared.worth
-    summary = all_the_same(
-        result, lambda: write_outputs(run, result, final, best, references=references, worth=gains)
-    )
+    summary = all_the_same(result, lambda: write_outputs(run, result, final, best, compared))
     deliver(grid, run, result, summary)
     if result.stopped is not None:
         raise result.stopped

@@ -6,13 +6,14 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from quorate.server.report import write_report
+from quorate.server.results.local_reference import Compared
 from quorate.server.results.model_card import model_card
 from quorate.server.rounds.checkpoint import Progress, list_checkpoints, load_checkpoint
 from quorate.server.rounds.loop import Result
@@ -23,9 +24,7 @@ from quorate.server.tracking.events import Finished, PhaseBegan
 from quorate.server.tracking.records import (
     Answer,
     Exclusion,
-    LocalGain,
     Measured,
-    References,
     RoundRecord,
     Summary,
 )
@@ -45,7 +44,7 @@ _LIBRARIES = ("quorate", "flwr", "torch", "transformers", "peft", "numpy")
 def measure(
     grid: Grid, run: Run, result: Result
 ) -> tuple[Measured | None, Measured | None, dict[str, Outcomes]]:
-    """Measure the last and the best round's model on test rows.
+    """Measure the last and the best round's model on test rows; one that no site can measure ends the run.
 
     Returns: final, best, and the best model's outcomes per site. A run that was stopped is not measured
         again: what its rounds found on validation rows stands. Nor is one whose sites share no outcomes.
@@ -57,7 +56,7 @@ def measure(
         try:
             return _tested(grid, run, result, result.progress)
         except ModelDiverged as error:
-            result.stopped = error
+            result.stop(error)
     last = Measured(round=result.progress.round, validation=result.progress.metrics.validation)
     good = good_round(run, result)
     if good is None:
@@ -117,14 +116,12 @@ def write_outputs(
     result: Result,
     final: Measured | None,
     best: Measured | None,
-    *,
-    references: References | None = None,
-    worth: Mapping[str, LocalGain] | None = None,
+    compared: Compared | None = None,
     samples: Sequence[Answer] = (),
 ) -> Summary:
     """Write adapter/, summary.json and report.html, in this order, and tell the trackers."""
     run.tell(PhaseBegan(round=result.progress.round if result.progress else 0, name="outputs"))
-    summary = _summary(run, result, final, best, references, worth or {}, samples)
+    summary = _summary(run, result, final, best, compared or Compared(), samples)
     if good_round(run, result) is None:  # what an earlier end of the run left is no better known to be good
         shutil.rmtree(run.output_dir / ADAPTER_DIR, ignore_errors=True)
     else:
@@ -149,8 +146,7 @@ def _summary(
     result: Result,
     final: Measured | None,
     best: Measured | None,
-    references: References | None,
-    worth: Mapping[str, LocalGain],
+    compared: Compared,
     samples: Sequence[Answer],
 ) -> Summary:
     records = [
@@ -187,8 +183,8 @@ def _summary(
         config_hash=run.config.content_hash,
         final=final,
         best=best,
-        references=references,
-        worth=dict(worth),
+        references=compared.references,
+        worth=compared.worth,
         sites=result.members.sites,
         samples=tuple(samples),
         excluded=excluded,

@@ -44,6 +44,10 @@ class Result:
     stopped: KeyboardInterrupt | QuorumNotMet | ModelDiverged | None = None
     central: CentralPrivacy | None = None
 
+    def stop(self, why: KeyboardInterrupt | QuorumNotMet | ModelDiverged) -> None:
+        """Take note of what ended the run early; the first reason stands."""
+        self.stopped = self.stopped or why
+
     @property
     def status(self) -> Literal["done", "interrupted", "quorum-not-met", "diverged"]:
         if self.stopped is None:
@@ -97,7 +101,7 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
                 Round(grid, run, members, round), result.state, result.progress, central
             )
     except (KeyboardInterrupt, QuorumNotMet, ModelDiverged) as stop:
-        result.stopped = stop
+        result.stop(stop)
         result.state, result.progress = run.reload() or (result.state, result.progress)
     return result
 

@@ -68,7 +68,6 @@ class Screen:
         asked: how many sites were asked.
         start_norm: L2 norm of the arrays that move, before the round [parameter units].
         before: norms of the updates that counted in the round before.
-        excluded: takes whom it sets aside, and why: the exchange's own account.
         room: site -> how many times the others' bound its own is (see `room`); 1 where it is left out.
     """
 
@@ -76,8 +75,9 @@ class Screen:
     asked: int
     start_norm: float
     before: Sequence[float]
-    excluded: dict[str, Exclusion] = field(default_factory=dict)
     room: Mapping[str, float] = field(default_factory=dict)
+    excluded: dict[str, Exclusion] = field(init=False, default_factory=dict)
+    """Whom it set aside, and why; complete once all updates have passed."""
     norms: dict[str, float] = field(init=False, default_factory=dict)
     """Site -> norm, of every update that has come."""
 

@@ -53,6 +53,7 @@ class Collection:
             yield from (each.weighing(1.0) for _, each in arriving)
         else:
             yield from self.screen.passed(in_order(self.cohort, self.answers, arriving))
+            self.answers.excluded.update(self.screen.excluded)
         members.pace = max(members.pace, self.answers.longest)
 
     def _passed(self, _request: RoundRequest, update: Update) -> Passed:
@@ -82,7 +83,6 @@ class Collection:
             len(self.cohort),
             self.state.adapter.subset(moving).l2_norm,
             list(self.before.record.update_norms.values()) if self.before else [],
-            self.answers.excluded,
             room(config.training, {site: self._rows(site) for site in self.cohort}),
         )
 

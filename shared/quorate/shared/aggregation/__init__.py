@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from quorate.shared.aggregation.reptile import Reptile
 from quorate.shared.aggregation.rule import Aggregator, GlobalState
 
 AggregationRule = Annotated[FedAvg | FFA | FedEx | Reptile, Field(discriminator="name")]
-RULES: tuple[type[Aggregator], ...] = (FedAvg, FFA, FedEx, Reptile)
+RULES: tuple[type[Aggregator], ...] = get_args(get_args(AggregationRule)[0])
+"""The members of the union."""
 
 __all__ = ["FFA", "RULES", "AggregationRule", "Aggregator", "FedAvg", "FedEx", "GlobalState", "Reptile"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -23,15 +23,8 @@ TaskConfig = Annotated[
     | CausalLM,
     Field(discriminator="name"),
 ]
-TASKS: tuple[type[Task], ...] = (
-    SequenceClassification,
-    SequenceRegression,
-    TokenClassification,
-    ImageClassification,
-    ImageRegression,
-    ObjectDetection,
-    CausalLM,
-)
+TASKS: tuple[type[Task], ...] = get_args(get_args(TaskConfig)[0])
+"""The members of the union."""
 
 __all__ = [
     "TASKS",

@@ -62,11 +62,11 @@ def run_references(
     Returns: the references, and what the federation was worth to each site (with local_only).
     """
     config, wanted = run.config, run.config.evaluation.references
-    alone, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
+    local_only, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
     local: dict[str, Measured] = {}
     gains: dict[str, LocalGain] = {}
     if "local_only" in wanted:
-        for name, (measured, outcomes) in alone.best(single(config), list(rows), "local only").items():
+        for name, (measured, outcomes) in local_only.best(single(config), list(rows), "local only").items():
             local[name] = measured
             if federated.get(name, Outcomes()).rows:
                 intervals = config.evaluation.bootstrap_samples > 0
@@ -77,7 +77,7 @@ def run_references(
     if "centralised" in wanted:
         found = pooled.best(_all_steps(config, rows), [POOL], "centralised")
         centralised = found[POOL][0] if found else None
-    failed = alone.failed | pooled.failed
+    failed = local_only.failed | pooled.failed
     return References(local_only=local, centralised=centralised, failed=failed), gains
 
 

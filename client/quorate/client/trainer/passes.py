@@ -142,7 +142,13 @@ def training_mode(stack: AdapterStack, run: RunConfig, seed: int | None) -> Iter
 
 @contextmanager
 def checkpointed(stack: AdapterStack) -> Iterator[None]:
-    """Have the layers of the stack's model checkpointed inside the context."""
+    """Have the layers of the stack's model checkpointed inside the context.
+
+    transformers checkpoints layers that are in training mode, but the frozen base stays in eval mode here:
+    only the layers' own flag is raised, their submodules are left as they are. LoRA dropout draws from a
+    generator per site, which torch's checkpoint does not know: without care the second pass would draw masks
+    of its own.
+    """
     layers = checkpoint_layers(stack.model.peft)
     before = [layer.training for layer in layers]
     # Not reentrant: the input of a frozen base's first layer needs no gradient, which that kind cannot do.

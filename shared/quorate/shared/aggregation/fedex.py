@@ -131,6 +131,8 @@ def _pair(arrays: Adapter, layer: str, b: str = LORA_B, a: str = LORA_A) -> tupl
 def compress(left: Matrix, right: Matrix, *, floor: float = 0.0) -> tuple[Matrix, Matrix]:
     """Return factors of the same product with the fewest columns, by QR of both and an SVD of the core.
 
+    All in float64, and the m x n product, which may be too large, is never formed.
+
     Args:
         left: [m, R].
         right: [R, n].

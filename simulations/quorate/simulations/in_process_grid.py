@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
 from quorate.client.process.flower_messages import unwrap, wrap
 from quorate.client.site.engine import Engine, in_stacks
 from quorate.server.exchange.flower_internals import FlowerRun, become_task, set_message_id
+from quorate.server.exchange.flower_messages import QuorateGrid
 from quorate.shared.protocol.messages import RoundRequest
 
 RUN_ID = 1
@@ -19,7 +19,7 @@ SERVER_NODE = 1
 FIRST_SITE_NODE = 1001
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(QuorateGrid):
     """A Grid whose nodes are sites in this process.
 
     A pull answers the next stack (`training.max_stack`) of the messages that it names, in the order in which
@@ -46,16 +46,6 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._sites)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep the messages until their answers are asked for."""

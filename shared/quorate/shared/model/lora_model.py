@@ -121,10 +121,6 @@ class LoadedModel:
                 f"model has embeddings for {known}; they do not belong together: get the model's tokenizer."
             )
 
-    def read_adapter(self) -> Adapter:
-        """Return the arrays of PEFT's own adapter."""
-        return adapter_of(self.peft)
-
     def write_adapter(self, adapter: Adapter) -> None:
         """Put `adapter` into PEFT's own modules."""
         tensors = {name: torch.from_numpy(array.copy()) for name, array in adapter.items()}

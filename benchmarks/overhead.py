@@ -27,7 +27,7 @@ from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.model.lora_model import LoadedModel, load_model
+from quorate.shared.model.lora_model import LoadedModel, adapter_of, load_model
 from quorate.shared.tasks.task import Example
 from quorate.simulations.runner import simulate
 from quorate.simulations.simulated_sites import default_sites_path, find_recipe, load_sites
@@ -112,7 +112,7 @@ def train_site(
         factor = lr_factor(run.training, (round - 1) * plan.steps_per_round + step, total)
         set_learning_rate(optimizer, run.training.learning_rate * factor)
         optimizer.step()
-    return model.read_adapter()
+    return adapter_of(model.peft)
 
 
 def evaluate(run: RunConfig, model: LoadedModel, adapter: Adapter, data: LoadedRuns, split: str) -> None:

@@ -151,7 +151,7 @@ def plain_peft_loop() -> Callable[..., Any]:
 
     from quorate.client.trainer.optimizers import make_optimizer
     from quorate.client.trainer.schedule import BatchPlan, lr_factor
-    from quorate.shared.model.lora_model import load_model
+    from quorate.shared.model.lora_model import adapter_of, load_model
 
     def loop(run: Any, rows: list[Any], start: Any, round: int, optimizer: Any = None) -> Any:
         model = load_model(run)
@@ -176,6 +176,6 @@ def plain_peft_loop() -> Callable[..., Any]:
                 done = (round - 1) * plan.steps_per_round + step
                 group["lr"] = peak * lr_factor(run.training, done, total)
             optimizer.step()
-        return model.read_adapter()
+        return adapter_of(model.peft)
 
     return loop

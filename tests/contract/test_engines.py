@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import TwoSites
+from engines import TwoSites, answer_all
 from tampered import Shuffled
 
-from quorate.client.site.engine import Engine, OneAtATime, answer_all, in_stacks
+from quorate.client.site.engine import Engine, OneAtATime, in_stacks
 from quorate.client.site.request import Request
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request

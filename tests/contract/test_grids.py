@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from engines import ClientAppGrid
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from refusals import refuses
 from tampered import Shuffled
 
-from quorate.client.process.flower_app import app as client_app
-from quorate.client.process.handler import connect
 from quorate.client.site.engine import Engine
 from quorate.client.site.site import Site
 from quorate.server.exchange.exchange import Answers, OpenExchange
@@ -38,12 +37,10 @@ def grid_over(request: pytest.FixtureRequest) -> Any:
     """Build a grid over an engine, with messages handed over in stacks or one by one."""
 
     def make(engine: Engine) -> InProcessGrid:
-        connect(engine)
-        kind = Shuffled if request.param == "shuffled" else InProcessGrid
-        return kind(engine, engine.names, client_app if request.param == "client-app" else None)
+        kinds = {"stacks": InProcessGrid, "client-app": ClientAppGrid, "shuffled": Shuffled}
+        return kinds[request.param](engine, engine.names)
 
-    yield make
-    connect(None)
+    return make
 
 
 @pytest.fixture
@@ -100,7 +97,7 @@ def test_a_request_for_another_site_is_refused(grid_over: Any, opened: Any) -> N
     grid = grid_over(site)
     first, second, _ = grid.get_node_ids()
     wrong = request(run, 0, "join", site.names[1], NOTHING)
-    if grid._client_app is None:
+    if not isinstance(grid, ClientAppGrid):
         with refuses(ProtocolError, "another-site"):
             ask(grid, run, {first: wrong})
     else:
@@ -176,12 +173,10 @@ def test_runs_end_in_the_same_adapter_whichever_way_messages_go(
     states = []
     # SGD: over several rounds AdamW magnifies the last bit of a gradient near 0 to a whole step.
     config = make_run(training={"optim": "sgd", "learning_rate": 0.1})
-    for way in (None, client_app):
+    for kind in (InProcessGrid, ClientAppGrid):
         site = Site(make_sites(north=12, south=7, west=4))
-        run = Run.open(site.prepare(config), tmp_path / str(way is None))
-        connect(site)
-        states.append(run_rounds(InProcessGrid(site, site.names, way), run).state.adapter)
-    connect(None)
+        run = Run.open(site.prepare(config), tmp_path / kind.__name__)
+        states.append(run_rounds(kind(site, site.names), run).state.adapter)
     assert states[0].minus(states[1]).l2_norm < 1e-5
 
 

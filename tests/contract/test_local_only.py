@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import answer_all
 from flwr.app import Context, RecordDict
 
-from quorate.client.process.handler import connect
-from quorate.client.site.engine import answer_all
 from quorate.client.site.request import Request, failed
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
@@ -66,11 +65,7 @@ def federated(make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytes
         }
         Nodes(nodes=nodes).write(folder)
         monkeypatch.setenv(FEDERATION, str(folder.path))
-        connect(site)
-        try:
-            app(Watched(site, site.names), Context(7, 0, {}, RecordDict(), {"run": RUN_ID}))
-        finally:
-            connect(None)
+        app(Watched(site, site.names), Context(7, 0, {}, RecordDict(), {"run": RUN_ID}))
         return run_dir, config, rows
 
     return make

@@ -14,7 +14,6 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.run import RunNotRunningException
 from refusals import refuses
 
-from quorate.client.process.handler import connect
 from quorate.client.site.site import Site
 from quorate.server.federation.flower_app import FEDERATION, LOG_FILE, app
 from quorate.server.federation.folder import FederationFolder
@@ -40,11 +39,7 @@ class Submitted:
         self.run_dir = folder.runs / RUN_ID
 
     def run(self, grid: type[InProcessGrid] = InProcessGrid, run_id: str = RUN_ID) -> RunStatus | None:
-        connect(self.site)
-        try:
-            app(grid(self.site, self.site.names), Context(FLOWER_RUN, 0, {}, RecordDict(), {"run": run_id}))
-        finally:
-            connect(None)
+        app(grid(self.site, self.site.names), Context(FLOWER_RUN, 0, {}, RecordDict(), {"run": run_id}))
         return RunStatus.read(self.run_dir)
 
     def adapter(self) -> bytes:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import answer_all
 from site_folder import SITE, SiteProcess, request, sha256_of, write_folder
 
 from quorate.client.process.grpc_client import RemoteSite
 from quorate.client.process.grpc_server import check_health
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.site.site_data import SiteData
 from quorate.shared.protocol.messages import RoundRequest, Update

@@ -11,7 +11,7 @@ from refusals import refuses
 from quorate.server.privacy.clipped_sum import ClippedSum
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.audit.audit_record import ClientAudit
-from quorate.simulations.canary_sites import audit_clients
+from quorate.simulations.simulated_audit import audit_clients
 
 
 def audited(

@@ -11,9 +11,9 @@ import mixing_models
 import pytest
 import tiny_lm
 import torch
+from engines import answer_all
 from row_gradients import noisy
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer import passes
 from quorate.client.trainer.dp.dp_sgd import fit_privately

@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from engines import answer_all
 from pydantic import ValidationError
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer.evaluate import evaluate
 from quorate.client.trainer.fit import SiteTask, fit

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import answer_all
 from pydantic import ValidationError
 from transformers import TrainingArguments, get_scheduler
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.trainer.fit import SiteTask, fit
 from quorate.client.trainer.schedule import BatchPlan, lr_factor

@@ -63,11 +63,11 @@ def run_references(
     Returns: the references, and (with local_only) what the federation was worth to each site.
     """
     config, wanted = run.config, run.config.evaluation.references
-    alone, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
+    local_only, pooled = (_Reference(run, engine, tuple(rows), initial) for _ in range(2))
     local: dict[str, Measured] = {}
     gains: dict[str, LocalGain] = {}
     if "local_only" in wanted:
-        for name, (measured, outcomes) in alone.best(single(config), list(rows), "local only").items():
+        for name, (measured, outcomes) in local_only.best(single(config), list(rows), "local only").items():
             local[name] = measured
             if federated.get(name, Outcomes()).rows:
                 intervals = config.evaluation.bootstrap_samples > 0
@@ -78,7 +78,7 @@ def run_references(
     if "centralised" in wanted:
         found = pooled.best(_all_steps(config, rows), [POOL], "centralised")
         centralised = found[POOL][0] if found else None
-    failed = alone.failed | pooled.failed
+    failed = local_only.failed | pooled.failed
     return Compared(References(local_only=local, centralised=centralised, failed=failed), gains)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, tee
+from itertools import tee
 
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
+from flwr.app import Message
 
-from quorate.client.process.flower_app import SITE
 from quorate.client.process.flower_messages import unwrap, wrap
 from quorate.client.site.engine import Engine, in_stacks
 from quorate.server.exchange.flower_internals import FlowerRun, become_task, set_message_id
+from quorate.server.exchange.flower_messages import QuorateGrid
 from quorate.shared.protocol.messages import RoundRequest
 
 RUN_ID = 1
@@ -21,7 +19,7 @@ SERVER_NODE = 1
 FIRST_SITE_NODE = 1001
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(QuorateGrid):
     """A Grid whose nodes are sites in this process.
 
     A pull answers the next stack (`training.max_stack`) of the messages that it names, in the order in which
@@ -30,13 +28,10 @@ class InProcessGrid(Grid):
     Args:
         engine: answers for all sites.
         sites: names; node ids follow their order.
-        client_app: when given, every message goes through this ClientApp one by one, as in production;
-            else a stack of them goes to the engine together.
     """
 
-    def __init__(self, engine: Engine, sites: Sequence[str], client_app: ClientApp | None = None) -> None:
+    def __init__(self, engine: Engine, sites: Sequence[str]) -> None:
         self._engine = engine
-        self._client_app = client_app
         self._sites = {FIRST_SITE_NODE + index: name for index, name in enumerate(sites)}
         self._pushed: dict[str, Message] = {}
         self._ids = itertools.count(1)
@@ -51,16 +46,6 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._sites)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep the messages until their answers are asked for."""
@@ -89,8 +74,6 @@ class InProcessGrid(Grid):
 
     def _answered(self, waiting: Iterator[Message]) -> list[Message]:
         """Return the replies to the first stack of messages; one without a request in it raises."""
-        if self._client_app is not None:
-            return [self._client_app(message, self._context(message)) for message in islice(waiting, 1)]
         waiting, asked = tee(waiting)
         requests = (
             RoundRequest.decode(unwrap(message.content)).addressed_to(
@@ -103,7 +86,3 @@ class InProcessGrid(Grid):
             Message(wrap(update.encoded), reply_to=message)
             for update, message in zip(updates, asked, strict=False)
         ]
-
-    def _context(self, message: Message) -> Context:
-        node = message.metadata.dst_node_id
-        return Context(RUN_ID, node, {SITE: self._sites[node]}, RecordDict(), {})

@@ -19,9 +19,8 @@ from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import moving
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.model.base_model import default_device, load_base
+from quorate.shared.model.base_model import default_device, load_base, placed
 from quorate.shared.model.lora_model import LoadedModel, load_model
-from quorate.shared.model.quantised import placed
 from quorate.shared.progress import OnStep, ignore_step
 from quorate.shared.tasks.task import Example, Row
 

@@ -57,7 +57,7 @@ def site_file_state(site: SiteFolder) -> SiteFileState | None:
         return None
     if in_use.at_start:
         return SiteFileState(state="restart", fields=in_use.at_start)
-    same = sha256_of((site.path / SITE_YAML).read_bytes()) == in_use.sha256
+    same = hashlib.sha256((site.path / SITE_YAML).read_bytes()).hexdigest() == in_use.sha256
     return SiteFileState(state="in use" if same else "changed")
 
 
@@ -70,8 +70,3 @@ def check_process(site: SiteFolder) -> str:
     if running is not None and running.state == "restart":
         raise ConfigError(f"{SITE_YAML}: {running.said}.")
     return "none runs now" if running is None else running.said
-
-
-def sha256_of(content: bytes) -> str:
-    """Return the hash that readings are told apart by."""
-    return hashlib.sha256(content).hexdigest()

@@ -66,6 +66,7 @@ def site_status(site: SiteFolder) -> SiteStatus:
     programs = _programs(site, status)
     runs = site.state.is_dir()
     server = _server(site, running=status is not None)
+    way = server_lines(site, signed=False, connected=server.state == "connected", seconds=_SECONDS)
     return SiteStatus(
         site=site.connection.site,
         federation=site.connection.federation,
@@ -74,15 +75,10 @@ def site_status(site: SiteFolder) -> SiteStatus:
         server=server,
         base_model_loaded=status is not None and check_health(site.socket, name=MODEL),
         site_file=site_file_state(site),
-        checks=(*storage(site), *certificates(site), *models_and_data(site), *_way(site, server)),
+        checks=(*storage(site), *certificates(site), *models_and_data(site), *way),
         waiting=tuple(waiting_runs(site.state)) if runs else (),
         withdrawn=tuple(withdrawn_runs(site.state)) if runs else (),
     )
-
-
-def _way(site: SiteFolder, server: ServerContact) -> list[Line]:
-    """Look at the certificate that the server shows, and at the clocks."""
-    return server_lines(site, signed=False, connected=server.state == "connected", seconds=_SECONDS)
 
 
 def _programs(site: SiteFolder, status: Status | None) -> dict[str, ProgramState]:

@@ -15,9 +15,8 @@ from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.peft_export import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE
 from quorate.shared.config.load import load_run
 from quorate.shared.errors import AdapterError
-from quorate.shared.model.base_model import Base, default_device, load_base
+from quorate.shared.model.base_model import Base, default_device, load_base, placed
 from quorate.shared.model.lora_model import quiet_about_conv1d
-from quorate.shared.model.quantised import placed
 from quorate.shared.tasks.task import Row
 
 

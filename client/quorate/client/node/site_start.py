@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from pathlib import Path
@@ -15,11 +14,10 @@ from quorate.client.flower.allowed_commands import write_commands
 from quorate.client.node.connection_state import ConnectionState, read_connection_state
 from quorate.client.node.folder import SiteFolder
 from quorate.client.node.programs import site_program
-from quorate.client.node.supervise import become_supervisor
+from quorate.client.node.supervise import become_supervisor, in_foreground
 from quorate.client.node.tls_forwarder import connecting_programs
 from quorate.client.node.users import check_enrolled, prepare_folders
 from quorate.client.process.grpc_server import check_health
-from quorate.shared.errors import QuorateError
 from quorate.shared.process.supervised import refuse_second, start_detached
 from quorate.shared.process.supervisor import Program
 
@@ -76,14 +74,7 @@ def start(site: SiteFolder, timeout: float = READY_SECONDS) -> ConnectionState |
 
 def main(arguments: list[str]) -> int:
     """Run a site in the foreground; returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
-    )
-    try:
-        run(SiteFolder.find(Path(arguments[0])))
-    except QuorateError as error:
-        logging.getLogger(__name__).error("%s", error)
-        return error.exit_code
+    return in_foreground(lambda: run(SiteFolder.find(Path(arguments[0]))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -50,16 +50,20 @@ def read_programs(path: Path) -> list[Program]:
 
 def main(arguments: list[str]) -> int:
     """Run the programs until SIGTERM or SIGINT; returns the exit code."""
+    path = Path(arguments[0])
+    return in_foreground(lambda: Supervisor(path.parent, read_programs(path)).run())
+
+
+def in_foreground(work: Callable[[], int | None]) -> int:
+    """Do the work of a program of a site, with its log on stderr; returns the exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
-    path = Path(arguments[0])
     try:
-        Supervisor(path.parent, read_programs(path)).run()
+        return work() or 0
     except QuorateError as error:
         logging.getLogger(__name__).error("%s", error)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

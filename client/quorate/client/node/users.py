@@ -37,7 +37,8 @@ class SystemUser:
         except KeyError:
             raise ConfigError(
                 f"users: there is no user {name!r} on this machine; make it with "
-                f"`useradd --system --no-create-home {name}`, or take `users` out of site.yaml."
+                f"`useradd --system --no-create-home {name}`, or take `users` out of site.yaml.",
+                kind="no-user",
             ) from None
         return cls(name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
 
@@ -53,11 +54,13 @@ def accounts(users: UsersConfig | None) -> tuple[SystemUser, SystemUser] | None:
     if site.uid == supernode.uid or supernode.uid == 0:
         raise ConfigError(
             "users: site and supernode must be two users, and supernode not root, or one could read the "
-            "other's files."
+            "other's files.",
+            kind="one-user-for-both",
         )
     if os.geteuid() != 0:
         raise ConfigError(
-            "users: only root can start processes as other users; use sudo, or take `users` out of site.yaml."
+            "users: only root can start processes as other users; use sudo, or take `users` out of site.yaml.",
+            kind="no-user",
         )
     return site, supernode
 
@@ -157,7 +160,8 @@ def _prepare_for_two(site: SiteFolder, own: SystemUser, supernode: SystemUser) -
 
 def _folder(path: Path, mode: int, uid: int = -1, gid: int = -1) -> None:
     if path.is_symlink():
-        raise ConfigError(f"{path}: must be a folder, not a link; put the folder itself there.")
+        message = f"{path}: must be a folder, not a link; put the folder itself there."
+        raise ConfigError(message, kind="link-for-a-folder")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chown(path, uid, gid)
     path.chmod(mode)  # after chown, which may clear setgid

@@ -9,13 +9,11 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from quorate.client.process.flower_messages import unwrap, wrap
-from quorate.client.process.handler import answer
+from quorate.client.process.grpc_client import RemoteSite
 from quorate.shared.errors import QuorateError
 
 log = logging.getLogger(__name__)
 
-SITE = "site"
-"""Key of Flower's node configuration that names the site."""
 FAILED = 1001
 """Flower error code for a request that could not be answered; the reason is our error code alone."""
 
@@ -23,8 +21,8 @@ FAILED = 1001
 def forward(message: Message, context: Context) -> Message:
     """Answer one Flower message. Text of an error stays here; its code travels."""
     try:
-        asked = (str(context.node_config[SITE]), unwrap(message.content))
-        (reply,) = answer([asked], timeout=_time_left(message))
+        with RemoteSite.from_environment() as site:
+            reply = site.ask(unwrap(message.content), _time_left(message))
     except Exception as error:  # Flower would send the exception's text to the server
         log.exception("cannot answer a message")
         code = error.code if isinstance(error, QuorateError) else "internal"

@@ -7,13 +7,14 @@ never fallen back to. What only a start of the process can take over is said in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from quorate.client.health.site_file import AT_START, IN_USE, InUse, sha256_of
+from quorate.client.health.site_file import AT_START, IN_USE, InUse
 from quorate.client.node.folder import SITE_YAML, SiteFolder
 from quorate.client.policy.gate import Gate
 from quorate.client.policy.site_config import SiteConfig
@@ -114,7 +115,7 @@ class SiteFileGate:
         )
 
     def _tell(self) -> None:
-        in_use = InUse(sha256=sha256_of(self._read), at_start=self._at_start())
+        in_use = InUse(sha256=hashlib.sha256(self._read).hexdigest(), at_start=self._at_start())
         write_atomically(self._state / IN_USE, in_use.model_dump_json().encode() + b"\n")
 
 

@@ -75,11 +75,6 @@ def in_stacks(engine: Engine, messages: Iterable[RoundRequest]) -> Iterator[list
         yield [next(answers) if isinstance(each, Request) else each for each in asked]
 
 
-def answer_all(engine: Engine, messages: Iterable[RoundRequest]) -> list[Update]:
-    """Return the answers to messages, in order."""
-    return [update for stack in in_stacks(engine, messages) for update in stack]
-
-
 def _read(message: RoundRequest) -> Request | Update:
     """Return the request, or the answer that refuses it."""
     try:

@@ -45,7 +45,7 @@ class LoadedRuns:
     """Loads what a run needs when it first asks, and keeps it until a run asks for something else.
 
     Args:
-        holdings: whoever finds rows (and the base model) for a run.
+        source: whoever finds rows (and the base model) for a run.
         device: where to train; the first visible GPU, else the CPU, when left out.
         as_given: names of which all training rows are used, whatever `training.examples_per_class` says.
         on_model: told when a base model is in memory, and when it is let go of.
@@ -53,12 +53,12 @@ class LoadedRuns:
 
     def __init__(
         self,
-        holdings: DataSource,
+        source: DataSource,
         device: torch.device | None,
         as_given: Collection[str],
         on_model: Callable[[bool], None],
     ) -> None:
-        self.holdings = holdings
+        self.source = source
         self._device = device
         self._as_given = frozenset(as_given)
         self._on_model = on_model
@@ -66,7 +66,7 @@ class LoadedRuns:
 
     def load(self, run: RunConfig) -> Resident:
         """Return the base model under this run, loaded again only when the run asks for another one."""
-        run = self.holdings.at_hand(run)
+        run = self.source.at_hand(run)
         resident = self.resident
         if resident is None or _model_key(resident.run) != _model_key(run):
             self.resident = None  # let go of the old base before the new one takes its memory
@@ -89,7 +89,7 @@ class LoadedRuns:
 
         Raises: DataError: no training rows, or one that the task cannot use. ModelError.
         """
-        self.holdings.rows(resident.run, site)  # which reads them again where that is due
+        self.source.rows(resident.run, site)  # which reads them again where that is due
         self._let_go(resident)
         few = resident.run.training.examples_per_class if split == "train" else None
         key = (resident.run.data, site, split, few)
@@ -106,13 +106,13 @@ class LoadedRuns:
 
     def _let_go(self, resident: Resident) -> None:
         """Drop examples of rows that are to be read again, or were."""
-        if resident.readings != self.holdings.readings:
+        if resident.readings != self.source.readings:
             resident.examples.clear()
-            resident.readings = self.holdings.readings
+            resident.readings = self.source.readings
 
     def rows(self, run: RunConfig, site: str, split: Split) -> Sequence[Row]:
         """Return the rows that a run uses, of training rows maybe a few of each label."""
-        rows = self.holdings.rows(run, site).get(split, ())
+        rows = self.source.rows(run, site).get(split, ())
         return few_shot(run, site, rows) if split == "train" and site not in self._as_given else rows
 
     def claim(self, resident: Resident, site: str) -> PrivacyClaim | None:

@@ -61,14 +61,14 @@ class Site:
         received: Path | None = None,
         on_model: Callable[[bool], None] = lambda loaded: None,
     ) -> None:
-        holdings = InMemory(rows) if isinstance(rows, Mapping) else rows
-        self._prepared = LoadedRuns(holdings, device, as_given, on_model)
+        source = InMemory(rows) if isinstance(rows, Mapping) else rows
+        self._prepared = LoadedRuns(source, device, as_given, on_model)
         self._received_dir = received
         self._on_step = on_step
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self._prepared.holdings.names
+        return self._prepared.source.names
 
     def handle_many(self, requests: Sequence[Request]) -> list[Update]:
         """Answer requests, in order; those of one round that start from one base are trained as stacks.
@@ -126,7 +126,7 @@ class Site:
         check_header(request)
         resident = self._prepared.load(request.run)
         check_arrays(request, resident.model.initial)
-        check_base_change(resident.model, request.state.residual, self._prepared.holdings.base_limits)
+        check_base_change(resident.model, request.state.residual, self._prepared.source.base_limits)
         if request.header.phase == "fit":
             self._prepared.examples(resident, request.header.site, "train")
 
@@ -157,7 +157,7 @@ class Site:
             resident.model,
             {split: prepared.examples(resident, site, split) for split in ("train", "validation", "test")},
             prepared.rows(run, site, "train"),
-            len(prepared.holdings.rows(run, site).get("train", ())),
+            len(prepared.source.rows(run, site).get("train", ())),
             claim,
         )
         return Update.reply(request, description=description)
@@ -232,7 +232,7 @@ class Site:
     def _received(self, resident: Resident, request: Request) -> GlobalState:
         """Complete what was sent, and put its residual into the base."""
         state = self._completed(resident, request)
-        resident.model.set_residual(state.residual, self._prepared.holdings.base_limits.admit)
+        resident.model.set_residual(state.residual, self._prepared.source.base_limits.admit)
         return state
 
     def _completed(self, resident: Resident, request: Request) -> GlobalState:

@@ -50,8 +50,8 @@ class RowChanges:
         changed = [
             f"{split} {fewer} fewer and {more} more"
             for split in held
-            if (fewer := _total(before.get(split, Counter()) - held[split]))
-            + (more := _total(held[split] - before.get(split, Counter())))
+            if (fewer := (before.get(split, Counter()) - held[split]).total())
+            + (more := (held[split] - before.get(split, Counter())).total())
         ]
         return f"{counts}; since they were read last: {', '.join(changed) or 'nothing changed'}"
 
@@ -191,7 +191,3 @@ _Held = dict[Split, Counter[int]]
 
 def _hash(row: Row) -> int:
     return hash((repr(sorted(row.values.items(), key=lambda item: item[0])), row.group))
-
-
-def _total(counted: Counter[int]) -> int:
-    return sum(counted.values())

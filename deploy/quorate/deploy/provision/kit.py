@@ -63,7 +63,7 @@ def kit_files(
     return {
         CA_CRT: ca.public_bytes(Encoding.PEM),
         CONNECTION: dump_yaml(connection).encode(),
-        **{name: _render(name, values) for name in _TEMPLATES},
+        **{n: _environment().get_template(f"{n}.j2").render(values).encode() for n in _TEMPLATES},
         **keys,
     }
 
@@ -104,10 +104,6 @@ def unpack(path: Path, site: str) -> dict[str, bytes]:
 def fingerprint(certificate: x509.Certificate) -> str:
     """Return a certificate's SHA-256 as openssl writes it: AB:CD:..."""
     return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
-
-
-def _render(name: str, values: Mapping[str, object]) -> bytes:
-    return _environment().get_template(f"{name}.j2").render(values).encode()
 
 
 @cache

@@ -53,6 +53,20 @@ class Open(dict[str, int]):
             del self[message]
 
 
+class QuorateGrid(Grid):
+    """A grid whose messages are made as Flower's own makes them."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
 class Exchange:
     """Messages to nodes, and their replies. A node may be sent the same message more than once.
 

@@ -12,15 +12,16 @@ import re
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from quorate.server.exchange.flower_internals import FlowerRun, RunNotRunningException
+from quorate.server.exchange.flower_messages import QuorateGrid
 from quorate.server.federation.folder import FederationFolder
 from quorate.server.federation.nodes import Nodes
 from quorate.server.results.complete import complete_run
@@ -45,7 +46,7 @@ _LOCK_SECONDS = 60.0
 """How long to wait for an earlier process of the same run to leave its folder."""
 
 
-class StoppableGrid(Grid):
+class StoppableGrid(QuorateGrid):
     """A grid in which a run that somebody stopped ends as by Ctrl-C: what is there gets written.
 
     Flower raises a BaseException of its own, which no step of a run would expect.
@@ -60,16 +61,6 @@ class StoppableGrid(Grid):
     @property
     def run(self) -> FlowerRun:
         return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         with _stoppable():
@@ -112,11 +103,9 @@ def main(grid: Grid, context: Context) -> None:
             status(state="interrupted", exit_code=INTERRUPTED, message=message).write(run_dir)
             # Flower ends a run in order after an Exception alone.
             raise QuorateError(message, kind="run-stopped") from None
-        except QuorumNotMet as error:
-            status(state="quorum-not-met", exit_code=error.exit_code, message=str(error)).write(run_dir)
-            raise
-        except ModelDiverged as error:
-            status(state="diverged", exit_code=error.exit_code, message=str(error)).write(run_dir)
+        except (QuorumNotMet, ModelDiverged) as error:
+            state = "diverged" if isinstance(error, ModelDiverged) else "quorum-not-met"
+            status(state=state, exit_code=error.exit_code, message=str(error)).write(run_dir)
             raise
         except QuorateError as error:
             message = f"{type(error).__name__}: {error}"
@@ -164,19 +153,16 @@ def _asked_for(context: Context) -> tuple[FederationFolder, str]:
 def _locked_output(run_dir: Path) -> Iterator[None]:
     """Enter `locked_output`, once an earlier process of this run has left: it may still be writing."""
     deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        lock = locked_output(run_dir)
-        try:
-            lock.__enter__()
-            break
-        except OutputError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(1.0)
-    try:
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked_output(run_dir))
+                break
+            except OutputError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ released and is never taken back: whoever deletes a checkpoint and runs its roun
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from quorate.shared.errors import CheckpointError, QuorateError
 from quorate.shared.privacy.client_level import client_rounds
 from quorate.shared.privacy.privacy_event import PrivacyEvent
 from quorate.shared.process.files import write_atomically, write_folder
-
-log = logging.getLogger(__name__)
 
 LEDGER_FILE = "privacy.json"
 _STATE, _ROUND = "state.safetensors", "round.json"

@@ -40,7 +40,7 @@ _NAMES = {
     "support": "Rows",
 }
 
-_MEANINGS = {
+MEANINGS = {
     "accuracy": "the share of rows that got the right label",
     "exact_match": "the share of rows whose labels are all right and none too many",
     "f1": "F1 (balance of false alarms and misses) over all entities; one is found if its type and both its "
@@ -67,11 +67,6 @@ def metric_in_sentence(metric: str) -> str:
     """Return a metric's name inside a sentence: `accuracy`, but `macro-F1`."""
     name = metric_name(metric)
     return name[:1].lower() + name[1:]
-
-
-def metric_meaning(metric: str) -> str | None:
-    """Return what a metric means, for readers who do not know it."""
-    return _MEANINGS.get(metric)
 
 
 def number(value: Any) -> float | None:

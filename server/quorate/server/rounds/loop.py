@@ -194,19 +194,19 @@ def _checkpoint(
 ) -> Progress:
     started = time.monotonic()
     run, members, number = round.run, round.members, round.number
-    standing = before.best if before else BestRound()
+    best = before.best if before else BestRound()
     if run.config.picks_best:
-        standing = standing.after(run.config, number, validation)
-    record = log.record(state.stored().content_hash, standing.stops(run.config, number))
+        best = best.after(run.config, number, validation)
+    record = log.record(state.stored().content_hash, best.stops(run.config, number))
     metrics = RoundMetrics(round=number, train=log.train, validation=validation)
     progress = Progress(
         run_id=run.run_id,
         config_hash=run.config.content_hash,
         round=number,
-        best_round=standing.round,
-        best_value=standing.value,
-        best_sites=dict(standing.sites),
-        rounds_without_improvement=standing.without,
+        best_round=best.round,
+        best_value=best.value,
+        best_sites=dict(best.sites),
+        rounds_without_improvement=best.without,
         initial_hash=members.initial.content_hash,
         sites=members.sites,
         refused=members.refused,

@@ -55,9 +55,6 @@ class Passed:
     weight: float
     norm: float
 
-    def weighing(self, weight: float) -> Passed:
-        return replace(self, weight=weight)
-
 
 @dataclass
 class Screen:
@@ -105,7 +102,7 @@ class Screen:
             if bound is not None and self._is_far(each.site, bound):
                 self.excluded[each.site] = exclusion("norm", self._reason(each.site, bound))
             else:
-                yield each if cap is None else each.weighing(min(each.weight, cap))
+                yield each if cap is None else replace(each, weight=min(each.weight, cap))
 
     def _is_settled(self, update: Passed, weights: Mapping[str, float]) -> bool:
         """Whether this update counts, with its own weight, whatever else comes."""

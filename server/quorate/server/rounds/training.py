@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quorate.server.exchange.exchange import Answers, in_order
 from quorate.server.rounds.checkpoint import Progress
@@ -50,7 +50,7 @@ class Collection:
         if config.private_clients:
             # Whom another site's update would set aside, no noise hides; updates are clipped instead. Order
             # decides the last bits of a sum, which noise drowns; without it no update is held for another.
-            yield from (each.weighing(1.0) for _, each in arriving)
+            yield from (replace(each, weight=1.0) for _, each in arriving)
         else:
             yield from self.screen.passed(in_order(self.cohort, self.answers, arriving))
             self.answers.excluded.update(self.screen.excluded)

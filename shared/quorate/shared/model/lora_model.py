@@ -6,7 +6,6 @@ the run's seed, so every site that holds the same base builds the same start wit
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import warnings
@@ -27,13 +26,10 @@ from quorate.shared.adapters.patterns import check_cost
 from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.config.run_config import AdapterConfig, RunConfig
 from quorate.shared.errors import ModelError
-from quorate.shared.model.base_model import default_device, load_base, load_empty
-from quorate.shared.model.quantised import placed
+from quorate.shared.model.base_model import default_device, load_base, load_empty, placed
 from quorate.shared.seeds import derive_seed
 from quorate.shared.tasks import Task
 from quorate.shared.tasks.task import Example
-
-log = logging.getLogger(__name__)
 
 TRAINABLE = (nn.Linear, nn.Conv2d)
 """Layers that can be trained: those the trainer can stack."""
@@ -124,10 +120,6 @@ class LoadedModel:
                 f"{self.peft.get_base_model().name_or_path}: the tokenizer gives a text token {largest}, the "
                 f"model has embeddings for {known}; they do not belong together: get the model's tokenizer."
             )
-
-    def read_adapter(self) -> Adapter:
-        """Return the arrays of PEFT's own adapter."""
-        return adapter_of(self.peft)
 
     def write_adapter(self, adapter: Adapter) -> None:
         """Put `adapter` into PEFT's own modules."""

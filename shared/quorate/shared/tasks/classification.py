@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +18,24 @@ from quorate.shared.metrics.intervals import MeanOfRatios
 from quorate.shared.metrics.outcomes import Outcomes
 from quorate.shared.tasks.task import Batch, Example, Metrics, Row, TargetTask
 
+
+def _differ(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"label {twice[0]!r} is listed twice")
+    return labels
+
+
+def label_kwargs(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what `from_pretrained` takes to make a head for these labels."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+DIFFER = AfterValidator(_differ)
+"""Of a field with labels: none is listed twice."""
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -28,7 +46,7 @@ class Classification(TargetTask):
     default_metric: ClassVar[str] = "macro_f1"
     labels_each_row: ClassVar[bool] = True
 
-    labels: tuple[Label, ...] = Field(min_length=2)
+    labels: Annotated[tuple[Label, ...], Field(min_length=2), DIFFER]
     """Label names, in the order of their ids."""
     problem_type: Literal["single_label_classification", "multi_label_classification"] = (
         "single_label_classification"
@@ -44,13 +62,6 @@ class Classification(TargetTask):
     focal_gamma: float = Field(0.0, ge=0)
     """Focal loss (arXiv:1708.02002) in training: (1 - p)**gamma times the cross-entropy of a label's p; 0 is
     plain cross-entropy."""
-
-    @field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"label {twice[0]!r} is listed twice")
-        return labels
 
     @model_validator(mode="after")
     def _one_weight_per_label(self) -> Self:
@@ -82,9 +93,7 @@ class Classification(TargetTask):
 
     def model_kwargs(self) -> dict[str, Any]:
         return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: index for index, label in enumerate(self.labels)},
+            **label_kwargs(self.labels),
             "problem_type": self.problem_type,
         }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quorate.shared.errors import DataError, ModelError
 from quorate.shared.metrics.detection_metrics import WIDTH, average_precision, check, import_extra, match
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.tasks.classification import Label
+from quorate.shared.tasks.classification import DIFFER, Label, label_kwargs
 from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row, Task
 from quorate.shared.tasks.vision.augmentation import Augmentation, Change
 from quorate.shared.tasks.vision.detection_loss import Costs, Detections, hungarian_loss
@@ -46,7 +46,7 @@ class ObjectDetection(Task):
 
     name: Literal["object_detection"]
     """The task."""
-    labels: tuple[Label, ...] = Field(min_length=1)
+    labels: Annotated[tuple[Label, ...], Field(min_length=1), DIFFER]
     """Label names, in the order of their ids."""
     image_size: tuple[int, int] = Field((512, 512))
     """Height and width [pixels] to which every image is resized, whatever its own shape."""
@@ -71,13 +71,6 @@ class ObjectDetection(Task):
     """Weight of the generalised overlap in the loss."""
     eos_coefficient: float = Field(0.1, gt=0)
     """Weight of `no object` in the loss over labels."""
-
-    @field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"label {twice[0]!r} is listed twice")
-        return labels
 
     @field_validator("image_size")
     @classmethod
@@ -105,11 +98,7 @@ class ObjectDetection(Task):
         return ("map", "map_50", "map_75")
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: index for index, label in enumerate(self.labels)},
-        }
+        return label_kwargs(self.labels)
 
     def default_targets(self, base: nn.Module) -> tuple[str, ...] | str | None:
         """Return every linear layer outside the heads."""

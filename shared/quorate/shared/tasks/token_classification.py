@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from quorate.shared.errors import DataError, ModelError, ProtocolError
 from quorate.shared.metrics.entity_counts import check_products, ratios, sums_of_products, unit_counts
 from quorate.shared.metrics.intervals import MeanOfRatios, UnitCounts
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.tasks.classification import Label
+from quorate.shared.tasks.classification import DIFFER, Label, label_kwargs
 from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row
 from quorate.shared.tasks.text.text_task import TextTask, padded
 from quorate.shared.tasks.text.words import CUT, NO_PIECE, Words, places_of, split_text
@@ -47,7 +47,7 @@ class TokenClassification(TextTask):
 
     name: Literal["token_classification"]
     """The task."""
-    labels: tuple[Label, ...] = Field(min_length=2)
+    labels: Annotated[tuple[Label, ...], Field(min_length=2), DIFFER]
     """Tags, in the order of their ids: O; for each type of entity B-TYPE, I-TYPE, and also E-TYPE, S-TYPE."""
     class_weights: Literal["none", "balanced"] = "none"
     """Loss weight per tag: none; or balanced, from how often each tag occurs among the site's own words."""
@@ -55,8 +55,6 @@ class TokenClassification(TextTask):
     @field_validator("labels")
     @classmethod
     def _labels_are_tags(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"label {twice[0]!r} is listed twice")
         if OUTSIDE not in labels:
             raise ValueError("label 'O' is missing, the tag of words outside of entities")
         for label in labels:
@@ -94,11 +92,7 @@ class TokenClassification(TextTask):
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: index for index, label in enumerate(self.labels)},
-        }
+        return label_kwargs(self.labels)
 
     def prepare_processor(self, processor: Any, base: Any, pad_token: str | None, name: str) -> Any:
         """Check that the tokenizer can say which word a piece is of, and let it see spaces before words."""

@@ -12,8 +12,8 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 from refusals import refuses
 
-from quorate.client.flower.admitted_bundle import BundleRefused, check_bundle, check_overrides, own_bundle
 from quorate.client.flower.allowed_commands import GUARDED, REFUSING, write_commands
+from quorate.client.flower.bundle_guard import BundleRefused, check_bundle, check_overrides, own_bundle
 from quorate.client.node.connection_state import SILENT_SECONDS, Contact, read_connection_state, silent
 from quorate.client.node.folder import SiteFolder
 from quorate.client.node.names import CONTACT, SOCKET

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import tiny_lm
+from engines import answer_all
 from pydantic import ValidationError
 from refusals import refuses
 from tampered import described
 
 from quorate.client.data.mapping import LoadedRow
 from quorate.client.data.splits import load_splits
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.deploy.cli import run as run_command
 from quorate.server.exchange.join import request

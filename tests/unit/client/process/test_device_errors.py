@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import answer_all
 from loopback import wait_for
 from site_folder import request, sha256_of, write_folder
 
@@ -19,7 +20,6 @@ from quorate.client.process.grpc_client import RemoteSite
 from quorate.client.process.grpc_server import SiteService
 from quorate.client.site import site as site_module
 from quorate.client.site.device_errors import LOST_EXIT, of_device
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange.exclusions import REASONS
 from quorate.server.exchange.join import request as ask

@@ -20,7 +20,6 @@ from site_folder import RUN_ID, SITE
 
 from quorate.client.process.grpc_client import CHUNK_BYTES, METHOD, RemoteSite, SiteUnavailable, chunks
 from quorate.client.process.grpc_server import SiteService, check_health
-from quorate.client.process.handler import answer
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ConfigError, QuorateError
 from quorate.shared.protocol.messages import RequestHeader, RoundRequest, Update
@@ -96,10 +95,11 @@ def test_the_client_app_finds_the_socket_by_its_variable(
     service: SiteService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with refuses(QuorateError, "no-resident-site") as caught:
-        answer([(SITE, message())])
+        RemoteSite.from_environment()
     assert "QUORATE_SITE_SOCKET" in str(caught.value)
     monkeypatch.setenv("QUORATE_SITE_SOCKET", str(service.socket))
-    (reply,) = answer([(SITE, message(site=""))], timeout=30)
+    with RemoteSite.from_environment() as site:
+        reply = site.ask(message(site=""), 30)
     assert Update.decode(reply).header.site == SITE, "while joining, the site process says who it is"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import answer_all
 from pydantic import ValidationError
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
 from quorate.server.rounds.run import Run

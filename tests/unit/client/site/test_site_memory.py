@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from engines import answer_all
 from site_folder import SITE, request, sha256_of, write_folder
 
 from quorate.client.node.folder import SiteFolder
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.client.site.site_data import SiteData
 from quorate.shared.tasks.task import Example

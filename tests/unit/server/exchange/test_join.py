@@ -9,13 +9,13 @@ from typing import Any
 import clock as clocks
 import numpy as np
 import pytest
+from engines import answer_all
 from flwr.app import Error
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refuses
 from tampered import NAMES, Change, described, edited, only, spoiled
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import patience
 from quorate.server.exchange.exchange import Answers, in_order

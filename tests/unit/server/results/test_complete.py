@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import ClientAppGrid, answer_all
 from flwr.app import Error, Message
 
-from quorate.client.process.flower_app import app as client_app
-from quorate.client.process.handler import connect
 from quorate.client.site.delivered import report
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange import patience
 from quorate.server.exchange.join import request
@@ -205,10 +203,5 @@ def test_clients_app_takes_the_phase(make_run: Any, make_sites: Any, tmp_path: P
     site = Site(make_sites(north=9), received=tmp_path / "received")
     run = Run.open(site.prepare(make_run(federation={"rounds": 1})), tmp_path / "out")
     _, result, summary = finished(run, site)
-    grid = InProcessGrid(site, site.names, client_app)
-    connect(site)
-    try:
-        assert deliver(grid, run, result, summary) == {}
-    finally:
-        connect(None)
+    assert deliver(ClientAppGrid(site, site.names), run, result, summary) == {}
     assert (tmp_path / "received" / run.run_id / "adapter" / FILES[0]).is_file()

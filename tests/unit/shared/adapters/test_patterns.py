@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 import pytest
+from engines import answer_all
 from pydantic import ValidationError
 from refusals import refuses
 from site_folder import request
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.shared.adapters.patterns import check_cost
 from quorate.shared.errors import ConfigError

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import answer_all
 
-from quorate.client.site.engine import answer_all
 from quorate.client.site.site import Site
 from quorate.server.exchange.join import request
 from quorate.server.rounds.run import Run

@@ -26,7 +26,7 @@ def comparison_section(files: RunFiles) -> Section:
         section.say("There are no figures to compare: nothing was measured on test or validation rows.")
         return section
     references = _references(files, result)
-    meaning = figures.metric_meaning(metric)
+    meaning = figures.MEANINGS.get(metric)
     section.say(
         f"{metric_name(metric)} on each site's own {result.split} rows"
         + (f": {meaning}." if meaning else ".")

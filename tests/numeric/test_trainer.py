@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded_models import load_model
 from transformers import TrainingArguments, get_scheduler
 
 from quorate.client.site.engine import answer_all
@@ -16,7 +17,7 @@ from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import TrainingConfig
-from quorate.shared.model.lora_model import LoadedModel, load_model
+from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.progress import ignore_step
 
 TOLERANCE = 1e-5

@@ -13,6 +13,8 @@ OUT ?= runs/demo
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
+# Tests start many processes, and each would compile all modules again where their bytecode may not be kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install demo federation-demo lint test-fast test-slow test test-all test-timm clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -18,6 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says nothing on shared cores.
 hypothesis.settings.register_profile("shared", deadline=None)
 hypothesis.settings.load_profile("shared")
+
+# What imports make stays to the end, and no collection need look at it, nor run while it is made.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 WORDS = tuple(
     [
@@ -148,10 +158,11 @@ def plain_peft_loop() -> Callable[..., Any]:
     with its own peak learning rate.
     """
     import torch
+    from loaded_models import load_model
 
     from quorate.client.trainer.optimizers import make_optimizer
     from quorate.client.trainer.schedule import BatchPlan, lr_factor
-    from quorate.shared.model.lora_model import adapter_of, load_model
+    from quorate.shared.model.lora_model import adapter_of
 
     def loop(run: Any, rows: list[Any], start: Any, round: int, optimizer: Any = None) -> Any:
         model = load_model(run)

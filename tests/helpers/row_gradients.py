@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from loaded_models import load_model
 from torch import Tensor
 
 from quorate.client.trainer.dp.row_isolation import backward_by_row
@@ -14,7 +15,7 @@ from quorate.client.trainer.passes import Share, training_mode
 from quorate.client.trainer.stack import AdapterStack, _saved_name
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
-from quorate.shared.model.lora_model import LoadedModel, load_model
+from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.tasks.task import Example, Row
 
 Gradients = dict[str, Tensor]

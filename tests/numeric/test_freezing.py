@@ -61,15 +61,23 @@ def test_layers_are_those_of_pefts_layers_to_transform(make_run: Any) -> None:
     assert layer_index(HEAD) is None
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "fedex"])
+PATTERN, LAYERS = ({"freeze": ["query"]}, ".query."), ({"freeze_layers": 1}, ".layer.0.")
+HEAD_ALONE = ({"freeze": ["classifier"]}, ".classifier.")
+
+
 @pytest.mark.parametrize(
-    ("training", "still"),
+    ("rule", "training", "still"),
     [
-        ({"freeze": ["query"]}, ".query."),
-        ({"freeze_layers": 1}, ".layer.0."),
-        ({"freeze": ["classifier"]}, ".classifier."),
+        pytest.param("fedavg", *PATTERN, id="pattern-fedavg"),
+        pytest.param("ffa", *PATTERN, id="pattern-ffa", marks=pytest.mark.slow),
+        pytest.param("fedex", *PATTERN, id="pattern-fedex", marks=pytest.mark.slow),
+        pytest.param("fedavg", *LAYERS, id="layers-fedavg", marks=pytest.mark.slow),
+        pytest.param("ffa", *LAYERS, id="layers-ffa"),
+        pytest.param("fedex", *LAYERS, id="layers-fedex", marks=pytest.mark.slow),
+        pytest.param("fedavg", *HEAD_ALONE, id="head-fedavg", marks=pytest.mark.slow),
+        pytest.param("ffa", *HEAD_ALONE, id="head-ffa", marks=pytest.mark.slow),
+        pytest.param("fedex", *HEAD_ALONE, id="head-fedex"),
     ],
-    ids=["pattern", "layers", "head"],
 )
 def test_frozen_arrays_stay_and_never_travel(
     make_run: Any, make_sites: Any, tmp_path: Path, rule: str, training: Any, still: str

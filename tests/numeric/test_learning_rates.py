@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loaded_models import load_model
 from refusals import refuses
 from transformers import Trainer
 
@@ -16,7 +17,6 @@ from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.selection import check_patterns
 from quorate.shared.errors import ConfigError
-from quorate.shared.model.lora_model import load_model
 from quorate.shared.progress import ignore_step
 
 TOLERANCE = 1e-5

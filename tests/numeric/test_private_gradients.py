@@ -12,6 +12,7 @@ import pytest
 import small_images
 import tiny_lm
 import torch
+from loaded_models import load_model
 from refusals import refuses
 from row_gradients import kept, largest_error, noisy, one_by_one
 from torch import nn
@@ -25,7 +26,6 @@ from quorate.client.trainer.stack import AdapterStack, InFlight, Layout, Stacked
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.config.sites_config import SourceConfig
 from quorate.shared.errors import ModelError
-from quorate.shared.model.lora_model import load_model
 from quorate.shared.tasks import SequenceClassification
 from quorate.shared.tasks.task import Row
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_models import load_model
 from refusals import refuses
 from row_gradients import kept, noisy
 
@@ -25,7 +26,6 @@ from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
-from quorate.shared.model.lora_model import load_model
 from quorate.shared.privacy.accounting import epsilon
 from quorate.shared.privacy.rounding import at_most
 from quorate.shared.privacy.secure_random import CipherSource, SeededSource, secret_source

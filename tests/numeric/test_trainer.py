@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engines import answer_all
+from loaded_models import load_model
 from pydantic import ValidationError
 from transformers import TrainingArguments, get_scheduler
 
@@ -17,7 +18,7 @@ from quorate.client.trainer.schedule import BatchPlan, lr_factor
 from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.config.run_config import TrainingConfig
-from quorate.shared.model.lora_model import LoadedModel, load_model
+from quorate.shared.model.lora_model import LoadedModel
 from quorate.shared.progress import ignore_step
 
 TOLERANCE = 1e-5

@@ -59,8 +59,7 @@ def accounts(users: UsersConfig | None) -> tuple[SystemUser, SystemUser] | None:
         )
     if os.geteuid() != 0:
         raise ConfigError(
-            "users: only root can start processes as other users; use sudo, or take `users` out of site.yaml.",
-            kind="no-user",
+            "users: only root can start processes as other users; use sudo, or take `users` out of site.yaml."
         )
     return site, supernode
 

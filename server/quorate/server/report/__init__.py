@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quorate.server.report.page import Headline, Section
 from quorate.server.report.run_files import RunFiles
@@ -22,6 +24,9 @@ from quorate.server.report.sections.learning import data_section, learning_secti
 from quorate.server.report.sections.participation import participation_section
 from quorate.server.report.sections.reproduction import limits_section, origin_section
 from quorate.shared.process.files import BY_UMASK, write_atomically
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 __all__ = ["REPORT_FILE", "render_page", "write_report"]
 
@@ -67,6 +72,11 @@ def render_page(
     name: str, headline: Headline, sections: Sequence[Section], kicker: str = "Federated run"
 ) -> str:
     """Return a page in the report's style; `kicker` says what kind of page it is."""
+    return _template().render(name=name, headline=headline, sections=sections, kicker=kicker)
+
+
+@cache
+def _template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -76,6 +86,4 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        name=name, headline=headline, sections=sections, kicker=kicker
-    )
+    return environment.get_template("report.html.j2")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pprint
 import re
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from quorate.server.report.figures import DASH, count, metric_name, show, show_interval
 from quorate.server.report.run_files import interval_of, value_of
@@ -14,6 +15,9 @@ from quorate.server.rounds.evaluation import scalars
 from quorate.server.tracking.records import Evaluation, Summary
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.model.sources import is_hub_id
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _HUB_TASKS = {
     "causal_lm": "text-generation",
@@ -35,21 +39,10 @@ def model_card(run: RunConfig, summary: Summary) -> str:
 
     It names counts, never rows, and promises nothing that was not done: no licence, no privacy guarantee.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("quorate.server", "templates"),
-        autoescape=False,  # this is Markdown; what comes from outside goes through `escape`
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["md"] = escape
     best = summary.best
     test = best.test if best and best.test and best.test.pooled else None
     measured = test or (best.validation if best and best.validation and best.validation.pooled else None)
-    return environment.get_template("card.md.j2").render(
+    return _template().render(
         front_matter=_front_matter(run, summary, measured),
         run=run,
         summary=summary,
@@ -63,6 +56,22 @@ def model_card(run: RunConfig, summary: Summary) -> str:
         claim=claim_in_words(summary),
         count=count,
     )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("quorate.server", "templates"),
+        autoescape=False,  # this is Markdown; what comes from outside goes through `escape`
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = escape
+    return environment.get_template("card.md.j2")
 
 
 def escape(text: str) -> str:

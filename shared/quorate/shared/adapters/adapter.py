@@ -27,6 +27,7 @@ from quorate.shared.errors import AdapterError, NonFiniteUpdate
 Array = npt.NDArray[np.float32]
 DType = Literal["float32", "float64", "int32", "int64", "uint32", "uint64"]
 """What the arrays of a message may hold."""
+_DTYPES = frozenset(map(np.dtype, get_args(DType)))
 
 LORA_A = ".lora_A.weight"
 LORA_B = ".lora_B.weight"
@@ -42,7 +43,7 @@ class Adapter(Mapping[str, Array]):
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
         for name, array in arrays.items():
-            if array.dtype.name not in get_args(DType):
+            if array.dtype not in _DTYPES:
                 raise AdapterError(f"adapter array {_shown(name)} has dtype {array.dtype}; expected float32.")
         self._arrays = {name: arrays[name] for name in sorted(arrays)}
 

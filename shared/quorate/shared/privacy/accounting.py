@@ -37,6 +37,10 @@ _STEP_POINTS = 2**20
 """Most grid points for the losses of one step: 8 MiB, and about a second."""
 _COARSEST = 0.01
 """Widest grid [nats] unless epsilon is so large that memory asks for more."""
+_FEW_ORDERS = (
+    1.1, 1.2, 1.4, 1.7, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 50, 63, 128, 256, 512, 1024,
+)  # fmt: skip
+"""Of dp-accounting's 156 Renyi orders, those of `rough_bound`."""
 
 
 def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant = "pld") -> float:
@@ -52,6 +56,11 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant
     if not 0 < delta < 1:
         raise ConfigError(f"privacy.delta is {delta:g}; give a probability between 0 and 1, such as 1e-5.")
     return _epsilon(grouped(events), delta, accountant)
+
+
+def rough_bound(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """Return an upper bound of `epsilon`, in a third of the time of `rdp` and up to a fifth above it."""
+    return _rough_bound(grouped(events), delta)
 
 
 def grouped(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
@@ -92,7 +101,7 @@ def _epsilon(groups: tuple[PrivacyEvent, ...], delta: float, accountant: Account
         return math.inf
     if accountant == "rdp":
         return _by_rdp(groups, delta)
-    bound = _epsilon(groups, delta, "rdp")
+    bound = _rough_bound(groups, delta)
     if bound == 0:
         return 0.0
     if not bound < BOUNDLESS:
@@ -104,11 +113,16 @@ def _epsilon(groups: tuple[PrivacyEvent, ...], delta: float, accountant: Account
     return found
 
 
-def _by_rdp(groups: tuple[PrivacyEvent, ...], delta: float) -> float:
-    """Renyi accounting (Mironov et al., arXiv:1908.10530) over dp-accounting's default orders."""
+@lru_cache(maxsize=4096)
+def _rough_bound(groups: tuple[PrivacyEvent, ...], delta: float) -> float:
+    return _by_rdp(groups, delta, _FEW_ORDERS)
+
+
+def _by_rdp(groups: tuple[PrivacyEvent, ...], delta: float, orders: tuple[float, ...] | None = None) -> float:
+    """Renyi accounting (Mironov et al., arXiv:1908.10530); dp-accounting's default orders for None."""
     import dp_accounting
 
-    accountant = dp_accounting.rdp.RdpAccountant()
+    accountant = dp_accounting.rdp.RdpAccountant(orders)
     with _without_words_on_orders():
         for group in groups:
             step = dp_accounting.GaussianDpEvent(group.noise_multiplier)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from quorate.shared.errors import ConfigError
-from quorate.shared.privacy.accounting import Accountant, epsilon
+from quorate.shared.privacy.accounting import epsilon, rough_bound
 from quorate.shared.privacy.privacy_event import PrivacyEvent
 from quorate.shared.privacy.rounding import at_most
 
@@ -17,6 +17,8 @@ MOST_NOISE = 1e6
 """Nor are those above this: no gradient would be left."""
 _PRECISION = 4e-4
 """Relative precision of a calibrated noise multiplier."""
+_ABOUT = 0.02
+"""And of where the search for it starts."""
 
 
 def calibrate(
@@ -55,13 +57,15 @@ def _calibrated(
     if used >= target_epsilon:
         raise _used_up(target_epsilon, delta, used)
 
-    def cost(noise: float, accountant: Accountant) -> float:
+    def events(noise: float) -> list[PrivacyEvent]:
         these = PrivacyEvent(sampling_probability=sampling_probability, noise_multiplier=noise, steps=steps)
-        return epsilon([*spent, these], delta, accountant)
+        return [*spent, these]
 
     # The Renyi bound is cheap and a little too large, so it says where to start.
-    start = _smallest(lambda noise: cost(noise, "rdp"), target_epsilon, start=1.0, stride=2.0)
-    found = _smallest(lambda noise: cost(noise, "pld"), target_epsilon, start=start or 1.0, stride=1.1)
+    start = _smallest(lambda noise: rough_bound(events(noise), delta), target_epsilon, precision=_ABOUT)
+    found = _smallest(
+        lambda noise: epsilon(events(noise), delta), target_epsilon, start=start or 1.0, stride=1.1
+    )
     if found is None:
         raise _used_up(target_epsilon, delta, used)
     return found
@@ -82,8 +86,15 @@ def _used_up(target: float, delta: float, used: float) -> ConfigError:
     )
 
 
-def _smallest(cost: Callable[[float], float], target: float, *, start: float, stride: float) -> float | None:
-    """Return the smallest noise multiplier whose `cost` is at most `target`, to `_PRECISION` and never less.
+def _smallest(
+    cost: Callable[[float], float],
+    target: float,
+    *,
+    start: float = 1.0,
+    stride: float = 2.0,
+    precision: float = _PRECISION,
+) -> float | None:
+    """Return the smallest noise multiplier whose `cost` is at most `target`, to `precision` and never less.
 
     `cost` falls with noise. A bracket grows from `start` by factors `stride`, `stride`^2, ...; then Brent's
     method finds the root in logarithms, where the curve is almost straight. `LEAST_NOISE` if that is enough,
@@ -108,7 +119,7 @@ def _smallest(cost: Callable[[float], float], target: float, *, start: float, st
         if high <= LEAST_NOISE:
             return high
         low, factor = max(low / factor, LEAST_NOISE), factor**2
-    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=_PRECISION / 2))
+    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=precision / 2))
     while cost(found) > target:  # Brent's method ends on either side of the root
-        found *= 1 + _PRECISION / 2
+        found *= 1 + precision / 2
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -253,15 +254,39 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def finished() -> dict[str, tuple[Run, Result]]:
+    """Whole runs by their configuration: many tests hold theirs against the same one."""
+    return {}
+
+
 @pytest.fixture
-def play(make_run: Any, make_sites: Any, tmp_path: Path) -> Any:
-    """Run, or go on with, a run of three rounds in the folder `out` with a fresh site process."""
+def play(
+    make_run: Any,
+    make_sites: Any,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    finished: dict[str, tuple[Run, Result]],
+) -> Any:
+    """Run, or go on with, a run of three rounds in the folder `out` with a fresh site process.
+
+    What is called `whole` is run once and left as it is.
+    """
 
     def run_it(out: str, *trackers: Any, resume: bool = False, **sections: Any) -> tuple[Run, Result]:
+        if out == "whole":
+            key = json.dumps(sections, sort_keys=True)
+            if key not in finished:
+                finished[key] = play_it(tmp_path_factory.mktemp(out), trackers, resume, sections)
+            return finished[key]
+        return play_it(tmp_path / out, trackers, resume, sections)
+
+    def play_it(folder: Path, trackers: Any, resume: bool, sections: dict[str, Any]) -> tuple[Run, Result]:
+        sections = dict(sections)
         sections["federation"] = {"rounds": ROUNDS, **sections.get("federation", {})}
         sections.setdefault("adapter", {"lora_dropout": 0.1})
         site = Site(make_sites(north=9, south=6))
-        run = Run.open(site.prepare(make_run(**sections)), tmp_path / out, resume=resume, trackers=trackers)
+        run = Run.open(site.prepare(make_run(**sections)), folder, resume=resume, trackers=trackers)
         return run, run_rounds(InProcessGrid(site, site.names), run)
 
     return run_it
@@ -295,7 +320,9 @@ def assert_same_end(one: tuple[Run, Result], other: tuple[Run, Result]) -> None:
 
 @pytest.mark.parametrize("rule", ["fedavg", "ffa", "fedex"])
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
-def test_a_resumed_run_ends_bit_for_bit_where_the_other_ends(play: Any, rule: str, optimizer: str) -> None:
+def test_a_resumed_run_ends_bit_for_bit_where_the_other_ends(
+    play: Any, tmp_path: Path, rule: str, optimizer: str
+) -> None:
     sections = {
         "aggregation": {"name": rule},
         "training": {"optim": optimizer, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2},
@@ -305,7 +332,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_other_ends(play: Any, rule: st
     assert bool(whole[1].state.residual) == (rule == "fedex")
     for after in range(1, ROUNDS):
         play(f"after-{after}", Stop(after + 1, "train", interrupt), **sections)
-        assert list_checkpoints(whole[0].output_dir.with_name(f"after-{after}"))[-1] == after
+        assert list_checkpoints(tmp_path / f"after-{after}")[-1] == after
         assert_same_end(whole, play(f"after-{after}", resume=True, **sections))
 
 
@@ -331,11 +358,13 @@ PHASES = [
 
 
 @pytest.mark.parametrize(("round", "phase"), PHASES)
-def test_a_kill_in_any_phase_costs_the_round_in_flight_at_most(play: Any, round: int, phase: str) -> None:
+def test_a_kill_in_any_phase_costs_the_round_in_flight_at_most(
+    play: Any, tmp_path: Path, round: int, phase: str
+) -> None:
     whole = play("whole", aggregation={"name": "fedex"})
     child = in_a_child(lambda: play("killed", Stop(round, phase, kill), aggregation={"name": "fedex"}))
     assert child == signal.SIGKILL
-    folder = whole[0].output_dir.with_name("killed")
+    folder = tmp_path / "killed"
     finished = round if phase == "round" else max(round - 1, 0)
     assert list_checkpoints(folder)[-1:] == ([finished] if finished else [])
     assert_same_end(whole, play("killed", resume=True, aggregation={"name": "fedex"}))
@@ -400,9 +429,9 @@ def test_a_damaged_checkpoint_can_be_deleted_to_go_on_from_the_one_before(play: 
 
 
 def test_a_run_that_is_done_stays_as_it_is(play: Any) -> None:
-    whole = play("whole")
+    whole = play("done")
     before = records(whole[0])
-    again = play("whole", resume=True)
+    again = play("done", resume=True)
     assert again[0].run_id == whole[0].run_id and records(again[0]) == before
     assert again[1].state.stored().content_hash == whole[1].state.stored().content_hash
 
@@ -489,7 +518,7 @@ def test_sites_that_start_elsewhere_do_not_resume(
         run_rounds(InProcessGrid(site, site.names), again)
 
 
-def test_a_full_disk_ends_the_run_with_one_clear_error_and_it_can_go_on(play: Any) -> None:
+def test_a_full_disk_ends_the_run_with_one_clear_error_and_it_can_go_on(play: Any, tmp_path: Path) -> None:
     """The system refuses to let a file grow, as a full disk does, from the second checkpoint on."""
     whole = play("whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -501,7 +530,7 @@ def test_a_full_disk_ends_the_run_with_one_clear_error_and_it_can_go_on(play: An
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "checkpoint-2" in str(caught.value) and "--resume" in str(caught.value)
-    folder = whole[0].output_dir.with_name("full")
+    folder = tmp_path / "full"
     assert list_checkpoints(folder) == [1] and not list(folder.glob(".checkpoint*"))
     assert load_checkpoint(folder, 1)[1].round == 1
     assert_same_end(whole, play("full", resume=True))

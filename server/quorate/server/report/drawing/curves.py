@@ -92,7 +92,8 @@ def _end_labels(axes: Axes, lines: Sequence[Curve]) -> None:
                 "arrowstyle": "-",
                 "color": line.colour,
                 "linewidth": 1,
-                "shrinkA": 2,
+                "patchA": None,  # cutting the line off at a box around the name takes long
+                "shrinkA": 4,
                 "shrinkB": 3,
                 "relpos": (0, 0.5),  # from the middle of the name's left edge
             },

@@ -39,6 +39,8 @@ _VARIABLES = {
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 FONT = 13.0
 """Size of text [px]."""
+_PADDING = 3.0
+"""Around what is drawn [px]."""
 
 
 def variable(colour: str) -> str:
@@ -72,7 +74,7 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
         "text.parse_math": False,  # a site may be called $x$
     }
     with matplotlib.style.context("default"), mpl.rc_context(settings):
-        yield Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained", facecolor="none")
+        yield Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
 
 
 def plain_axes(axes: Axes, *, grid: str) -> None:
@@ -93,6 +95,8 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     """
     import matplotlib as mpl
 
+    for axes in figure.axes:
+        _fit(axes, figure)
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -111,6 +115,22 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
         root.insert(position, element)
     # Serialised by ElementTree, which escapes every text and attribute.
     return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _fit(axes: Axes, figure: Figure) -> None:
+    """Give the only axes of a figure the room that its labels leave.
+
+    matplotlib's own layouts measure every text twice as often and draw the figure twice.
+    """
+    width, height = figure.bbox.size
+    axes.set_position((0, 0, 1, 1))
+    box = axes.get_tightbbox(for_layout_only=True)
+    assert box is not None
+    left, bottom = _PADDING - min(box.x0, 0), _PADDING - min(box.y0, 0)
+    right, top = _PADDING + max(box.x1 - width, 0), _PADDING + max(box.y1 - height, 0)
+    axes.set_position(
+        (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
+    )
 
 
 def _tidy(parent: ElementTree.Element) -> None:

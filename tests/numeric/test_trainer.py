@@ -163,15 +163,40 @@ def test_eight_stacked_sites_are_eight_sites_alone(make_run: Any, make_sites: An
         assert fitted.metrics == pytest.approx(alone.metrics, rel=1e-4), name
 
 
-def test_dropout_changes_the_result_and_differs_between_sites_and_rounds(
-    make_run: Any, make_sites: Any
-) -> None:
+def test_dropout_changes_the_result(make_run: Any, make_sites: Any) -> None:
     rows = make_sites(a=12)["a"]["train"]
     with_dropout = make_run(adapter={"lora_dropout": 0.5})
     start = noisy(load_model(with_dropout).initial, 0)
     dry = train(make_run(), {"a": rows}, [start])[0].adapter
     wet = train(with_dropout, {"a": rows}, [start])[0].adapter
     assert largest_difference(dry, wet) > 1e-4
+
+
+DRAWS: list[dict[str, Any]] = [
+    {"adapter": {"lora_dropout": 0.5}},
+    {"training": {"base_dropout": True}},
+    {"task": {"token_dropout": 0.5}},
+]
+
+
+@pytest.mark.parametrize("sections", DRAWS, ids=["dropout", "base dropout", "augmentation"])
+def test_what_is_drawn_differs_between_sites_rounds_steps_and_passes(
+    make_run: Any, make_sites: Any, sections: dict[str, Any]
+) -> None:
+    """All rows are one row and nothing moves, so only draws tell a site, round, step or pass from another."""
+    rows = make_sites(a=1)["a"]["train"] * 12
+    start = noisy(load_model(make_run()).initial, 0)
+
+    def loss(site: str, round: int = 1, steps: int = 1, passes: int = 1, **drawing: Any) -> float:
+        still = {"learning_rate": 1e-30, "max_steps": steps, "gradient_accumulation_steps": passes}
+        run = make_run(**{**drawing, "training": {**still, **drawing.get("training", {})}})
+        return float(train(run, {site: rows}, [start], round)[0].metrics["train_loss"])
+
+    assert loss("b", 2, 3, 2) == pytest.approx(loss("a"), rel=1e-6)
+    once = loss("a", **sections)
+    assert loss("a", **sections) == once
+    for other in (("b",), ("a", 2), ("a", 1, 2), ("a", 1, 1, 2)):
+        assert abs(loss(*other, **sections) - once) > 1e-4, other
 
 
 def test_base_dropout_is_off_unless_asked_for(make_run: Any, make_sites: Any) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,36 @@ def test_a_group_that_was_trained_on_is_not_measured_by_its_other_rows(place: Pl
     assert {row.group for row in place.at_site.rows(make(), SITE)["test"]} == {
         str(n) for n in range(30)
     } - patients
+
+
+def in_the_book(place: Place) -> int:
+    """How many rows and groups are written down as trained on."""
+    with closing(sqlite3.connect(open_splits(place.folder).book)) as db:
+        return int(db.execute("SELECT count(*) FROM trained").fetchone()[0])
+
+
+def test_what_a_run_is_given_does_not_depend_on_who_asked_before(place: Place, make: Any) -> None:
+    """A plain run trains on doubles of measured rows, a private one on none, and they may take turns."""
+    (place.path / "own").mkdir()
+    place.write(60, "own/train.csv")
+    place.write(20, "own/test.csv")
+    place.configure(source="own", columns={"group": "patient"}, split={"validation": 0})
+    plain, record, group = runs = [make(), make(privacy=PRIVATE), make(privacy={**PRIVATE, "unit": "group"})]
+    alone = []
+    for run in runs:
+        place.restart()
+        alone.append(place.texts(run))
+    assert [len(texts["train"]) for texts in alone] == [60, 40, 40]
+    for order in permutations(range(len(runs))):
+        place.restart()
+        for turn in (*order, *order):
+            assert place.texts(runs[turn]) == alone[turn], order
+
+    for run, written in ((record, 40), (group, 40 + 30)):
+        for other in (group, record, plain):
+            place.texts(other)
+        place.at_site.write_down(run)
+        assert in_the_book(place) == written, "the rows of that run, and its patients where it protects them"
 
 
 def test_rows_are_written_down_before_they_are_trained_on(

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from tampered import SIZES, Change, Tampered, only, spoiled, untouched
 
 from quorate.client.site.delivered import report
 from quorate.client.site.site import Site
+from quorate.server.privacy import central_dp
 from quorate.server.privacy.central_plan import useless
 from quorate.server.privacy.clipped_sum import ClippedSum
 from quorate.server.privacy.released import LEDGER_FILE, ClientPlan, ReleaseLedger
 from quorate.server.report import write_report
 from quorate.server.results.deliver import delivery
 from quorate.server.results.outputs import measure, write_outputs
+from quorate.server.rounds import loop
 from quorate.server.rounds.cohort import poisson_cohort
 from quorate.server.rounds.loop import Result, run_rounds
 from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
@@ -187,6 +190,54 @@ def test_a_round_that_was_released_is_not_noised_again(privately: Any) -> None:
     assert {"train", "aggregate", "evaluate"} <= set(records[1].seconds)
     assert result.claim.releases == 3 and result.claim.epsilon == result.claim.planned_epsilon
     assert list(run.output_dir.glob("released-*")) == []
+
+
+def killed_at(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the process end in round 2, before what `place` names is done."""
+
+    def before(owner: Any, name: str, round_of: Callable[..., int]) -> None:
+        whole = getattr(owner, name)
+
+        def ending(*args: Any, **named: Any) -> Any:
+            if round_of(*args) == 2:
+                raise KeyboardInterrupt
+            return whole(*args, **named)
+
+        monkeypatch.setattr(owner, name, ending)
+
+    if place == "release":
+        before(central_dp, "write_released", lambda _dir, released, _state: released.round)
+    elif place == "count":
+        before(ReleaseLedger, "write", lambda ledger, _dir: ledger.releases)
+    elif place == "show":
+        before(loop, "measure", lambda round, *_: round.number)
+    elif place == "checkpoint":
+        before(loop, "save_checkpoint", lambda _dir, _state, progress, _keep: progress.round)
+    else:
+        before(central_dp.CentralPrivacy, "finished", lambda central: central.ledger.releases)
+
+
+@pytest.mark.parametrize("place", ["release", "count", "show", "checkpoint", "drop"])
+def test_what_is_counted_on_disk_is_never_less_than_what_was_shown(
+    privately: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at each place of round 2, another one in round 3 before anything of it is released."""
+    sections, shown = {"federation": {"rounds": 3}}, set[str]()
+    with monkeypatch.context() as patched:
+        killed_at(place, patched)
+        stopped, _, grid, run = privately(**sections)
+    assert stopped.status == "interrupted"
+    shown |= seen(grid, "evaluate", 1) | seen(grid, "evaluate", 2)
+    assert ReleaseLedger.read(run.output_dir).releases >= len(shown)
+    stopped, records, grid, _ = privately(only("north", interrupt, round=3), resume=True, **sections)
+    assert stopped.status == "interrupted" and len(records) == 2
+    shown |= seen(grid, "evaluate", 2)
+    assert ReleaseLedger.read(run.output_dir).releases == len(shown) == 2
+    result, records, grid, _ = privately(resume=True, **sections)
+    shown |= seen(grid, "evaluate", 3)
+    assert {record.state_hash for record in records} == shown
+    assert ReleaseLedger.read(run.output_dir).releases == result.claim.releases == len(shown) == 3
+    assert result.claim.epsilon == result.claim.planned_epsilon
 
 
 def test_a_round_that_nobody_saw_costs_nothing(privately: Any) -> None:

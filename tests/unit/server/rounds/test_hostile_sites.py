@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import clock as clocks
 import numpy as np
 import pytest
 from hypothesis import given
@@ -223,8 +224,9 @@ def test_only_more_planned_steps_give_a_site_more_room(make_run: Any) -> None:
 
 @pytest.mark.parametrize("how", ["others silent", "other rows"])
 def test_one_sites_bad_answer_does_not_say_that_the_model_diverged(
-    make_run: Any, make_sites: Any, tmp_path: Path, how: str
+    make_run: Any, make_sites: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
+    clocks.installed(monkeypatch)
     rows = make_sites(north=8, south=7, west=5)
     if how == "other rows":
         for name in ("north", "west"):

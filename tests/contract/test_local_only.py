@@ -75,7 +75,9 @@ def summary_in(folder: Path) -> Summary:
     return Summary.model_validate_json((folder / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "fedex", "ffa"])
+@pytest.mark.parametrize(
+    "rule", ["fedex", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("fedavg", "ffa"))]
+)
 def test_figures_are_those_of_the_simulation_at_home(federated: Any, tmp_path: Path, rule: str) -> None:
     changes = {"aggregation": {"name": rule}, "federation": {"rounds": 3}, "evaluation": {**BOTH, "every": 2}}
     run_dir, config, rows = federated(**changes)

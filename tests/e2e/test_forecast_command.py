@@ -94,7 +94,11 @@ UNIFORM = "aggregation={name: fedavg, weighting: uniform}"
         ("target_epsilon: 4, participation_hidden: true", 1),
         ("target_epsilon: 4", 1),
         ("noise_multiplier: 0.02, adaptive_quantile: 0.5", 1),
-        ("noise_multiplier: 0.02, adaptive_quantile: 0.5, participation_hidden: true", 1),
+        pytest.param(
+            "noise_multiplier: 0.02, adaptive_quantile: 0.5, participation_hidden: true",
+            1,
+            marks=pytest.mark.slow,
+        ),
         ("target_epsilon: 500, adaptive_quantile: 0.5", None),
     ],
     ids=["hidden", "seen", "adaptive", "adaptive and hidden", "adaptive to a target"],

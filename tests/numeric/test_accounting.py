@@ -49,7 +49,7 @@ def random_events(count: int) -> list[PrivacyEvent]:
 @pytest.mark.parametrize(
     "event",
     [
-        pytest.param(each, marks=pytest.mark.slow if number >= 5 else ())
+        pytest.param(each, marks=pytest.mark.slow if number >= 3 else ())
         for number, each in enumerate(random_events(50))
     ],
     ids=lambda event: f"q={event.sampling_probability:.4f}-z={event.noise_multiplier:.2f}-{event.steps}",
@@ -103,7 +103,14 @@ def test_the_grid_is_fine_enough(q: float, sigma: float, steps: int, delta: floa
 # --- figures ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("target", "pld", "rdp"), [(3, 0.814, 0.865), (1, 1.415, 1.513), (8, 0.586, 0.616)])
+@pytest.mark.parametrize(
+    ("target", "pld", "rdp"),
+    [
+        (3, 0.814, 0.865),
+        pytest.param(1, 1.415, 1.513, marks=pytest.mark.slow),
+        pytest.param(8, 0.586, 0.616, marks=pytest.mark.slow),
+    ],
+)
 def test_published_multipliers(target: float, pld: float, rdp: float) -> None:
     """q .01, 1,000 steps: a calibration by PLD saves 5 to 7 % of noise."""
     assert calibrate(target, DELTA, 0.01, 1000) == pytest.approx(pld, rel=2e-3)
@@ -113,10 +120,10 @@ def test_published_multipliers(target: float, pld: float, rdp: float) -> None:
 @pytest.mark.parametrize(
     ("rows", "target", "multiplier"),
     [
-        (67_349, 6, 0.949),
+        pytest.param(67_349, 6, 0.949, marks=pytest.mark.slow),
         (67_349, 3, 1.428),
-        (67_349, 1, 3.414),
-        (392_702, 6, 0.522),
+        pytest.param(67_349, 1, 3.414, marks=pytest.mark.slow),
+        pytest.param(392_702, 6, 0.522, marks=pytest.mark.slow),
         pytest.param(392_702, 3, 0.622, marks=pytest.mark.slow),
         pytest.param(392_702, 1, 0.872, marks=pytest.mark.slow),
     ],

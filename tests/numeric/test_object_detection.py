@@ -187,7 +187,7 @@ def test_map_of_sites_is_pycocotools_own(make_run_of: Any, tmp_path: Path) -> No
     sites = {name: make_rows(tmp_path, 11, seed) for seed, name in enumerate(("a", "b", "c"))}
     encoded = {name: run.task.encode(rows, model.processor) for name, rows in sites.items()}
     site = SiteTask("a", [e for each in encoded.values() for e in each], model.initial)
-    quick = run.training.model_copy(update={"max_steps": 150})
+    quick = run.training.model_copy(update={"max_steps": 100})
     longer = run.model_copy(update={"training": quick})
     adapter = fit(stack, longer, 1, [site], frozenset(model.initial), ignore_step)[0].adapter
     measured = {name: evaluate(stack, run, adapter, each) for name, each in encoded.items()}

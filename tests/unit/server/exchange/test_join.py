@@ -161,7 +161,7 @@ def test_admitted_sites_that_are_not_connected_are_named(play: Any) -> None:
 
 def test_a_site_that_was_away_is_asked_again(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two errors of Flower's, then an answer: as if it had answered at once."""
-    monkeypatch.setattr(patience, "_FIRST_REASK", 0.05)
+    clocks.installed(monkeypatch)
     asked: Counter[str] = Counter()
 
     def away_twice(update: Update) -> Update | Error:
@@ -184,7 +184,10 @@ def test_asking_again_ends_with_its_time(play: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("late", [{"north": 3}, {"north": 2, "south": 4}, {"west": 2}])
-def test_sums_do_not_depend_on_who_is_first(play: Any, late: dict[str, int]) -> None:
+def test_sums_do_not_depend_on_who_is_first(
+    play: Any, late: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks.installed(monkeypatch)
     federation = {"grace_seconds": 60}
     result, *_ = play(late=late, federation=federation)
     punctual, *_ = play(out="punctual", federation=federation)

@@ -318,8 +318,17 @@ def assert_same_end(one: tuple[Run, Result], other: tuple[Run, Result]) -> None:
     assert one[1].status == other[1].status == "done"
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "fedex"])
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize(
+    ("rule", "optimizer"),
+    [
+        ("fedavg", "adamw_torch"),
+        ("fedex", "sgd"),
+        ("ffa", "adamw_torch"),
+        pytest.param("fedavg", "sgd", marks=pytest.mark.slow),
+        pytest.param("fedex", "adamw_torch", marks=pytest.mark.slow),
+        pytest.param("ffa", "sgd", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_ends_bit_for_bit_where_the_other_ends(
     play: Any, tmp_path: Path, rule: str, optimizer: str
 ) -> None:
@@ -370,7 +379,9 @@ def test_a_kill_in_any_phase_costs_the_round_in_flight_at_most(
     assert_same_end(whole, play("killed", resume=True, aggregation={"name": "fedex"}))
 
 
-@pytest.mark.parametrize("nth", range(1, 8))
+@pytest.mark.parametrize(
+    "nth", [1, 4, 7, *(pytest.param(nth, marks=pytest.mark.slow) for nth in (2, 3, 5, 6))]
+)
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
     play: Any, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:

@@ -85,8 +85,8 @@ def _table(summary: Summary, evaluation: Evaluation) -> Table:
     for site, figures in evaluation.sites.items():
         row = [_figure(figures, metric)]
         if local:
-            alone = local[site].test if site in local else None
-            row.append(_figure(alone.sites.get(site, {}) if alone else {}, metric))
+            own = local[site].test if site in local else None
+            row.append(_figure(own.sites.get(site, {}) if own else {}, metric))
         if central:
             row.append(_figure(central.sites.get(site, {}), metric))
         table.add_row(Text(site), str(evaluation.rows.get(site, 0)), *row)

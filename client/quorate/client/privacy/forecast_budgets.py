@@ -78,8 +78,8 @@ def against_ledger(run: RunConfig, site: SiteConfig, base_dir: Path, found: Fore
         for each in applying
     ]
     if here and not applying:
-        spent = [entry.event for entry in entries if protects.shares_units_with(entry.protects)]
-        forecasts.append(_forecast((run.data, protects.group, UNCAPPED_DELTA, None), spent, found))
+        events = [entry.event for entry in entries if protects.shares_units_with(entry.protects)]
+        forecasts.append(_forecast((run.data, protects.group, UNCAPPED_DELTA, None), events, found))
 
     def refusal(plan: Plan) -> str | None:
         try:
@@ -98,7 +98,7 @@ def against_ledger(run: RunConfig, site: SiteConfig, base_dir: Path, found: Fore
 
 
 def _forecast(
-    budget: tuple[str, str | None, float, float | None], spent: Sequence[PrivacyEvent], found: Forecast
+    budget: tuple[str, str | None, float, float | None], events: Sequence[PrivacyEvent], found: Forecast
 ) -> BudgetForecast:
     """Return the forecast of a budget, given as its data, group, delta and cap."""
     data, group, delta, max_epsilon = budget
@@ -107,10 +107,10 @@ def _forecast(
         group=group,
         delta=delta,
         max_epsilon=max_epsilon,
-        entries=len(spent),
-        spent=epsilon(spent, delta),
-        after=epsilon([*spent, found.configured.event], delta),
-        alternatives={plan.change: epsilon([*spent, plan.event], delta) for plan in found.alternatives},
+        entries=len(events),
+        spent=epsilon(events, delta),
+        after=epsilon([*events, found.configured.event], delta),
+        alternatives={plan.change: epsilon([*events, plan.event], delta) for plan in found.alternatives},
     )
 
 

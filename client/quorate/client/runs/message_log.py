@@ -81,9 +81,9 @@ class MessageRecorder:
             why = update.why if isinstance(update, Failed) else ""
             self._book.end(asked, header.phase, round, None, header.error, why)
             return
-        told = header.description
-        rows = header.num_examples if header.phase == "fit" else told.rows.get("train") if told else None
-        claim = told.privacy.sentence if told is not None and told.privacy is not None else None
+        joined = header.description
+        rows = header.num_examples if header.phase == "fit" else joined.rows.get("train") if joined else None
+        claim = joined.privacy.sentence if joined and joined.privacy else None
         self._book.end(asked, header.phase, round, Left(what_left(update), rows, claim))
 
 

@@ -59,9 +59,11 @@ def keep_result(
     return folder
 
 
-def report(run: RunConfig, run_id: str, site: str, told: Delivery, claim: PrivacyClaim | None = None) -> str:
+def report(
+    run: RunConfig, run_id: str, site: str, result: Delivery, claim: PrivacyClaim | None = None
+) -> str:
     """Return the site's report as Markdown."""
-    picked = f"picked by `{told.metric}` on validation rows where there are any"
+    picked = f"picked by `{result.metric}` on validation rows where there are any"
     if run.private_clients:
         picked = "the last: no noise hides which one validation rows would choose"
     elif not run.evaluation.share_outcomes:
@@ -69,41 +71,41 @@ def report(run: RunConfig, run_id: str, site: str, told: Delivery, claim: Privac
     lines = [
         f"# {run.name} at {site}",
         "",
-        f"Run {run_id}: {told.rounds} rounds. `adapter/` holds the model after round {told.best_round}, "
+        f"Run {run_id}: {result.rounds} rounds. `adapter/` holds the model after round {result.best_round}, "
         f"{picked}.",
         "",
         f"Base model: `{run.model.model_name_or_path}`, sha256 {run.model.sha256 or 'not pinned'}. "
         f"Labels and settings: `adapter/run.yaml`.",
         "",
     ]
-    if told.split is None:
+    if result.split is None:
         lines += ["The model was not measured.", ""]
     else:
-        lines += _table(told, run.private_clients)
-    if told.local_only is not None:
-        lines += [f"An adapter trained on the rows of {site} alone: {told.metric} {told.local_only:.4f}."]
-        if told.gain is not None:
-            gain, low, high = told.gain
+        lines += _table(result, run.private_clients)
+    if result.local_only is not None:
+        lines += [f"An adapter trained on the rows of {site} alone: {result.metric} {result.local_only:.4f}."]
+        if result.gain is not None:
+            gain, low, high = result.gain
             lines += [f"The federation brought {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})."]
-        elif told.metric in told.own:
+        elif result.metric in result.own:
             lines += [
-                f"The federation's: {told.own[told.metric]:.4f}. These are too few rows, or too few of a "
+                f"The federation's: {result.own[result.metric]:.4f}. These are too few rows, or too few of a "
                 "class, to say how sure the difference is."
             ]
         lines += [""]
-    lines += _privacy(run, told, claim)
+    lines += _privacy(run, result, claim)
     lines += ["Try it: `quorate predict adapter TEXT`", ""]
     return "\n".join(lines)
 
 
-def _privacy(run: RunConfig, told: Delivery, claim: PrivacyClaim | None) -> list[str]:
+def _privacy(run: RunConfig, result: Delivery, claim: PrivacyClaim | None) -> list[str]:
     """Return what is claimed for the data, by whom, and what it leaves out."""
     if run.privacy is None:
         said = [
             "None is claimed: no noise was added, so treat the adapter as derived from the data of all sites."
         ]
     elif isinstance(run.privacy, ClientPrivacy):
-        claimed = "is not known here" if told.epsilon is None else f"epsilon {at_most(told.epsilon)}"
+        claimed = "is not known here" if result.epsilon is None else f"epsilon {at_most(result.epsilon)}"
         said = [
             f"For each whole site, as the coordinator claims: {claimed}, delta "
             f"{delta_shown(run.privacy.delta)}, by noise that it added to the sum of clipped updates. It "
@@ -126,19 +128,19 @@ def _privacy(run: RunConfig, told: Delivery, claim: PrivacyClaim | None) -> list
     return ["## Privacy", "", *said, ""]
 
 
-def _table(told: Delivery, private_clients: bool) -> list[str]:
+def _table(result: Delivery, private_clients: bool) -> list[str]:
     """Return the figures, this site's beside those of all sites together."""
-    lines = [f"| {told.split} rows | this site ({told.own_rows}) |", "| --- | ---: |"]
-    if told.pooled:
-        lines[0] += f" {told.sites} sites together ({told.pooled_rows}) |"
+    lines = [f"| {result.split} rows | this site ({result.own_rows}) |", "| --- | ---: |"]
+    if result.pooled:
+        lines[0] += f" {result.sites} sites together ({result.pooled_rows}) |"
         lines[1] += " ---: |"
-    for name in told.own | told.pooled:
-        row = [f"| {name} | {_figure(told.own, name)} |"]
-        row += [f" {_figure(told.pooled, name)} |"] if told.pooled else []
+    for name in result.own | result.pooled:
+        row = [f"| {name} | {_figure(result.own, name)} |"]
+        row += [f" {_figure(result.pooled, name)} |"] if result.pooled else []
         lines.append("".join(row))
-    if not told.pooled and private_clients:
+    if not result.pooled and private_clients:
         lines += ["", "Figures of all sites together hold no noise, so a run that hides sites tells none."]
-    elif not told.pooled:
+    elif not result.pooled:
         lines += ["", "Figures of all sites together are told from three measured sites on: from those of "]
         lines[-1] += "two, each could work out the other's."
     return [*lines, ""]

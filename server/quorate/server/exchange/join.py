@@ -205,7 +205,7 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
     """Return the admitted nodes that are connected, once all are, or enough for long enough."""
     federation, started = run.config.federation, time.monotonic()
     enough_since: float | None = None
-    told = started
+    last_word = started
     while True:
         online, now = set(grid.get_node_ids()) & set(names), time.monotonic()
         if len(online) >= federation.quorum:
@@ -213,8 +213,8 @@ def _wait_for(grid: Grid, run: Run, names: Mapping[int, str]) -> set[int]:
         patient = enough_since is None or now - enough_since < federation.grace_seconds
         if len(online) == len(names) or not patient or now - started >= federation.reask_seconds:
             return online
-        if now - told >= TELL_SECONDS:
-            told = now
+        if now - last_word >= TELL_SECONDS:
+            last_word = now
             away = {names[node]: now - started for node in sorted(names.keys() - online)}
             run.tell(Waiting(sites=away))
         time.sleep(POLL_SECONDS)

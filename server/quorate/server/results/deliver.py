@@ -66,14 +66,14 @@ def delivery(summary: Summary, site: str) -> Delivery:
     """Return what `site` is told of the run."""
     measured = summary.best or summary.final
     evaluation = _evaluated(measured)
-    told = Delivery(
+    bare = Delivery(
         rounds=summary.rounds, best_round=measured.round if measured else 0, metric=summary.metric
     )
     figures: dict[str, object] = {}
     if (claim := summary.client_privacy) is not None and math.isfinite(claim.epsilon):
         figures = {"epsilon": claim.epsilon}
     if evaluation is None:
-        return told.model_copy(update=figures)
+        return bare.model_copy(update=figures)
     figures |= {
         "split": evaluation.split,
         "sites": len(evaluation.sites),
@@ -88,7 +88,7 @@ def delivery(summary: Summary, site: str) -> Delivery:
         figures["local_only"] = worth.local_only
         if worth.interval and all(map(math.isfinite, (worth.gain, *worth.interval))):
             figures["gain"] = (worth.gain, *worth.interval)
-    return Delivery.model_validate({**told.model_dump(), **figures})
+    return Delivery.model_validate({**bare.model_dump(), **figures})
 
 
 def _evaluated(measured: Measured | None) -> Evaluation | None:

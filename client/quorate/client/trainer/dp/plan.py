@@ -63,8 +63,8 @@ class PrivatePlan:
 
         Raises: ConfigError: so little noise has no finite epsilon.
         """
-        spent = _spent(self.whole_event(), self.delta)
-        if not math.isfinite(spent):
+        total = _epsilon(self.whole_event(), self.delta)
+        if not math.isfinite(total):
             raise ConfigError(
                 f"privacy.noise_multiplier {self.noise_multiplier:g} is too little noise for any epsilon; "
                 "raise it, or give target_epsilon.",
@@ -73,7 +73,7 @@ class PrivatePlan:
         return PrivacyClaim(
             unit=self.unit,
             units=self.units,
-            epsilon=spent,
+            epsilon=total,
             delta=self.delta,
             noise_multiplier=self.noise_multiplier,
             sampling_probability=self.sampling_probability,
@@ -131,5 +131,5 @@ def private_plan(run: RunConfig, units: int) -> PrivatePlan:
 
 
 @lru_cache(maxsize=1024)
-def _spent(event: PrivacyEvent, delta: float) -> float:
+def _epsilon(event: PrivacyEvent, delta: float) -> float:
     return epsilon([event], delta)

@@ -26,6 +26,7 @@ gc.disable()
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # what a test leaves in cycles is small
     gc.enable()
 
 

@@ -174,7 +174,11 @@ def _stopping(point: Point, where: Sequence[Any], real: Callable[..., Any]) -> C
         left = -1  # once
         if point.when == "before":
             os.kill(os.getpid(), point.signal)
-        answer = real(*arguments, **options)
+        try:
+            answer = real(*arguments, **options)
+        except OSError:
+            left = 1  # the removal of what is not there is no moment
+            raise
         if point.when == "torn":
             return _Torn(answer, point.signal)
         if point.when == "after":

@@ -93,10 +93,8 @@ class Index(BaseModel):
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}; run this as its owner.") from error
         except ValidationError as error:
-            raise ConfigError(
-                f"{path}: is damaged; restore it from a copy: without it nobody knows what was issued.",
-                kind="index-damaged",
-            ) from error
+            message = f"{path}: is damaged; restore it from a copy: without it nobody knows what was issued."
+            raise ConfigError(message, kind="index-damaged") from error
         if index.federation != federation:
             raise ConfigError(
                 f"{path}: belongs to the federation {index.federation!r}, not to {federation!r}; choose "

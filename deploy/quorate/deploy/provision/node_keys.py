@@ -71,10 +71,8 @@ def admit(folder: FederationFolder, site: str, content: bytes, where: str, *, re
     for other in known_sites(folder):
         owned = _stored_key(folder, other)
         if other != site and owned is not None and fingerprint_of(owned) == fingerprint:
-            raise ConfigError(
-                f"{where}: this is the key of {other}; every site makes its own: ask {site} for its.",
-                kind="key-of-another",
-            )
+            message = f"{where}: this is the key of {other}; every site makes its own: ask {site} for its."
+            raise ConfigError(message, kind="key-of-another")
         if any(fingerprint in each.node_keys for each in _revocations(folder, other)):
             raise ConfigError(
                 f"{where}: this key of {other} was revoked; have the site make a new one (quorate site enrol "
@@ -194,10 +192,8 @@ def check_admissible(folder: FederationFolder, site: str) -> None:
     """Raise ConfigError unless the site stands in federation.yaml and is not revoked."""
     known_site(folder, site)
     if revocation(folder, site):
-        raise ConfigError(
-            f"{site} was revoked; take it back with `quorate certificates restore {site}` first.",
-            kind="site-revoked",
-        )
+        message = f"{site} was revoked; take it back with `quorate certificates restore {site}` first."
+        raise ConfigError(message, kind="site-revoked")
 
 
 def known_sites(folder: FederationFolder) -> list[str]:

@@ -12,7 +12,7 @@ from quorate.deploy.commands.both.options import (
     LogLevel,
     LogLevelOption,
     adapter_folder,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.shared.errors import ConfigError
@@ -25,9 +25,7 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="A new folder for the model; DIR-merged when left out."
-        ),
+        output_option("A new folder for the model; DIR-merged when left out.", "FOLDER"),
     ] = None,
     merge: Annotated[
         bool,
@@ -49,7 +47,6 @@ def export(
 
     Example: quorate export runs/demo --merge -o models/demo
     """
-    configure_logging(log_level)
     if not merge:
         raise ConfigError(
             f"say --merge: the adapter alone lies in {directory} already, in the form that PEFT reads."

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.both.options import JsonOption, print_json
+from quorate.deploy.commands.both.options import JsonOption, output_option, print_json
 
 DaysOption = Annotated[
     int, typer.Option("--days", min=1, max=3650, help="Validity in days of certificates that are made now.")
@@ -20,9 +20,7 @@ def provision(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="The federation's folder; ~/.quorate/NAME when left out."
-        ),
+        output_option("The federation's folder; ~/.quorate/NAME when left out."),
     ] = None,
     with_keys: Annotated[
         bool,

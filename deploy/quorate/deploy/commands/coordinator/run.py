@@ -14,7 +14,7 @@ from quorate.deploy.commands.both.options import (
     LogLevelOption,
     OverridesArgument,
     RunArgument,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
@@ -33,9 +33,7 @@ def run(
     federation: FederationOption = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Where the results go at the end; runs/NAME when left out."
-        ),
+        output_option("Where the results go at the end; runs/NAME when left out."),
     ] = None,
     resume: Annotated[
         bool,
@@ -68,7 +66,6 @@ def run(
 
     Example: quorate run medquad --federation heart -o runs/medquad
     """
-    configure_logging(log_level)
     from quorate.deploy.control import run_outputs
     from quorate.deploy.control.flower_cli import Flower
     from quorate.deploy.control.follower import Follower

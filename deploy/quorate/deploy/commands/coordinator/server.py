@@ -11,7 +11,7 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    configure_logging,
+    command_group,
     print_json,
 )
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
@@ -21,11 +21,10 @@ from quorate.deploy.terminal import print_table
 if TYPE_CHECKING:
     from quorate.deploy.server.server_status import ServerStatus
 
-server = typer.Typer(
-    name="server",
-    no_args_is_help=True,
-    help="The coordinator's side of a federation: start it, look at it, stop it, admit sites."
-    "\n\nExample: quorate server start --federation heart",
+server = command_group(
+    "server",
+    "The coordinator's side of a federation: start it, look at it, stop it, admit sites.",
+    "quorate server start --federation heart",
 )
 
 
@@ -43,7 +42,6 @@ def start(
 
     Example: quorate server start --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_start import run
     from quorate.deploy.server.server_start import start as start_in_background
 
@@ -71,7 +69,6 @@ def status(
 
     Example: quorate server status --federation heart --json
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_status import server_status
 
     found = server_status(find_federation(federation))
@@ -89,7 +86,6 @@ def stop(federation: FederationOption = None, log_level: LogLevelOption = LogLev
 
     Example: quorate server stop --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_start import stop as stop_server
 
     folder = find_federation(federation)
@@ -116,7 +112,6 @@ def admit(
 
     Example: quorate server admit north north/node.pub --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_start import admit_site
 
     folder = find_federation(federation)

@@ -37,9 +37,8 @@ class RowMapper:
     def __init__(self, source: SourceConfig, kinds: Mapping[str, Kind], labels: Sequence[str]) -> None:
         self.columns = {name: source.columns.get(name, name) for name in kinds}
         if unknown := sorted(set(source.columns) - {*kinds, GROUP}):
-            raise ConfigError(
-                f"columns.{unknown[0]}: the task has no such column; it has {', '.join(kinds)}."
-            )
+            message = f"columns.{unknown[0]}: the task has no such column; it has {', '.join(kinds)}."
+            raise ConfigError(message)
         self.group = source.columns.get(GROUP)
         self.template = TextTemplate.parse(source.template) if source.template is not None else None
         if self.template is not None and self.columns.pop(TEXT, None) is None:

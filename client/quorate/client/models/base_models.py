@@ -142,9 +142,8 @@ def _unpack(archive: Path, into: Path) -> tuple[str, ...]:
         message = f"{archive} is not a whole tar archive ({str(error).splitlines()[0]}); get it again."
         raise ModelError(message, kind="not-an-archive") from error
     except OSError as error:
-        raise ModelError(
-            f"{archive}: {error.strerror or error}; get it again, or free some space."
-        ) from error
+        message = f"{archive}: {error.strerror or error}; get it again, or free some space."
+        raise ModelError(message) from error
     return tuple(sorted(str(path) for path in members.keys() - wanted.keys()))
 
 

@@ -166,9 +166,8 @@ class SiteConfig(ConfigModel):
             where = f"policy.privacy_budgets[{index}]"
             source = self.data.get(budget.data)
             if source is None:
-                raise ValueError(
-                    f"{where} names {budget.data}, which `data` has not; it has {', '.join(self.data)}"
-                )
+                message = f"{where} names {budget.data}, which `data` has not; it has {', '.join(self.data)}"
+                raise ValueError(message)
             if budget.group is not None and source.columns.get("group") != budget.group:
                 raise ValueError(
                     f"{where} names the group column {budget.group!r}; map it in data.{budget.data} "

@@ -67,9 +67,8 @@ def check_port(host: str, port: int, field: str) -> None:
                 why = "may not be opened by this user (ports below 1024 are the administrator's)"
             else:
                 why = f"cannot be opened ({error.strerror})"
-            raise ConfigError(
-                f"{field}: {host}:{port} {why}, or choose another in federation.yaml."
-            ) from error
+            message = f"{field}: {host}:{port} {why}, or choose another in federation.yaml."
+            raise ConfigError(message) from error
 
 
 def _holder(port: int) -> str:
@@ -90,7 +89,6 @@ def revocations_days_left(paths: ServerPaths) -> float:
     try:
         until = x509.load_pem_x509_crl(paths.crl.read_bytes()).next_update_utc
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{paths.crl}: is no list of revoked certificates; restore it from a copy."
-        ) from error
+        message = f"{paths.crl}: is no list of revoked certificates; restore it from a copy."
+        raise ConfigError(message) from error
     return days_left(until) if until is not None else float("inf")

@@ -64,10 +64,7 @@ def save_checkpoint(
     `private` for its owner alone: it says who was drawn.
     """
     folder = output_dir / f"checkpoint-{progress.round}"
-    files = {
-        _STATE: state.stored().to_bytes(),
-        _PROGRESS: progress.model_dump_json(indent=1).encode(),
-    }
+    files = {_STATE: state.stored().to_bytes(), _PROGRESS: progress.model_dump_json(indent=1).encode()}
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     write_folder(folder, {**files, _SUMS: sums.encode()}, private=private)
     drop_checkpoints(output_dir, progress, keep)

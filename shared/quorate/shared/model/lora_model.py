@@ -134,9 +134,8 @@ def base_weight(module: nn.Module) -> nn.Parameter:
     """
     weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else None
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise ModelError(
-            "this rule adds to the base weights, which a quantised base cannot take; use fedavg."
-        )
+        message = "this rule adds to the base weights, which a quantised base cannot take; use fedavg."
+        raise ModelError(message)
     return weight
 
 

@@ -92,10 +92,7 @@ class Classification(TargetTask):
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            **label_kwargs(self.labels),
-            "problem_type": self.problem_type,
-        }
+        return {**label_kwargs(self.labels), "problem_type": self.problem_type}
 
     @property
     def blank_target(self) -> int | tuple[float, ...]:

@@ -20,16 +20,13 @@ from quorate.shared.errors import ConfigError
 
 def export(
     directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="The output folder of a run, or an adapter folder."),
+        Path, typer.Argument(metavar="DIR", help="The output folder of a run, or an adapter folder.")
     ],
     output: Annotated[
-        Path | None,
-        output_option("A new folder for the model; DIR-merged when left out.", "FOLDER"),
+        Path | None, output_option("A new folder for the model; DIR-merged when left out.", "FOLDER")
     ] = None,
     merge: Annotated[
-        bool,
-        typer.Option("--merge", help="Add the adapter to the weights of its base model, in float32."),
+        bool, typer.Option("--merge", help="Add the adapter to the weights of its base model, in float32.")
     ] = False,
     require_audit: Annotated[
         bool,
@@ -48,9 +45,8 @@ def export(
     Example: quorate export runs/demo --merge -o models/demo
     """
     if not merge:
-        raise ConfigError(
-            f"say --merge: the adapter alone lies in {directory} already, in the form that PEFT reads."
-        )
+        message = f"say --merge: the adapter alone lies in {directory} already, in the form that PEFT reads."
+        raise ConfigError(message)
     adapter = adapter_folder(directory)
     if require_audit:
         from quorate.client.audit.result_audit import check_audited

@@ -138,6 +138,5 @@ def adapter_folder(folder: Path) -> Path:
         restore_folder(candidate)
         if (candidate / "adapter_config.json").is_file():
             return candidate
-    raise AdapterError(
-        f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
-    )
+    message = f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
+    raise AdapterError(message)

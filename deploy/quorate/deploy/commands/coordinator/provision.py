@@ -19,14 +19,12 @@ def provision(
         Path, typer.Argument(metavar="FILE", help="federation.yaml: the server's names, the sites' names.")
     ],
     output: Annotated[
-        Path | None,
-        output_option("The federation's folder; ~/.quorate/NAME when left out."),
+        Path | None, output_option("The federation's folder; ~/.quorate/NAME when left out.")
     ] = None,
     with_keys: Annotated[
         bool,
         typer.Option(
-            "--with-keys",
-            help="For trials: make the sites' keys here, put them into the kits, admit them.",
+            "--with-keys", help="For trials: make the sites' keys here, put them into the kits, admit them."
         ),
     ] = False,
     days: DaysOption = 365,

@@ -32,14 +32,12 @@ def run(
     overrides: OverridesArgument = None,
     federation: FederationOption = None,
     output: Annotated[
-        Path | None,
-        output_option("Where the results go at the end; runs/NAME when left out."),
+        Path | None, output_option("Where the results go at the end; runs/NAME when left out.")
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume",
-            help="Go on with the federation's newest run of these settings after its last round.",
+            "--resume", help="Go on with the federation's newest run of these settings after its last round."
         ),
     ] = False,
     run_id: Annotated[
@@ -91,11 +89,7 @@ def run(
         )
         follower = Follower(stderr_console(), quiet=log_level.quiet, output_dir=output_dir)
         controller = Controller(
-            target,
-            Flower.of(folder),
-            on_event=follower,
-            say=follower.say,
-            max_restarts=max_restarts,
+            target, Flower.of(folder), on_event=follower, say=follower.say, max_restarts=max_restarts
         )
         follower.say(f"run {target.run_id}")
         try:

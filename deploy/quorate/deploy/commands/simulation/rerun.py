@@ -26,8 +26,7 @@ def rerun(
         Path, typer.Argument(metavar="DIR", help="The output folder of a run that `simulate` made.")
     ],
     output: Annotated[
-        Path | None,
-        output_option("Where to write the run; DIR-rerun when left out.", "DIR2"),
+        Path | None, output_option("Where to write the run; DIR-rerun when left out.", "DIR2")
     ] = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.info,

@@ -25,8 +25,7 @@ def simulate(
     overrides: OverridesArgument = None,
     sites: SitesOption = None,
     output: Annotated[
-        Path | None,
-        output_option("Where to write everything; runs/NAME when left out."),
+        Path | None, output_option("Where to write everything; runs/NAME when left out.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder after its last round.")

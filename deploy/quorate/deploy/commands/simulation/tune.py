@@ -43,8 +43,7 @@ def tune(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        output_option("Where to write everything; runs/NAME-tune when left out."),
+        Path | None, output_option("Where to write everything; runs/NAME-tune when left out.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search in the output folder.")

@@ -139,9 +139,7 @@ def stop(folder: FolderArgument = Path(), log_level: LogLevelOption = LogLevel.w
 
 @site.command("status")
 def status(
-    folder: FolderArgument = Path(),
-    as_json: JsonOption = False,
-    log_level: LogLevelOption = LogLevel.warning,
+    folder: FolderArgument = Path(), as_json: JsonOption = False, log_level: LogLevelOption = LogLevel.warning
 ) -> None:
     """Show programs, connection, disk, certificates, models, data, and runs that wait for you.
 

@@ -31,9 +31,7 @@ ledger = command_group(
 
 @ledger.command("show")
 def show(
-    folder: FolderArgument = Path(),
-    as_json: JsonOption = False,
-    log_level: LogLevelOption = LogLevel.warning,
+    folder: FolderArgument = Path(), as_json: JsonOption = False, log_level: LogLevelOption = LogLevel.warning
 ) -> None:
     """Show by data set what was spent and what is left, and the ledger's newest hash to be noted elsewhere.
 

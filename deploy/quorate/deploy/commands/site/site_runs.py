@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 def site_runs(
     folder: FolderArgument = Path(),
     run_id: Annotated[
-        str | None,
-        typer.Option("--run", metavar="RUN_ID", help="Show all that is known of this run."),
+        str | None, typer.Option("--run", metavar="RUN_ID", help="Show all that is known of this run.")
     ] = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,

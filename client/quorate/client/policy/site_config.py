@@ -153,14 +153,11 @@ class SiteConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _policy_names_data(self) -> Self:
+        """Hold `policy.data` and the budgets against `data`."""
         if unknown := [alias for alias in self.policy.data or () if alias not in self.data]:
             raise ValueError(
                 f"policy.data names {', '.join(unknown)}, which `data` has not; it has {', '.join(self.data)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _budgets_name_data(self) -> Self:
         seen = set[tuple[str, str | None]]()
         for index, budget in enumerate(self.policy.privacy_budgets):
             where = f"policy.privacy_budgets[{index}]"

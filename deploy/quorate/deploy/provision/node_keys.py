@@ -15,10 +15,11 @@ from pathlib import Path
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, ValidationError
 
 from quorate.client.node.enrolment import NODE_PUB, node_public_bytes
 from quorate.server.federation.folder import FederationFolder
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import ConfigError
 from quorate.shared.process.files import PUBLIC, locked, make_folder, put_aside, write_atomically
 
@@ -28,10 +29,8 @@ _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 """The NIST curves that OpenSSH's format has, all of which Flower takes."""
 
 
-class Revocation(BaseModel):
+class Revocation(ConfigModel):
     """Content of the marker `revoked`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     time: AwareDatetime
     node_keys: tuple[str, ...] = ()

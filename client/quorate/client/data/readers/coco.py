@@ -40,14 +40,7 @@ def read_coco_folder(folder: Path) -> dict[Split, list[Row]] | None:
     """
     chosen: dict[Split, Path] = {}
     for path in _candidates(folder):
-        named = _NAME.fullmatch(path.name)
-        name = (
-            path.parent.name
-            if path.name == _INSIDE
-            else (named["split"] or named["instances"])
-            if named
-            else ""
-        )
+        name = path.parent.name if path.name == _INSIDE else _stem(path)
         if (split := split_of(name.rstrip("0123456789"))) is None:
             continue
         if split in chosen:
@@ -119,11 +112,16 @@ def _image_folder(path: Path) -> Path:
     """Return where a file's images lie: beside it, or in the folder of its split's name."""
     if path.name == _INSIDE:
         return path.parent
-    named = _NAME.fullmatch(path.name)
-    name = (named["split"] or named["instances"]) if named else path.stem
+    name = _stem(path)
     above = path.parent.parent if path.parent.name == "annotations" else path.parent
     places = [above / name, above / "images" / name, above / "images"]
     return next((place for place in places if place.is_dir()), above)
+
+
+def _stem(path: Path) -> str:
+    """Return the split as a file's name says it; without its ending where it is not named so."""
+    named = _NAME.fullmatch(path.name)
+    return (named["split"] or named["instances"]) if named else path.stem
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def output_option(what: str, metavar: str = "DIR") -> Any:
     return typer.Option("--output", "-o", metavar=metavar, help=what)
 
 
-def command_group(name: str, what: str, example: str) -> typer.Typer:
+def group(name: str, what: str, example: str) -> typer.Typer:
     """Return a command that has others below it; `what` and `example` are its help."""
     return typer.Typer(name=name, no_args_is_help=True, help=f"{what}\n\nExample: {example}")
 

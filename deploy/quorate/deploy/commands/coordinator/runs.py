@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quorate.deploy.commands.both.options import (
-    JsonOption,
-    LogLevel,
-    LogLevelOption,
-    command_group,
-    print_json,
-)
+from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, group, print_json
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
 from quorate.deploy.terminal import print_table, stdout_console
 from quorate.shared.errors import ConfigError
@@ -20,7 +14,7 @@ from quorate.shared.errors import ConfigError
 if TYPE_CHECKING:
     from quorate.deploy.control.run_list import RunFolder
 
-runs = command_group("runs", "The runs of a federation.", "quorate runs list --federation heart")
+runs = group("runs", "The runs of a federation.", "quorate runs list --federation heart")
 IdArgument = Annotated[
     str, typer.Argument(metavar="ID", help="Id of the run, or the beginning of it that no other run has.")
 ]

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quorate.deploy.commands.both.options import (
-    JsonOption,
-    LogLevel,
-    LogLevelOption,
-    command_group,
-    print_json,
-)
+from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, group, print_json
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
 from quorate.deploy.commands.site.site_output import print_lines, print_programs
 from quorate.deploy.terminal import print_table
@@ -21,7 +15,7 @@ from quorate.deploy.terminal import print_table
 if TYPE_CHECKING:
     from quorate.deploy.server.server_status import ServerStatus
 
-server = command_group(
+server = group(
     "server",
     "The coordinator's side of a federation: start it, look at it, stop it, admit sites.",
     "quorate server start --federation heart",

@@ -15,12 +15,12 @@ from quorate.deploy.commands.both.options import (
     RunArgument,
     SiteFileOption,
     SitesOption,
-    command_group,
+    group,
 )
 from quorate.deploy.commands.simulation.inputs import find_run, find_sites
 from quorate.deploy.commands.site.data_own import inspect_own
 
-data = command_group("data", "Look at a site's data before anything is trained.", "quorate data inspect demo")
+data = group("data", "Look at a site's data before anything is trained.", "quorate data inspect demo")
 
 
 @data.command("inspect")

@@ -14,10 +14,10 @@ from quorate.deploy.commands.both.options import (
     LogLevel,
     LogLevelOption,
     OverridesArgument,
-    command_group,
+    group,
 )
 
-own_data = command_group(
+own_data = group(
     "data",
     "Look at this site's data before anything is trained.",
     "quorate data inspect run.yaml --site-file site.yaml",

@@ -14,7 +14,7 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    command_group,
+    group,
     print_json,
 )
 from quorate.deploy.commands.site.site_audit import site_audit
@@ -25,8 +25,8 @@ from quorate.deploy.commands.site.site_runs import site_runs
 if TYPE_CHECKING:
     from quorate.client.node.folder import SiteFolder
 
-site = command_group("site", "Commands of a site, on its own machine.", "quorate site enrol ./north")
-models = command_group("models", "Base models that this site holds.", "quorate site models import minilm.tar")
+site = group("site", "Commands of a site, on its own machine.", "quorate site enrol ./north")
+models = group("models", "Base models that this site holds.", "quorate site models import minilm.tar")
 site.add_typer(models)
 site.add_typer(ledger)
 site.command("audit")(site_audit)

@@ -13,7 +13,7 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    command_group,
+    group,
     print_json,
 )
 from quorate.deploy.terminal import print_table
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quorate.client.privacy.account_report import Account
     from quorate.client.privacy.ledger_verify import Verdict
 
-ledger = command_group(
+ledger = group(
     "ledger", "The privacy ledger: what this site's data have spent.", "quorate site ledger show ./north"
 )
 

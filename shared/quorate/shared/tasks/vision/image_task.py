@@ -49,7 +49,7 @@ class ImageTask(TargetTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        return {"image": "image"}
+        return {"image": "image", "label": self.label_kind}
 
     def kwargs_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Turn TensorFlow's padding off where the model has it."""

@@ -6,14 +6,14 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from quorate.client.privacy.forecast import Schema, peak_memory, seconds_a_step, traffic
 from quorate.client.trainer.dp.plan import steps_a_round
 from quorate.client.trainer.stack import AdapterStack
 from quorate.server.privacy.central_plan import client_plan, most_releases, useless
 from quorate.server.privacy.released import ClientPlan, ReleaseLedger
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import UnboundedModel
 from quorate.shared.config.privacy_config import ClientPrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
@@ -23,10 +23,8 @@ from quorate.shared.privacy.run_cost import BYTES_PER_VALUE, of_rank
 from quorate.shared.tasks.task import Row
 
 
-class ClientPlanForecast(ConfigModel):
+class ClientPlanForecast(UnboundedModel):
     """One choice of settings, and what follows from it; epsilon may be infinite."""
-
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     change: str
     """What differs from the run file: `as configured`, `half the rank`, `twice the rounds`, ..."""
@@ -51,10 +49,8 @@ class ClientPlanForecast(ConfigModel):
     """Adapter bytes that a site sends in a round, and as many that it receives, without headers."""
 
 
-class ClientForecast(ConfigModel):
+class ClientForecast(UnboundedModel):
     """What `quorate forecast` prints for site-level privacy."""
-
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     run: str
     sites: int

@@ -146,10 +146,8 @@ def _by_column(kind: Column, rows: Rows) -> tuple[list[str], dict[Split, npt.NDA
 
 def _site_of(row: LoadedRow, column: str) -> tuple[str, str]:
     if column not in row.raw or is_missing(row.raw[column]):
-        raise DataError(
-            f"{row.source}: column {column!r} names no site; fill it in, or correct partition.column.",
-            kind="no-site",
-        )
+        message = f"{row.source}: column {column!r} names no site; fill it in, or correct partition.column."
+        raise DataError(message, kind="no-site")
     value = str(row.raw[column]).strip()
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", value).strip("-._")
     if not name or len(name) > 64:

@@ -118,8 +118,6 @@ def find_recipe(name: str) -> Path:
     """
     known = recipes()
     if name not in known:
-        raise ConfigError(
-            f"there is no recipe {name!r}; there are {', '.join(known)}. A file is named by its path.",
-            kind="no-such-recipe",
-        )
+        message = f"there is no recipe {name!r}; there are {', '.join(known)}. A file is named by its path."
+        raise ConfigError(message, kind="no-such-recipe")
     return known[name]

@@ -122,9 +122,8 @@ def audit_received(folder: Path, run_id: str, options: Options) -> AuditRecord:
     received = held.folder.state / RECEIVED
     if not (received / run_id).is_dir():
         there = sorted(path.name for path in received.glob("*/")) if received.is_dir() else []
-        raise OutputError(
-            f"{received}: holds no result of run {run_id}; it has {', '.join(there) or 'none'}."
-        )
+        message = f"{received}: holds no result of run {run_id}; it has {', '.join(there) or 'none'}."
+        raise OutputError(message)
     adapter_dir = received / run_id / ADAPTER_DIR
     check_adapter_dir(adapter_dir)
     run = load_run(adapter_dir / RUN_FILE)
@@ -149,9 +148,8 @@ def check_audited(adapter_dir: Path) -> None:
     except ValidationError as error:
         raise OutputError(f"{path}: is damaged; audit the run again.") from error
     if record.adapter_sha256 != hashlib.sha256((adapter_dir / WEIGHTS_FILE).read_bytes()).hexdigest():
-        raise AuditMissing(
-            f"{path}: is of another adapter than the one in {adapter_dir}; audit the run again."
-        )
+        message = f"{path}: is of another adapter than the one in {adapter_dir}; audit the run again."
+        raise AuditMissing(message)
     if not record.attacks:
         raise AuditMissing(f"{path}: tried no attack; audit the run again without leaving parts out.")
     if record.refuted:

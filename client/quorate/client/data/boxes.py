@@ -50,19 +50,16 @@ def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
     if not isinstance(boxes, list | tuple) or not isinstance(categories, list | tuple):
         raise DataError(f"{where} does not hold boxes and their categories; write {_FORMS}.", kind="no-boxes")
     if len(boxes) != len(categories):
-        raise DataError(
-            f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each.",
-            kind="boxes-and-categories",
-        )
+        message = f"{where}: {len(boxes)} boxes and {len(categories)} categories; there must be one for each."
+        raise DataError(message, kind="boxes-and-categories")
     return list(zip(boxes, categories, strict=True))
 
 
 def _categories(value: Mapping[str, Any], where: str) -> Any:
     found = [name for name in _CATEGORIES if name in value]
     if len(found) != 1:
-        raise DataError(
-            f"{where}: the objects need one of {', '.join(_CATEGORIES)} beside bbox.", kind="no-categories"
-        )
+        message = f"{where}: the objects need one of {', '.join(_CATEGORIES)} beside bbox."
+        raise DataError(message, kind="no-categories")
     return value[found[0]]
 
 
@@ -72,13 +69,10 @@ def _box(value: Any, where: str) -> tuple[float, float, float, float]:
         isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
         for each in figures
     ):
-        raise DataError(
-            f"{where}: a box is four finite numbers, x, y, width and height in pixels.", kind="box-figures"
-        )
+        message = f"{where}: a box is four finite numbers, x, y, width and height in pixels."
+        raise DataError(message, kind="box-figures")
     x, y, width, height = map(float, figures)
     if width <= 0 or height <= 0:
-        raise DataError(
-            f"{where}: the box is {width:g} wide and {height:g} high; correct it or remove it.",
-            kind="box-size",
-        )
+        message = f"{where}: the box is {width:g} wide and {height:g} high; correct it or remove it."
+        raise DataError(message, kind="box-size")
     return x, y, width, height

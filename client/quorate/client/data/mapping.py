@@ -37,16 +37,13 @@ class RowMapper:
     def __init__(self, source: SourceConfig, kinds: Mapping[str, Kind], labels: Sequence[str]) -> None:
         self.columns = {name: source.columns.get(name, name) for name in kinds}
         if unknown := sorted(set(source.columns) - {*kinds, GROUP}):
-            raise ConfigError(
-                f"columns.{unknown[0]}: the task has no such column; it has {', '.join(kinds)}."
-            )
+            message = f"columns.{unknown[0]}: the task has no such column; it has {', '.join(kinds)}."
+            raise ConfigError(message)
         self.group = source.columns.get(GROUP)
         self.template = TextTemplate.parse(source.template) if source.template is not None else None
         if self.template is not None and self.columns.pop(TEXT, None) is None:
-            raise ConfigError(
-                "template builds a text, but the task has no column `text`; leave it out.",
-                kind="no-text-column",
-            )
+            message = "template builds a text, but the task has no column `text`; leave it out."
+            raise ConfigError(message, kind="no-text-column")
         self.kinds = kinds
         self.labels = _Labels(source.labels, labels)
 
@@ -121,17 +118,15 @@ class RowMapper:
             raise DataError(f"{where} is empty; fill it in or remove the row.", kind="empty-cell")
         if kind == "text" and not isinstance(value, str):
             remedy = "use `template` to write texts from columns" if TEXT in self.kinds else "make it one"
-            raise DataError(
-                f"{where} holds a {type(value).__name__}, not a text; {remedy}.", kind="not-a-text"
-            )
+            message = f"{where} holds a {type(value).__name__}, not a text; {remedy}."
+            raise DataError(message, kind="not-a-text")
         if kind == "text" and not is_text(value):
             raise DataError(f"{where} {_HALF}; the text was cut there: mend it or remove the row.")
         if kind == "number":
             return _as_number(value, where)
         if kind == "image" and not isinstance(value, str | bytes):
-            raise DataError(
-                f"{where} holds a {type(value).__name__}, not an image's path or bytes.", kind="not-an-image"
-            )
+            message = f"{where} holds a {type(value).__name__}, not an image's path or bytes."
+            raise DataError(message, kind="not-an-image")
         if kind in ("tokens", "tags"):
             return self._words(kind, value, where)
         if kind == "objects":
@@ -228,8 +223,9 @@ def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
     otherwise = f'{where}: the messages are not JSON; write [{{"role": "user", "content": "..."}}, ...].'
     value = from_cell(value, otherwise, "messages-not-json")
     if not isinstance(value, list | tuple) or not value:
-        message = f"{where} does not hold a list of messages; give it one, or remove the row."
-        raise DataError(message, kind="no-messages")
+        raise DataError(
+            f"{where} does not hold a list of messages; give it one, or remove the row.", kind="no-messages"
+        )
     messages = []
     for number, message in enumerate(value, start=1):
         place = f"{where}, message {number}"
@@ -247,6 +243,8 @@ def _as_messages(value: Any, where: str) -> list[dict[str, str]]:
             raise DataError(f"{place}: its content is empty or not a text.", kind="message-content")
         messages.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "assistant" for message in messages):
-        message = f"{where} holds no message of the assistant, so there is nothing to learn from it."
-        raise DataError(message, kind="no-answer")
+        raise DataError(
+            f"{where} holds no message of the assistant, so there is nothing to learn from it.",
+            kind="no-answer",
+        )
     return messages

@@ -106,9 +106,8 @@ def _image(value: Any, source: str) -> bytes:
     except OSError as error:
         raise DataError(f"{source}: the image cannot be read: {error.strerror}.") from error
     except ValueError as error:  # of a path: it may be a row's, so it is not quoted
-        raise DataError(
-            f"{source}: the image cannot be read: what names it is no path; correct it."
-        ) from error
+        message = f"{source}: the image cannot be read: what names it is no path; correct it."
+        raise DataError(message) from error
 
 
 def _plain(value: Any) -> Any:

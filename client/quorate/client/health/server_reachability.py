@@ -195,14 +195,12 @@ def knock(site: SiteFolder, client: httpx.Client) -> httpx.Response:
 
     private = load_ssh_private_key(site.node_key.read_bytes(), None)
     if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise ConfigError(
-            f"{site.node_key}: must be an ECDSA key; make one with `quorate site enrol --renew`."
-        )
+        message = f"{site.node_key}: must be an ECDSA key; make one with `quorate site enrol --renew`."
+        raise ConfigError(message)
     refusal = activate_without_heartbeat(site.connection.server, private, client)
     if refusal is None:
-        raise ConfigError(
-            "this version of flwr activates a node without a heartbeat; install the one asked for."
-        )
+        message = "this version of flwr activates a node without a heartbeat; install the one asked for."
+        raise ConfigError(message)
     return refusal
 
 

@@ -102,10 +102,8 @@ def import_archive(archive: Path, models_dir: Path, *, sha256: str | None = None
         left_out = _unpack(archive, work)
         _, found = whole_files(work)
         if sha256 is not None and found != sha256:
-            raise ModelError(
-                f"{archive}: its weights have sha256 {found}, not {sha256}; get the right archive.",
-                kind="archive-of-other-weights",
-            )
+            message = f"{archive}: its weights have sha256 {found}, not {sha256}; get the right archive."
+            raise ModelError(message, kind="archive-of-other-weights")
         folder = models_dir / f"{archive.name.split('.')[0]}-{found[:12]}"
         if folder.exists():
             message = f"{folder} is there already; remove it first, or use it as it is."
@@ -141,14 +139,11 @@ def _unpack(archive: Path, into: Path) -> tuple[str, ...]:
                 with content, (into / path.name).open("xb") as stream:
                     shutil.copyfileobj(content, stream, 2**20)
     except (tarfile.TarError, EOFError) as error:
-        raise ModelError(
-            f"{archive} is not a whole tar archive ({str(error).splitlines()[0]}); get it again.",
-            kind="not-an-archive",
-        ) from error
+        message = f"{archive} is not a whole tar archive ({str(error).splitlines()[0]}); get it again."
+        raise ModelError(message, kind="not-an-archive") from error
     except OSError as error:
-        raise ModelError(
-            f"{archive}: {error.strerror or error}; get it again, or free some space."
-        ) from error
+        message = f"{archive}: {error.strerror or error}; get it again, or free some space."
+        raise ModelError(message) from error
     return tuple(sorted(str(path) for path in members.keys() - wanted.keys()))
 
 

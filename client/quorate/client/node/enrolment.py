@@ -56,9 +56,8 @@ def enrol(folder: Path, *, renew: bool = False) -> Enrolment:
     """
     path = folder / CONNECTION
     if not path.is_file():
-        raise ConfigError(
-            f"{folder}: holds no {CONNECTION}; name the folder that the start-up kit unpacks to."
-        )
+        message = f"{folder}: holds no {CONNECTION}; name the folder that the start-up kit unpacks to."
+        raise ConfigError(message)
     connection = load_file(ConnectionConfig, path)
     made: list[str] = []
     with locked(folder):
@@ -142,9 +141,8 @@ def _load(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load(path.read_bytes(), password=None)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}; run this as the key's owner."
-        ) from error
+        message = f"{path}: cannot be read: {error.strerror}; run this as the key's owner."
+        raise ConfigError(message) from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"{path}: is no private key that Quorate made; restore it from a copy, or make new keys with "

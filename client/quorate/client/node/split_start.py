@@ -68,9 +68,8 @@ def supernode_programs(node: NodeFolder) -> list[Program]:
     if not node.bin.exists() or os.access(node.bin, os.W_OK):
         write_commands(node.bin)
     elif not (node.bin / GUARDED).is_file():
-        raise ConfigError(
-            f"{node.bin}: {GUARDED} is missing; give `quorate site prepare {node.path}` as root."
-        )
+        message = f"{node.bin}: {GUARDED} is missing; give `quorate site prepare {node.path}` as root."
+        raise ConfigError(message)
     return connecting_programs(node)
 
 

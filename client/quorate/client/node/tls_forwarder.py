@@ -128,11 +128,7 @@ def forward_program(site: SiteFolder, ports: Ports) -> Program:
             os.chown(path, both[1].uid, both[1].gid, follow_symlinks=False)
     command = (find_nginx(NEEDED), "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf"))
     return Program(
-        "forward",
-        command,
-        site.logs / "forward.log",
-        cwd=folder,
-        user=both[1].name if both else None,
+        "forward", command, site.logs / "forward.log", cwd=folder, user=both[1].name if both else None
     )
 
 

@@ -114,9 +114,8 @@ def _owning(site: SiteFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{error.filename}: {error.strerror}; start the site as the owner of {site.path}."
-        ) from error
+        message = f"{error.filename}: {error.strerror}; start the site as the owner of {site.path}."
+        raise OutputError(message) from error
 
 
 def _prepare_for_one(site: SiteFolder) -> None:

@@ -86,9 +86,8 @@ def withdraw(state: Path, run_id: str) -> None:
     Raises: ConfigError: that is no run id. OutputError: the folder cannot be written.
     """
     if not re.fullmatch(RUN_ID, run_id):
-        raise ConfigError(
-            f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`.", kind="no-run-id"
-        )
+        message = f"{run_id!r} is no run id; take it from this site's log or `quorate runs list`."
+        raise ConfigError(message, kind="no-run-id")
     before = withdrawal(state, run_id)
     taken_back = approval(state, run_id) or (before.approval if before else None)
     word = Withdrawal(by=_user(), at=datetime.now(UTC), approval=taken_back)
@@ -103,10 +102,8 @@ def rejoin(state: Path, run_id: str) -> None:
     """
     if not re.fullmatch(RUN_ID, run_id) or not is_withdrawn(state, run_id):
         known = ", ".join(withdrawn_runs(state)) or "none"
-        raise ConfigError(
-            f"this site was not withdrawn from a run {run_id!r} (withdrawn from: {known}).",
-            kind="not-withdrawn",
-        )
+        message = f"this site was not withdrawn from a run {run_id!r} (withdrawn from: {known})."
+        raise ConfigError(message, kind="not-withdrawn")
     (state / _WITHDRAWN / run_id).unlink()
 
 

@@ -59,12 +59,8 @@ def admit(request: Request, site: SiteConfig, state: Path) -> None:
     aliases = tuple(alias for alias in site.data if policy.data is None or alias in policy.data)
     _allowed("policy.data" if policy.data is not None else "data", "data", run.data, aliases, "policy-data")
     _model(run, site)
-    if run.adapter.r > policy.max_rank:
-        raise RequestRefused(
-            f"policy.max_rank is {policy.max_rank}, the run asks for rank {run.adapter.r}; raise "
-            "policy.max_rank in site.yaml, or have the coordinator lower adapter.r.",
-            code="policy-rank",
-        )
+    rank = run.adapter.r
+    _at_most("max_rank", policy.max_rank, rank, f"asks for rank {rank}", "adapter.r", "policy-rank")
     _allowed("policy.aggregation", "rule", run.aggregation.name, policy.aggregation, "policy-aggregation")
     _trained_whole(run.adapter, policy)
     _long(run, site)
@@ -140,12 +136,7 @@ def _long(run: RunConfig, site: SiteConfig) -> None:
     if run.training.max_steps is not None:
         check_steps(site, run, 0)  # whatever the rows are
     rounds, most = run.federation.rounds, site.policy.max_rounds
-    if most is not None and rounds > most:
-        raise RequestRefused(
-            f"policy.max_rounds is {most}, the run has {rounds} rounds; raise policy.max_rounds in "
-            "site.yaml, or have the coordinator lower federation.rounds.",
-            code="policy-rounds",
-        )
+    _at_most("max_rounds", most, rounds, f"has {rounds} rounds", "federation.rounds", "policy-rounds")
 
 
 def _model(run: RunConfig, site: SiteConfig) -> None:
@@ -170,12 +161,16 @@ def _trained_whole(adapter: AdapterConfig, policy: PolicyConfig) -> None:
     for module in adapter.modules_to_save or ():
         _allowed("policy.modules_to_save", "module", module, policy.modules_to_save, "policy-modules-to-save")
     units = sum(adapter.head.hidden_sizes) if adapter.head is not None else 0
-    if units > policy.max_head_units:
+    asks, field = f"asks for a head of {units} hidden units", "adapter.head.hidden_sizes"
+    _at_most("max_head_units", policy.max_head_units, units, asks, field, "policy-head")
+
+
+def _at_most(rule: str, most: int | None, asked: int, asks: str, field: str, code: str) -> None:
+    if most is not None and asked > most:
         raise RequestRefused(
-            f"policy.max_head_units is {policy.max_head_units}, the run asks for a head of {units} hidden "
-            "units; raise policy.max_head_units in site.yaml, or have the coordinator lower "
-            "adapter.head.hidden_sizes.",
-            code="policy-head",
+            f"policy.{rule} is {most}, the run {asks}; raise policy.{rule} in site.yaml, or have the "
+            f"coordinator lower {field}.",
+            code=code,
         )
 
 

@@ -31,11 +31,7 @@ class WorkLimits:
     """
 
     def __init__(
-        self,
-        policy: Callable[[], PolicyConfig],
-        book: RunHistory,
-        begins: Callable[[], None],
-        inner: Handler,
+        self, policy: Callable[[], PolicyConfig], book: RunHistory, begins: Callable[[], None], inner: Handler
     ) -> None:
         self._policy = policy
         self._book = book

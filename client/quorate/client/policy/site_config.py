@@ -153,22 +153,18 @@ class SiteConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _policy_names_data(self) -> Self:
+        """Hold `policy.data` and the budgets against `data`."""
         if unknown := [alias for alias in self.policy.data or () if alias not in self.data]:
             raise ValueError(
                 f"policy.data names {', '.join(unknown)}, which `data` has not; it has {', '.join(self.data)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _budgets_name_data(self) -> Self:
         seen = set[tuple[str, str | None]]()
         for index, budget in enumerate(self.policy.privacy_budgets):
             where = f"policy.privacy_budgets[{index}]"
             source = self.data.get(budget.data)
             if source is None:
-                raise ValueError(
-                    f"{where} names {budget.data}, which `data` has not; it has {', '.join(self.data)}"
-                )
+                message = f"{where} names {budget.data}, which `data` has not; it has {', '.join(self.data)}"
+                raise ValueError(message)
             if budget.group is not None and source.columns.get("group") != budget.group:
                 raise ValueError(
                     f"{where} names the group column {budget.group!r}; map it in data.{budget.data} "

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 
 from quorate.client.data.placement import Placement
 from quorate.client.data.quality_report import own_source
@@ -29,7 +28,7 @@ from quorate.client.trainer.stack import AdapterStack
 from quorate.shared.adapters.adapter import Adapter, num_values
 from quorate.shared.adapters.selection import downloaded, moving, upload_schema
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import ConfigModel, UnboundedModel
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import ConfigError
@@ -73,10 +72,8 @@ class SiteForecast(ConfigModel):
     """The other settings with which they would refuse it."""
 
 
-class RunForecast(ConfigModel):
+class RunForecast(UnboundedModel):
     """What `quorate forecast` prints."""
-
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     run: str
     largest_epsilon: float

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict
-
 from quorate.client.node.folder import CONNECTION_YAML, SiteFolder
 from quorate.client.policy.site_config import SiteConfig
 from quorate.client.privacy.account_report import UNCAPPED_DELTA
 from quorate.client.privacy.budgets import Budgets, Spending, group_of, protected_data
 from quorate.client.privacy.ledger import DATABASE, check, reservations, verify_of
 from quorate.client.privacy.ledger_records import Reservation
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import UnboundedModel
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import RequestRefused
 from quorate.shared.privacy.accounting import epsilon
@@ -22,13 +20,11 @@ from quorate.shared.privacy.privacy_event import PrivacyEvent
 from quorate.shared.privacy.run_cost import Forecast, Plan
 
 
-class BudgetForecast(ConfigModel):
+class BudgetForecast(UnboundedModel):
     """One budget of the site that the run would spend from, or its data where none caps them.
 
     Epsilons are of all events together, as the ledger has them, and may be infinite.
     """
-
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     data: str
     group: str | None

@@ -223,9 +223,8 @@ def check_anchor(site: SiteFolder) -> None:
             "back its heads too; name a folder elsewhere."
         )
     if not site.default_anchor and not anchor.is_dir():
-        raise ConfigError(
-            f"site.yaml, anchor: there is no folder {anchor}; mount it, or make it for the site's user."
-        )
+        message = f"site.yaml, anchor: there is no folder {anchor}; mount it, or make it for the site's user."
+        raise ConfigError(message)
 
 
 def reservations(rows: Iterable[Reservation | Commit]) -> list[Reservation]:

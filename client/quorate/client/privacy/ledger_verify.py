@@ -20,14 +20,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from quorate.client.privacy.ledger_records import (
-    BEFORE_ALL,
-    Commit,
-    Reservation,
-    StoredRow,
-    chained,
-    now,
-)
+from quorate.client.privacy.ledger_records import BEFORE_ALL, Commit, Reservation, StoredRow, chained, now
 from quorate.shared.errors import LedgerError
 from quorate.shared.process.files import write_atomically, writing
 

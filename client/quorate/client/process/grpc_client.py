@@ -129,9 +129,8 @@ class RemoteSite:
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             return  # the loop's own clock ends it
         code = details if re.fullmatch(ERROR_CODE, details) else "internal"
-        raise SiteUnavailable(
-            f"{self._socket}: {status.name}, {code}; see the log of the site process.", code=code
-        )
+        message = f"{self._socket}: {status.name}, {code}; see the log of the site process."
+        raise SiteUnavailable(message, code=code)
 
 
 def chunks(message: bytes) -> Iterator[bytes]:

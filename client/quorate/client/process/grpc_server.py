@@ -232,10 +232,8 @@ def _claim(socket: Path) -> int:
         os.close(lock)
         pid = holder(socket.with_suffix(".lock"))
         process = f" (process {pid})" if pid else ""
-        raise ConfigError(
-            f"{socket}: a site process is running there already{process}; stop that one first.",
-            kind="site-runs-already",
-        ) from error
+        message = f"{socket}: a site process is running there already{process}; stop that one first."
+        raise ConfigError(message, kind="site-runs-already") from error
     except BaseException:
         os.close(lock)
         raise

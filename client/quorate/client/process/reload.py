@@ -77,9 +77,8 @@ class SiteFileGate:
             if self._bytes() != content:
                 continue
             if isinstance(found, ConfigError):
-                raise RequestRefused(
-                    f"nothing is answered until site.yaml is mended: {found}", code="site-file"
-                )
+                message = f"nothing is answered until site.yaml is mended: {found}"
+                raise RequestRefused(message, code="site-file")
             self._replace(fresh, content)
             return found
         raise RequestRefused(f"{self._path} is being written all the time; let it be.", code="site-file")

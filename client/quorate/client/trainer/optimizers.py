@@ -40,10 +40,7 @@ def make_optimizer(
     if training.optim == "sgd":
         return torch.optim.SGD(groups, training.learning_rate, training.momentum)
     return torch.optim.AdamW(
-        groups,
-        training.learning_rate,
-        (training.adam_beta1, training.adam_beta2),
-        training.adam_epsilon,
+        groups, training.learning_rate, (training.adam_beta1, training.adam_beta2), training.adam_epsilon
     )
 
 

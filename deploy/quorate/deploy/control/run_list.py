@@ -153,7 +153,5 @@ def find_run_folder(folder: FederationFolder, run_id: str) -> RunFolder:
         return found[0]
     known = ", ".join(run.run_id for run in (found or runs)[:5]) or "none"
     problem = f"{len(found)} runs begin with {run_id!r}" if found else f"there is no run {run_id!r}"
-    raise ConfigError(
-        f"{problem} in federation {folder.config.name} ({known}); `quorate runs list` shows them.",
-        kind="no-such-run",
-    )
+    message = f"{problem} in federation {folder.config.name} ({known}); `quorate runs list` shows them."
+    raise ConfigError(message, kind="no-such-run")

@@ -77,10 +77,8 @@ class Authority:
             write_atomically(certificate, wanted, PUBLIC)
             written.append(certificate)
         elif certificate.read_bytes() != wanted:
-            raise ConfigError(
-                f"{certificate}: is not the certificate in index.json; restore both from one copy.",
-                kind="other-ca-certificate",
-            )
+            message = f"{certificate}: is not the certificate in index.json; restore both from one copy."
+            raise ConfigError(message, kind="other-ca-certificate")
         if self._crl_lags():
             self.write_crl()
             written.append(crl)

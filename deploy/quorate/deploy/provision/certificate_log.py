@@ -12,18 +12,17 @@ from typing import Annotated, Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import ConfigError
 from quorate.shared.process.files import write_atomically
 
 Role = Literal["ca", "server", "client"]
 
 
-class Issued(BaseModel):
+class Issued(ConfigModel):
     """A certificate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     event: Literal["issued"] = "issued"
     time: AwareDatetime
@@ -59,10 +58,8 @@ class Issued(BaseModel):
         return self.certificate.encode()
 
 
-class Revoked(BaseModel):
+class Revoked(ConfigModel):
     """The end of a certificate before its time."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     event: Literal["revoked"] = "revoked"
     time: AwareDatetime
@@ -70,10 +67,8 @@ class Revoked(BaseModel):
     """Which certificate, in hex."""
 
 
-class Index(BaseModel):
+class Index(ConfigModel):
     """Content of the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
     federation: str
@@ -93,10 +88,8 @@ class Index(BaseModel):
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}; run this as its owner.") from error
         except ValidationError as error:
-            raise ConfigError(
-                f"{path}: is damaged; restore it from a copy: without it nobody knows what was issued.",
-                kind="index-damaged",
-            ) from error
+            message = f"{path}: is damaged; restore it from a copy: without it nobody knows what was issued."
+            raise ConfigError(message, kind="index-damaged") from error
         if index.federation != federation:
             raise ConfigError(
                 f"{path}: belongs to the federation {index.federation!r}, not to {federation!r}; choose "

@@ -132,10 +132,8 @@ def sign_site(
         if other.x509.public_key() == key and (other.name != site or other.serial in index.revoked()):
             revoked = other.name == site
             whose = "was revoked" if revoked else f"is that of {other.name}"
-            raise ConfigError(
-                f"{request}: its key {whose}; have {site} make a new one: quorate site enrol --renew.",
-                kind="request-key-revoked" if revoked else "request-key-of-another",
-            )
+            message = f"{request}: its key {whose}; have {site} make a new one: quorate site enrol --renew."
+            raise ConfigError(message, kind="request-key-revoked" if revoked else "request-key-of-another")
     valid = index.valid("client", site)
     path = folder.site(site) / CLIENT_CRT
     same = [each for each in valid if each.x509.public_key() == key]
@@ -226,9 +224,8 @@ def _read_request(path: Path, site: str) -> ec.EllipticCurvePublicKey:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path.") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(
-            f"{path}: is no certificate request in PEM; {remedy}.", kind="no-request"
-        ) from error
+        message = f"{path}: is no certificate request in PEM; {remedy}."
+        raise ConfigError(message, kind="no-request") from error
     if not sound:
         message = f"{path}: its signature is wrong, so it was changed on the way; {remedy}."
         raise ConfigError(message, kind="wrong-signature")

@@ -96,9 +96,8 @@ def unpack(path: Path, site: str) -> dict[str, bytes]:
             found = {entry.name: tar.extractfile(entry) for entry in tar if entry.isfile()}
             return {name.removeprefix(f"{site}/"): each.read() for name, each in found.items() if each}
     except (OSError, tarfile.TarError) as error:
-        raise ConfigError(
-            f"{path}: is damaged; delete it, and `quorate provision` makes it again."
-        ) from error
+        message = f"{path}: is damaged; delete it, and `quorate provision` makes it again."
+        raise ConfigError(message) from error
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

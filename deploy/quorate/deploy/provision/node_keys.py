@@ -15,10 +15,11 @@ from pathlib import Path
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, ValidationError
 
 from quorate.client.node.enrolment import NODE_PUB, node_public_bytes
 from quorate.server.federation.folder import FederationFolder
+from quorate.shared.config.config_model import ConfigModel
 from quorate.shared.errors import ConfigError
 from quorate.shared.process.files import PUBLIC, locked, make_folder, put_aside, write_atomically
 
@@ -28,10 +29,8 @@ _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 """The NIST curves that OpenSSH's format has, all of which Flower takes."""
 
 
-class Revocation(BaseModel):
+class Revocation(ConfigModel):
     """Content of the marker `revoked`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     time: AwareDatetime
     node_keys: tuple[str, ...] = ()
@@ -71,10 +70,8 @@ def admit(folder: FederationFolder, site: str, content: bytes, where: str, *, re
     for other in known_sites(folder):
         owned = _stored_key(folder, other)
         if other != site and owned is not None and fingerprint_of(owned) == fingerprint:
-            raise ConfigError(
-                f"{where}: this is the key of {other}; every site makes its own: ask {site} for its.",
-                kind="key-of-another",
-            )
+            message = f"{where}: this is the key of {other}; every site makes its own: ask {site} for its."
+            raise ConfigError(message, kind="key-of-another")
         if any(fingerprint in each.node_keys for each in _revocations(folder, other)):
             raise ConfigError(
                 f"{where}: this key of {other} was revoked; have the site make a new one (quorate site enrol "
@@ -194,10 +191,8 @@ def check_admissible(folder: FederationFolder, site: str) -> None:
     """Raise ConfigError unless the site stands in federation.yaml and is not revoked."""
     known_site(folder, site)
     if revocation(folder, site):
-        raise ConfigError(
-            f"{site} was revoked; take it back with `quorate certificates restore {site}` first.",
-            kind="site-revoked",
-        )
+        message = f"{site} was revoked; take it back with `quorate certificates restore {site}` first."
+        raise ConfigError(message, kind="site-revoked")
 
 
 def known_sites(folder: FederationFolder) -> list[str]:

@@ -158,9 +158,8 @@ def _id_of(client: ControlClient, each: Admitted, known: SuperNode | None) -> in
     except httpx.HTTPStatusError as error:
         if not error.response.is_client_error:
             raise
-        raise ConfigError(
-            f"{each.path}: the SuperLink does not take this key ({error.response.text[:200]}); {remedy}"
-        ) from error
+        message = f"{each.path}: the SuperLink does not take this key ({error.response.text[:200]}); {remedy}"
+        raise ConfigError(message) from error
 
 
 @contextmanager
@@ -173,8 +172,7 @@ def _control(paths: ServerPaths) -> Iterator[ControlClient]:
         yield client
     except httpx.HTTPError as error:
         said = error.response.text if isinstance(error, httpx.HTTPStatusError) else str(error)
-        raise QuorateError(
-            f"the SuperLink does not do as asked: {type(error).__name__}: {said[:500]}"
-        ) from error
+        message = f"the SuperLink does not do as asked: {type(error).__name__}: {said[:500]}"
+        raise QuorateError(message) from error
     finally:
         client.close()

@@ -55,9 +55,8 @@ def check_port(host: str, port: int, field: str) -> None:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as nginx does; else old connections count
+        # As nginx does; else old connections count.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind((host, port))
         except OSError as error:
@@ -67,9 +66,8 @@ def check_port(host: str, port: int, field: str) -> None:
                 why = "may not be opened by this user (ports below 1024 are the administrator's)"
             else:
                 why = f"cannot be opened ({error.strerror})"
-            raise ConfigError(
-                f"{field}: {host}:{port} {why}, or choose another in federation.yaml."
-            ) from error
+            message = f"{field}: {host}:{port} {why}, or choose another in federation.yaml."
+            raise ConfigError(message) from error
 
 
 def _holder(port: int) -> str:
@@ -90,7 +88,6 @@ def revocations_days_left(paths: ServerPaths) -> float:
     try:
         until = x509.load_pem_x509_crl(paths.crl.read_bytes()).next_update_utc
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{paths.crl}: is no list of revoked certificates; restore it from a copy."
-        ) from error
+        message = f"{paths.crl}: is no list of revoked certificates; restore it from a copy."
+        raise ConfigError(message) from error
     return days_left(until) if until is not None else float("inf")

@@ -138,9 +138,8 @@ def _asked_for(context: Context) -> tuple[FederationFolder, str]:
     """Return the federation and the run. The run id names a folder, so nothing else may be in it."""
     run_id, home = str(context.run_config.get(RUN_KEY, "")), os.environ.get(FEDERATION)
     if not re.fullmatch(r"[0-9a-f]{16}", run_id):
-        raise ConfigError(
-            f"run: {run_id!r} is no run id (16 hexadecimal digits); submit runs with `quorate run`."
-        )
+        message = f"run: {run_id!r} is no run id (16 hexadecimal digits); submit runs with `quorate run`."
+        raise ConfigError(message)
     if not home:
         raise ConfigError(f"{FEDERATION} is not set; start the server with `quorate server start`.")
     folder = FederationFolder(Path(home))

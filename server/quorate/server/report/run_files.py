@@ -193,9 +193,8 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be read ({error}); run the simulation again with --resume."
-        ) from error
+        message = f"{path}: cannot be read ({error}); run the simulation again with --resume."
+        raise OutputError(message) from error
 
 
 def _text(path: Path) -> str:

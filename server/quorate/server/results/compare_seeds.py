@@ -135,13 +135,11 @@ def _read(folder: Path) -> Summary:
     try:
         summary = read_summary(folder)
     except (OSError, ValidationError, ValueError) as error:
-        raise OutputError(
-            f"{folder} has no readable {SUMMARY_FILE}; give folders of finished runs."
-        ) from error
+        message = f"{folder} has no readable {SUMMARY_FILE}; give folders of finished runs."
+        raise OutputError(message) from error
     if summary.best is None or summary.best.test is None:
-        raise OutputError(
-            f"{folder} holds a run that did not finish ({summary.status}); continue it with --resume."
-        )
+        message = f"{folder} holds a run that did not finish ({summary.status}); continue it with --resume."
+        raise OutputError(message)
     if not summary.best.test.pooled:
         raise OutputError(f"{folder} holds a run whose sites have no test rows: there is nothing to compare.")
     return summary

@@ -21,13 +21,7 @@ from quorate.server.rounds.measuring import measure as measure_at_sites
 from quorate.server.rounds.round import Round
 from quorate.server.rounds.run import ADAPTER_DIR, RECORD_FILE, SUMMARY_FILE, Run, read_jsonl
 from quorate.server.tracking.events import Finished, PhaseBegan
-from quorate.server.tracking.records import (
-    Answer,
-    Exclusion,
-    Measured,
-    RoundRecord,
-    Summary,
-)
+from quorate.server.tracking.records import Answer, Exclusion, Measured, RoundRecord, Summary
 from quorate.shared.adapters.peft_export import adapter_files
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig

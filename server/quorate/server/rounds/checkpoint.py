@@ -64,10 +64,7 @@ def save_checkpoint(
     `private` for its owner alone: it says who was drawn.
     """
     folder = output_dir / f"checkpoint-{progress.round}"
-    files = {
-        _STATE: state.stored().to_bytes(),
-        _PROGRESS: progress.model_dump_json(indent=1).encode(),
-    }
+    files = {_STATE: state.stored().to_bytes(), _PROGRESS: progress.model_dump_json(indent=1).encode()}
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     write_folder(folder, {**files, _SUMS: sums.encode()}, private=private)
     drop_checkpoints(output_dir, progress, keep)
@@ -103,16 +100,12 @@ def load_checkpoint(output_dir: Path, round: int) -> tuple[GlobalState, Progress
         listed = dict(line.split("  ", 1)[::-1] for line in (folder / _SUMS).read_text().splitlines())
         files = {name: (folder / name).read_bytes() for name in (_STATE, _PROGRESS)}
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}.",
-            kind="file-missing",
-        ) from error
+        message = f"{folder}: a file is missing or unreadable ({type(error).__name__}); {remedy}."
+        raise CheckpointError(message, kind="file-missing") from error
     for name, data in files.items():
         if listed.get(name) != hashlib.sha256(data).hexdigest():
-            raise CheckpointError(
-                f"{folder / name} is not what was written (truncated or edited); {remedy}.",
-                kind="file-changed",
-            )
+            message = f"{folder / name} is not what was written (truncated or edited); {remedy}."
+            raise CheckpointError(message, kind="file-changed")
     try:
         progress = Progress.model_validate_json(files[_PROGRESS])
         state = GlobalState.from_stored(Adapter.from_bytes(files[_STATE]))

@@ -80,10 +80,8 @@ class Run:
             _check_same(load_run(output_dir / RUN_FILE), config, output_dir)
         resumed = load_checkpoint(output_dir, checkpoints[-1]) if checkpoints else None
         if resumed and resumed[1].config_hash != config.content_hash:
-            raise CheckpointError(
-                f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml.",
-                kind="other-run",
-            )
+            message = f"{output_dir}/checkpoint-{checkpoints[-1]} is of another run than run.yaml."
+            raise CheckpointError(message, kind="other-run")
         write_atomically(output_dir / RUN_FILE, dump_yaml(config), BY_UMASK)
         if resumed and config.privacy is not None:
             log.warning(
@@ -184,10 +182,8 @@ def _make_folder(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o.",
-            kind="folder-not-made",
-        ) from error
+        message = f"cannot write to {output_dir}: {error.strerror}; choose another folder with -o."
+        raise OutputError(message, kind="folder-not-made") from error
 
 
 def run_in_folder(output_dir: Path) -> OutputError:

@@ -38,9 +38,8 @@ def check_belongs(request: RoundRequest, update: Update) -> None:
     asked, got = request.header, update.header
     for name in ("run_id", "round", "phase"):
         if getattr(asked, name) != getattr(got, name):
-            raise ProtocolError(
-                f"answered {name} {getattr(got, name)!r}; asked was {getattr(asked, name)!r}."
-            )
+            message = f"answered {name} {getattr(got, name)!r}; asked was {getattr(asked, name)!r}."
+            raise ProtocolError(message)
     if asked.site and asked.site != got.site:
         raise ProtocolError(f"answered for site {got.site!r}; asked was {asked.site!r}.")
     if got.config_hash != asked.config_hash:
@@ -101,15 +100,13 @@ def check_trained(
     if not math.isfinite(norm):
         raise NonFiniteUpdate("moved further than float32 can hold.", kind="too-far")
     if max_norm is not None and norm > max_norm:
-        raise UpdateTooLarge(
-            f"moved {norm:.4g} from where it started; federation.max_update_norm allows {max_norm:.4g}."
-        )
+        message = f"moved {norm:.4g} from where it started; federation.max_update_norm allows {max_norm:.4g}."
+        raise UpdateTooLarge(message)
     return norm
 
 
 def _check_rows(update: Update, rows: int) -> None:
     """Rows are a site's weight and its part in pooled figures: whoever changes them changes both."""
     if update.header.num_examples != rows:
-        raise RowsChanged(
-            f"answered for {update.header.num_examples} rows; the site joined with {rows} of them."
-        )
+        message = f"answered for {update.header.num_examples} rows; the site joined with {rows} of them."
+        raise RowsChanged(message)

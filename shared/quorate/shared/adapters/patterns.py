@@ -45,9 +45,8 @@ def check_regular(pattern: str) -> str:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{pattern!r} is not a regular expression ({str(error) or type(error).__name__})"
-        ) from error
+        message = f"{pattern!r} is not a regular expression ({str(error) or type(error).__name__})"
+        raise ValueError(message) from error
     return pattern
 
 

@@ -76,10 +76,8 @@ def as_lora(
     for layer in sorted({name.removesuffix(RESIDUAL_A).removesuffix(RESIDUAL_B) for name in state.residual}):
         residual_a, residual_b = (state.residual.get(layer + ending) for ending in (RESIDUAL_A, RESIDUAL_B))
         if layer not in layers or residual_a is None or residual_b is None:
-            raise AdapterError(
-                f"residual of layer {layer}: the adapter has no such layer, or a factor is missing.",
-                kind="residual-alone",
-            )
+            message = f"residual of layer {layer}: the adapter has no such layer, or a factor is missing."
+            raise AdapterError(message, kind="residual-alone")
         a, b = state.adapter[layer + LORA_A], state.adapter[layer + LORA_B]
         q = residual_b.shape[-1]
         expected = (r, r, (q, a.shape[-1]), (b.shape[0], q))

@@ -53,10 +53,8 @@ def frozen(training: TrainingConfig, names: Iterable[str]) -> frozenset[str]:
         below = set(layers[: training.freeze_layers])
         still |= {name for name in names if layer_index(name) in below}
     if names and len(still) == len(names):
-        raise ConfigError(
-            "training.freeze and training.freeze_layers leave nothing to train; freeze fewer arrays.",
-            kind="all-frozen",
-        )
+        message = "training.freeze and training.freeze_layers leave nothing to train; freeze fewer arrays."
+        raise ConfigError(message, kind="all-frozen")
     return frozenset(still)
 
 
@@ -135,10 +133,8 @@ def check_patterns(run: RunConfig, names: Iterable[str]) -> None:
     rate_factors(run.training, names)
     for pattern in run.training.learning_rates:
         if not any(matches(pattern, name) for name in trained):
-            raise ConfigError(
-                f"training.learning_rates: {pattern!r} names frozen arrays alone; leave it out.",
-                kind="names-frozen",
-            )
+            message = f"training.learning_rates: {pattern!r} names frozen arrays alone; leave it out."
+            raise ConfigError(message, kind="names-frozen")
     still = frozen(run.training, names)
     halves = {name.rpartition(".lora_")[0] for name in still if ".lora_A" in name} ^ {
         name.rpartition(".lora_")[0] for name in still if ".lora_B" in name

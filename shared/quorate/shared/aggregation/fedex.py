@@ -120,8 +120,6 @@ def _pair(arrays: Adapter, layer: str, b: str = LORA_B, a: str = LORA_A) -> tupl
     """Return a layer's two factors in float64."""
     pair = arrays[layer + b].astype(np.float64), arrays[layer + a].astype(np.float64)
     if pair[0].ndim != 2 or pair[1].ndim != 2:
-        raise AdapterError(
-            f"layer {layer} is not a linear layer, which fedex needs; choose aggregation fedavg.",
-            kind="not-linear",
-        )
+        message = f"layer {layer} is not a linear layer, which fedex needs; choose aggregation fedavg."
+        raise AdapterError(message, kind="not-linear")
     return pair

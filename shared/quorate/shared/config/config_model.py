@@ -34,3 +34,9 @@ class ConfigModel(BaseModel):
     def content_hash(self) -> str:
         """SHA-256 of the canonical JSON, in hex."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+class UnboundedModel(ConfigModel):
+    """One whose figures may be infinite, which JSON has no number for and so is written as a string."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")

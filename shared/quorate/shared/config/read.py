@@ -31,11 +31,7 @@ def dump_yaml(model: ConfigModel) -> str:
 
 
 def validate(
-    model: type[_M],
-    content: dict[Any, Any],
-    where: str,
-    lines: Lines,
-    overridden: Collection[Place] = (),
+    model: type[_M], content: dict[Any, Any], where: str, lines: Lines, overridden: Collection[Place] = ()
 ) -> _M:
     """Return the configuration that `content` makes.
 

@@ -94,9 +94,8 @@ class AdapterConfig(ConfigModel):
             try:
                 check_regular(targets)
             except ValueError as error:
-                raise ValueError(
-                    f"{error}; mend it, or write name endings as a list: [query, value]"
-                ) from error
+                message = f"{error}; mend it, or write name endings as a list: [query, value]"
+                raise ValueError(message) from error
         return targets
 
 
@@ -263,54 +262,31 @@ class RunConfig(ConfigModel):
         return self.evaluation.metric_for_best_model or self.task.default_metric
 
     @model_validator(mode="after")
-    def _rule_fits_adapter(self) -> RunConfig:
+    def _parts_fit_together(self) -> Self:
+        """Hold the parts against one another; each of them was checked by itself before."""
         self.aggregation.check_compatible(use_dora=self.adapter.use_dora)
-        return self
-
-    @model_validator(mode="after")
-    def _rule_fits_base(self) -> RunConfig:
         if self.model.quantised and self.aggregation.changes_base:
             raise ValueError(
                 f"aggregation {self.aggregation.name} adds to the base weights, which a quantised base "
                 "cannot take exactly; choose fedavg or leave model.load_in_4bit and load_in_8bit out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _weights_are_counted(self) -> RunConfig:
         if self.aggregation.weighting == "tokens" and not self.task.counts_tokens:
             raise ValueError(
                 f"aggregation.weighting tokens: task {self.task.name} trains rows and counts no tokens; "
                 "choose examples or uniform"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _metric_is_the_tasks(self) -> RunConfig:
         metric, known = self.evaluation.metric_for_best_model, self.task.metrics_for_best_model
         if metric is not None and metric not in known:
             raise ValueError(
                 f"evaluation.metric_for_best_model {metric!r} cannot pick the best round of this task; "
                 f"choose one of {', '.join(known)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _balanced_needs_labels(self) -> RunConfig:
         if self.training.sampling == "balanced" and not self.task.labels_each_row:
             raise ValueError(
                 f"training.sampling balanced needs rows with labels, which {self.task.name} has not; "
                 "use sampling: shuffle"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _privacy_rules_hold(self) -> RunConfig:
         check_privacy_rules(self)
-        return self
-
-    @model_validator(mode="after")
-    def _quorum_within_cohort(self) -> RunConfig:
         asked = self.federation.sites_per_round
         if asked is not None and self.federation.quorum > asked:
             raise ValueError(

@@ -78,7 +78,7 @@ class SourceConfig(ConfigModel):
         return texts
 
     @model_validator(mode="after")
-    def _template_parses(self) -> SourceConfig:
+    def _template_and_revision_fit(self) -> SourceConfig:
         if self.template is not None:
             if "text" in self.columns:
                 raise ValueError("template and columns.text both say where the text comes from; keep one")
@@ -86,10 +86,6 @@ class SourceConfig(ConfigModel):
                 TextTemplate.parse(self.template)
             except ValueError as error:
                 raise ValueError(f"template: {error}") from error
-        return self
-
-    @model_validator(mode="after")
-    def _revision_of_a_hub_id(self) -> SourceConfig:
         if self.revision is not None and not self.source.startswith("hub:"):
             raise ValueError("revision belongs to a hub data set (source: hub:ID); leave it out")
         return self

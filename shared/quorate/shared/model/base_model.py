@@ -162,9 +162,8 @@ def _load_auto_processor(folder: Path, run: RunConfig) -> Any:
         return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above
         kind = _PROCESSORS.get(run.task.processor_class, "processor")
-        raise ModelError(
-            f"{folder} has no usable {kind}: {in_brief(error)}; get the {kind}'s files again."
-        ) from error
+        message = f"{folder} has no usable {kind}: {in_brief(error)}; get the {kind}'s files again."
+        raise ModelError(message) from error
 
 
 def quantised_kwargs(run: RunConfig) -> dict[str, Any]:

@@ -134,9 +134,8 @@ def base_weight(module: nn.Module) -> nn.Parameter:
     """
     weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else None
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise ModelError(
-            "this rule adds to the base weights, which a quantised base cannot take; use fedavg."
-        )
+        message = "this rule adds to the base weights, which a quantised base cannot take; use fedavg."
+        raise ModelError(message)
     return weight
 
 
@@ -215,11 +214,8 @@ def attach_lora(base: nn.Module, config: AdapterConfig, task: Task) -> PeftModel
             )
     for name, parameter in peft.named_parameters():
         owner = modules[name.rpartition(".")[0]]
-        if (
-            parameter.requires_grad
-            and not isinstance(owner, TRAINABLE)
-            and "lora_magnitude_vector" not in name
-        ):
+        can_be = isinstance(owner, TRAINABLE) or "lora_magnitude_vector" in name
+        if parameter.requires_grad and not can_be:
             raise ModelError(
                 f"{name} ({type(owner).__name__}) would be trained, but only linear layers and convolutions "
                 "can be; narrow adapter.target_modules or adapter.modules_to_save."

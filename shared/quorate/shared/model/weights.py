@@ -43,9 +43,8 @@ def check_files(folder: Path, files: Collection[str]) -> None:
                 with safe_open(folder / name, framework="np"):
                     pass
             except SafetensorError as error:
-                raise ModelError(
-                    f"{folder / name} is not a whole safetensors file ({error}); get it again."
-                ) from error
+                message = f"{folder / name} is not a whole safetensors file ({error}); get it again."
+                raise ModelError(message) from error
 
 
 def check_finite(folder: Path, model: nn.Module) -> None:

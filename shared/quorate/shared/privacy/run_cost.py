@@ -7,10 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from pydantic import ConfigDict
-
 from quorate.shared.adapters.adapter import is_lora_a, is_lora_b, num_values
-from quorate.shared.config.config_model import ConfigModel
+from quorate.shared.config.config_model import ConfigModel, UnboundedModel
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.errors import ConfigError
 from quorate.shared.privacy.accounting import check_delta, default_delta, epsilon, grouped
@@ -21,10 +19,8 @@ BYTES_PER_VALUE = 4
 """Adapters travel as float32."""
 
 
-class Plan(ConfigModel):
+class Plan(UnboundedModel):
     """One choice of settings for a site, and what follows from it; epsilons may be infinite."""
-
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     change: str
     """What differs from the run file: `as configured`, `half the rank`, `twice the batch`, ..."""
@@ -198,10 +194,8 @@ def of_rank(
     return {**shapes, **changed} if changed else None
 
 
-class CrossCheck(ConfigModel):
+class CrossCheck(UnboundedModel):
     """Epsilon of the same events by independent accountants; infinite where a step had no noise."""
-
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     pld: float
     """By privacy loss distributions: the figure to rely on."""

@@ -159,6 +159,5 @@ def read_status(state_dir: Path) -> Status | None:
     except FileNotFoundError:
         return Status(pid=pid, programs={}) if pid else None
     except ValidationError as error:
-        raise OutputError(
-            f"{state_dir / STATUS_FILE}: damaged; stop the supervisor and start again."
-        ) from error
+        message = f"{state_dir / STATUS_FILE}: damaged; stop the supervisor and start again."
+        raise OutputError(message) from error

@@ -167,11 +167,7 @@ class _Kept:
                 return False
             try:
                 self._start(logs)
-            except (
-                OSError,
-                KeyError,
-                subprocess.SubprocessError,
-            ) as error:  # KeyError: its user is not known
+            except (OSError, subprocess.SubprocessError, KeyError) as error:  # the last: no such user
                 if not self._starts:
                     raise
                 self._problem = f"{type(error).__name__}: {error}"

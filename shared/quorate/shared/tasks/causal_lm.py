@@ -288,9 +288,8 @@ class CausalLM(Task):
         most = outcomes.rows * self.max_length
         known = all(value in ((0,), (1,)) for value in outcomes.values)
         if not known or not outcomes.rows <= outcomes.units <= most:
-            raise ProtocolError(
-                "sent outcomes that are not right or wrong tokens of rows, as this task has them."
-            )
+            message = "sent outcomes that are not right or wrong tokens of rows, as this task has them."
+            raise ProtocolError(message)
 
     def metrics(self, outcomes: Outcomes) -> Metrics:
         """Return loss and perplexity per token, and the share of tokens that were the likeliest ones."""

@@ -16,7 +16,7 @@ from quorate.shared.config.config_model import LIST, ONE, ONE_OR_LIST
 from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.metrics.intervals import MeanOfRatios
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.tasks.task import Batch, Example, Metrics, Row, TargetTask
+from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row, TargetTask
 
 
 def _differ(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -44,6 +44,7 @@ class Classification(TargetTask):
     """A task that classifies rows. Column: `label` (an id, or a list of ids for multi-label)."""
 
     default_metric: ClassVar[str] = "macro_f1"
+    label_kind: ClassVar[Kind] = "label"
     labels_each_row: ClassVar[bool] = True
 
     labels: Annotated[tuple[Label, ...], Field(min_length=2), DIFFER]
@@ -92,10 +93,7 @@ class Classification(TargetTask):
         return None
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {
-            **label_kwargs(self.labels),
-            "problem_type": self.problem_type,
-        }
+        return {**label_kwargs(self.labels), "problem_type": self.problem_type}
 
     @property
     def blank_target(self) -> int | tuple[float, ...]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from quorate.shared.tasks.classification import Classification
 from quorate.shared.tasks.regression import Regression
-from quorate.shared.tasks.task import Kind
 from quorate.shared.tasks.vision.image_task import ImageTask
 
 
@@ -19,10 +17,6 @@ class ImageClassification(Classification, ImageTask):
     name: Literal["image_classification"]
     """The task."""
 
-    @property
-    def columns(self) -> Mapping[str, Kind]:
-        return {"image": "image", "label": "label"}
-
 
 class ImageRegression(Regression, ImageTask):
     """Predict a number from an image. Columns: `image`, and `label` (a number)."""
@@ -31,7 +25,3 @@ class ImageRegression(Regression, ImageTask):
 
     name: Literal["image_regression"]
     """The task."""
-
-    @property
-    def columns(self) -> Mapping[str, Kind]:
-        return {"image": "image", "label": "number"}

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.tasks.task import Batch, Metrics, Row, TargetTask
+from quorate.shared.tasks.task import Batch, Kind, Metrics, Row, TargetTask
 
 _SUMS = ("absolute", "squared", "target", "target_squared")
 
@@ -22,6 +22,7 @@ class Regression(TargetTask):
     """A task that predicts one number a row. Column: `label`."""
 
     default_metric: ClassVar[str] = "rmse"
+    label_kind: ClassVar[Kind] = "number"
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "rmse", "mae"})
     largest_loss: ClassVar[float] = float(np.finfo(np.float32).max)  # targets need not be standardised
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from quorate.shared.tasks.classification import Classification
 from quorate.shared.tasks.regression import Regression
-from quorate.shared.tasks.task import Kind
 from quorate.shared.tasks.text.text_task import TextTargetTask
 
 
@@ -20,10 +18,6 @@ class SequenceClassification(Classification, TextTargetTask):
     name: Literal["sequence_classification"]
     """The task."""
 
-    @property
-    def columns(self) -> Mapping[str, Kind]:
-        return {"text": "text", "label": "label"}
-
 
 class SequenceRegression(Regression, TextTargetTask):
     """Predict a number from a text. Columns: `text`, and `label` (a number)."""
@@ -33,7 +27,3 @@ class SequenceRegression(Regression, TextTargetTask):
 
     name: Literal["sequence_regression"]
     """The task."""
-
-    @property
-    def columns(self) -> Mapping[str, Kind]:
-        return {"text": "text", "label": "number"}

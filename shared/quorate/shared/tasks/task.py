@@ -281,7 +281,10 @@ class Task(ConfigModel, ABC):
 
 
 class TargetTask(Task):
-    """A task with one target a row, such as a label or a number."""
+    """A task with one target a row, such as a label or a number, in the column `label`."""
+
+    label_kind: ClassVar[Kind]
+    """What that column holds."""
 
     @abstractmethod
     def target(self, row: Row) -> Any:

@@ -145,9 +145,8 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError(
-            "tune needs a package that is not installed; run `pip install 'quorate[tune]'`."
-        ) from error
+        message = "tune needs a package that is not installed; run `pip install 'quorate[tune]'`."
+        raise ConfigError(message) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # `say` tells what there is to tell
     return optuna
 

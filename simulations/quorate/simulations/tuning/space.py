@@ -154,9 +154,8 @@ class SpaceConfig(ConfigModel):
     def _grid_is_finite(self) -> Self:
         endless = [key for key, each in self.space.items() if not each.points or getattr(each, "log", False)]
         if self.sampler == "grid" and endless:
-            raise ValueError(
-                f"a grid needs a list of values for {endless[0]}: give choices, or a step and no log"
-            )
+            message = f"a grid needs a list of values for {endless[0]}: give choices, or a step and no log"
+            raise ValueError(message)
         return self
 
     def grid(self) -> list[dict[str, Value]]:

@@ -40,21 +40,12 @@ def read_coco_folder(folder: Path) -> dict[Split, list[Row]] | None:
     """
     chosen: dict[Split, Path] = {}
     for path in _candidates(folder):
-        named = _NAME.fullmatch(path.name)
-        name = (
-            path.parent.name
-            if path.name == _INSIDE
-            else (named["split"] or named["instances"])
-            if named
-            else ""
-        )
+        name = path.parent.name if path.name == _INSIDE else _stem(path)
         if (split := split_of(name.rstrip("0123456789"))) is None:
             continue
         if split in chosen:
-            raise DataError(
-                f"{folder} holds both {chosen[split]} and {path} for {split}; keep one.",
-                kind="two-for-one-split",
-            )
+            message = f"{folder} holds both {chosen[split]} and {path} for {split}; keep one."
+            raise DataError(message, kind="two-for-one-split")
         chosen[split] = path
     return {split: read_coco(path) for split, path in chosen.items()} or None
 
@@ -81,24 +72,18 @@ def read_coco(path: Path) -> list[Row]:
     boxes: dict[Any, list[tuple[Any, Any]]] = {each.get("id"): [] for each in images}
     if len(boxes) < len(images):
         twice = next(i for i in boxes if sum(each.get("id") == i for each in images) > 1)
-        raise DataError(
-            f"{path}: image id {twice!r} is listed twice; give every image an id of its own.",
-            kind="image-id-twice",
-        )
+        message = f"{path}: image id {twice!r} is listed twice; give every image an id of its own."
+        raise DataError(message, kind="image-id-twice")
     crowds = 0
     for number, each in enumerate(_list(data, "annotations", path), start=1):
         where = f"{path}: annotation {each.get('id', f'number {number}')!r}"
         image, category = each.get("image_id"), each.get("category_id")
         if image not in boxes:
-            raise DataError(
-                f"{where} is of image {image!r}, which `images` does not list; add it or remove it.",
-                kind="image-not-listed",
-            )
+            message = f"{where} is of image {image!r}, which `images` does not list; add it or remove it."
+            raise DataError(message, kind="image-not-listed")
         if categories.get(category) is None:
-            raise DataError(
-                f"{where} is of category {category!r}, which `categories` does not list.",
-                kind="category-not-listed",
-            )
+            message = f"{where} is of category {category!r}, which `categories` does not list."
+            raise DataError(message, kind="category-not-listed")
         if each.get("iscrowd"):
             crowds += 1
         else:
@@ -116,10 +101,8 @@ def _row(image: Mapping[str, Any], boxes: list[tuple[Any, Any]], folder: Path, p
     source = f"{path}: image {name}"
     file = (folder / name).absolute()
     if not file.is_file():
-        raise DataError(
-            f"{source}: there is no file {file}; put it there, or remove the image and its boxes.",
-            kind="image-not-there",
-        )
+        message = f"{source}: there is no file {file}; put it there, or remove the image and its boxes."
+        raise DataError(message, kind="image-not-there")
     objects = {"bbox": [box for box, _ in boxes], "category": [category for _, category in boxes]}
     more = {key: value for key, value in image.items() if key not in _OF_THE_FORMAT}
     return Row({**more, "image": str(file), "objects": objects}, source)
@@ -129,11 +112,16 @@ def _image_folder(path: Path) -> Path:
     """Return where a file's images lie: beside it, or in the folder of its split's name."""
     if path.name == _INSIDE:
         return path.parent
-    named = _NAME.fullmatch(path.name)
-    name = (named["split"] or named["instances"]) if named else path.stem
+    name = _stem(path)
     above = path.parent.parent if path.parent.name == "annotations" else path.parent
     places = [above / name, above / "images" / name, above / "images"]
     return next((place for place in places if place.is_dir()), above)
+
+
+def _stem(path: Path) -> str:
+    """Return the split as a file's name says it; without its ending where it is not named so."""
+    named = _NAME.fullmatch(path.name)
+    return (named["split"] or named["instances"]) if named else path.stem
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -142,23 +130,19 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise DataError(
-            f"{path} is not one whole JSON object in UTF-8; it may be cut off.", kind="coco-not-json"
-        ) from None
+        message = f"{path} is not one whole JSON object in UTF-8; it may be cut off."
+        raise DataError(message, kind="coco-not-json") from None
     if not isinstance(data, dict):
-        raise DataError(
-            f"{path} is not a COCO file: it must hold an object with images and annotations.",
-            kind="coco-no-object",
-        )
+        message = f"{path} is not a COCO file: it must hold an object with images and annotations."
+        raise DataError(message, kind="coco-no-object")
     return data
 
 
 def _list(data: Mapping[str, Any], name: str, path: Path) -> list[dict[str, Any]]:
     found = data.get(name)
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-        raise DataError(
-            f"{path} is not a COCO file: it has no list of objects {name!r}.", kind="coco-no-list"
-        )
+        message = f"{path} is not a COCO file: it has no list of objects {name!r}."
+        raise DataError(message, kind="coco-no-list")
     if name != "annotations" and not found:
         raise DataError(f"{path} is empty: {name!r} holds nothing.", kind="coco-empty-list")
     return found

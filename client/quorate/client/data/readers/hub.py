@@ -57,10 +57,8 @@ def _datasets(origin: str) -> Any:
     try:
         library = import_module("datasets")
     except ImportError as error:
-        raise DataError(
-            f"{origin} needs the library datasets: pip install 'datasets>=4', or give a file or folder.",
-            kind="no-datasets-library",
-        ) from error
+        message = f"{origin} needs the library datasets: pip install 'datasets>=4', or give a file or folder."
+        raise DataError(message, kind="no-datasets-library") from error
     version = metadata.version("datasets")
     if int(version.split(".")[0]) < 4:
         raise DataError(f"{origin}: datasets {version} can run a data set's code; pip install 'datasets>=4'.")

@@ -38,10 +38,8 @@ def read_image_folder(folder: Path) -> dict[Split, list[Row]] | None:
     for path in _folders(folder):
         if (split := split_of(path.name)) is not None:
             if split in splits:
-                raise DataError(
-                    f"{folder} holds both {splits[split].name} and {path.name}; keep one.",
-                    kind="two-for-one-split",
-                )
+                message = f"{folder} holds both {splits[split].name} and {path.name}; keep one."
+                raise DataError(message, kind="two-for-one-split")
             splits[split] = path
     if not splits:
         rows = _read_split(folder)
@@ -105,9 +103,8 @@ def _read_split(folder: Path) -> list[Row]:
         rows = read_file(table)
         for row in rows:
             if not isinstance(row.values.get(FILE_NAME), str):
-                raise DataError(
-                    f"{row.source}: has no {FILE_NAME!r}, which names the row's image.", kind="no-image-named"
-                )
+                message = f"{row.source}: has no {FILE_NAME!r}, which names the row's image."
+                raise DataError(message, kind="no-image-named")
         return [
             Row({**row.values, IMAGE: row.values[FILE_NAME]}, row.source)
             for row in locate_images(rows, [FILE_NAME], folder)
@@ -119,10 +116,8 @@ def _read_split(folder: Path) -> list[Row]:
     ]
     loose = [path for path in folder.iterdir() if _is_image(path)]
     if rows and loose:
-        raise DataError(
-            f"{min(loose)} lies beside the class folders; put it into one of them, or remove it.",
-            kind="image-beside-classes",
-        )
+        message = f"{min(loose)} lies beside the class folders; put it into one of them, or remove it."
+        raise DataError(message, kind="image-beside-classes")
     return rows
 
 

@@ -43,10 +43,8 @@ def read_file(path: Path, refuse: Refuse = stop) -> list[Row]:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(
-            f"{path}: files ending in {suffix!r} cannot be read; use {', '.join(SUFFIXES)}.",
-            kind="unknown-ending",
-        )
+        message = f"{path}: files ending in {suffix!r} cannot be read; use {', '.join(SUFFIXES)}."
+        raise DataError(message, kind="unknown-ending")
     try:
         if suffix == ".parquet":
             rows = list(_read_parquet(path))
@@ -57,9 +55,8 @@ def read_file(path: Path, refuse: Refuse = stop) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.", kind="unreadable-file") from error
     if not rows:
-        raise DataError(
-            f"{path} is empty: it holds no row; give it rows, or name another file.", kind="no-rows"
-        )
+        message = f"{path} is empty: it holds no row; give it rows, or name another file."
+        raise DataError(message, kind="no-rows")
     return rows
 
 
@@ -206,9 +203,8 @@ def _csv_rows(
 def _header(cells: list[str], path: Path) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not any(names):
-        raise DataError(
-            f"{path} is empty: it has no header line; give it column names and rows.", kind="no-header"
-        )
+        message = f"{path} is empty: it has no header line; give it column names and rows."
+        raise DataError(message, kind="no-header")
     if any(_is_number(name) for name in names):
         raise DataError(
             f"{path}:1: the first line holds numbers, so it looks like a row; put a line of column names "
@@ -217,10 +213,8 @@ def _header(cells: list[str], path: Path) -> list[str]:
         )
     named = [name for name in names if name]
     if len(set(named)) < len(named):
-        raise DataError(
-            f"{path}:1: two columns have the same name; give every column a name of its own.",
-            kind="column-twice",
-        )
+        message = f"{path}:1: two columns have the same name; give every column a name of its own."
+        raise DataError(message, kind="column-twice")
     return names
 
 
@@ -248,7 +242,5 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(values, f"{path}:{number}")
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file; it may be cut off, or be something else.",
-            kind="not-parquet",
-        ) from error
+        message = f"{path}: not a readable Parquet file; it may be cut off, or be something else."
+        raise DataError(message, kind="not-parquet") from error

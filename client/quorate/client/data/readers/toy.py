@@ -17,10 +17,8 @@ def read_sklearn(name: str) -> list[Row]:
     Raises: DataError: not one of `BUNDLED`, or scikit-learn is not installed.
     """
     if name not in BUNDLED:
-        raise DataError(
-            f"sklearn:{name} is not among the data sets that can be used: {', '.join(BUNDLED)}.",
-            kind="unknown-toy",
-        )
+        message = f"sklearn:{name} is not among the data sets that can be used: {', '.join(BUNDLED)}."
+        raise DataError(message, kind="unknown-toy")
     try:
         datasets = import_module("sklearn.datasets")
     except ImportError as error:

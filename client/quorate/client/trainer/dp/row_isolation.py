@@ -129,11 +129,7 @@ def _least_distance(
 
 
 def _distance(
-    stack: AdapterStack,
-    run: RunConfig,
-    rows: Sequence[Example],
-    length: int | None,
-    attempt: int,
+    stack: AdapterStack, run: RunConfig, rows: Sequence[Example], length: int | None, attempt: int
 ) -> float:
     """Return the largest relative difference of a row's gradient, beside another row against alone."""
     draw = rng(run.seed, "row-check", attempt)
@@ -175,10 +171,7 @@ def _name(model: LoadedModel) -> str:
 
 
 def row_gradients(
-    stack: AdapterStack,
-    run: RunConfig,
-    examples: Sequence[Example],
-    length: int | None = None,
+    stack: AdapterStack, run: RunConfig, examples: Sequence[Example], length: int | None = None
 ) -> dict[str, Tensor]:
     """Return each example's own gradient of the stack's first adapter, name -> [rows, ...]."""
     share = Share(0, examples, torch.Generator(stack.model.peft.device))
@@ -187,10 +180,7 @@ def row_gradients(
 
 
 def backward_by_row(
-    stack: AdapterStack,
-    run: RunConfig,
-    shares: Sequence[Share],
-    length: int | None = None,
+    stack: AdapterStack, run: RunConfig, shares: Sequence[Share], length: int | None = None
 ) -> PerSample:
     """Run the shares through the model and back, and return the rows' own gradients.
 
@@ -210,10 +200,7 @@ def backward_by_row(
 
 
 def summed_gradient(
-    stack: AdapterStack,
-    run: RunConfig,
-    examples: Sequence[Example],
-    length: int | None = None,
+    stack: AdapterStack, run: RunConfig, examples: Sequence[Example], length: int | None = None
 ) -> dict[str, Tensor]:
     """Return plain autograd's gradient of the sum of the examples' losses, name -> array."""
     wanted = {name: array for name, array in stack.arrays.items() if array.requires_grad}

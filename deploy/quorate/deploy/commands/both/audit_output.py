@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,32 +14,20 @@ if TYPE_CHECKING:
     from quorate.shared.privacy.audit.audit_record import AuditRecord
 
 
+def _number(flag: str, what: str) -> Any:
+    return typer.Option(flag, metavar="N", min=0, help=what)
+
+
 CanariesOption = Annotated[
     int,
-    typer.Option(
-        "--canaries",
-        metavar="N",
-        min=0,
-        help="Canaries at each site, or canary sites; 0 leaves what the noise claims alone.",
-    ),
+    _number("--canaries", "Canaries at each site, or canary sites; 0 leaves what the noise claims alone."),
 ]
 ReferencesOption = Annotated[
-    int,
-    typer.Option(
-        "--reference-pairs",
-        metavar="N",
-        min=0,
-        help="Pairs of adapters that the membership attack trains; 0 leaves it out.",
-    ),
+    int, _number("--reference-pairs", "Pairs of adapters that the membership attack trains; 0 leaves it out.")
 ]
 TokensOption = Annotated[
     int,
-    typer.Option(
-        "--tokens",
-        metavar="N",
-        min=0,
-        help="Most tokens of each kind that the token-leak check tells apart; 0 leaves it out.",
-    ),
+    _number("--tokens", "Most tokens of each kind that the token-leak check tells apart; 0 leaves it out."),
 ]
 ConfidenceOption = Annotated[
     float, typer.Option("--confidence", metavar="P", min=0.5, max=0.9999999, help="Of the bound on epsilon.")

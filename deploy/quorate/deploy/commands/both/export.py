@@ -12,7 +12,7 @@ from quorate.deploy.commands.both.options import (
     LogLevel,
     LogLevelOption,
     adapter_folder,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.shared.errors import ConfigError
@@ -20,18 +20,13 @@ from quorate.shared.errors import ConfigError
 
 def export(
     directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="The output folder of a run, or an adapter folder."),
+        Path, typer.Argument(metavar="DIR", help="The output folder of a run, or an adapter folder.")
     ],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="A new folder for the model; DIR-merged when left out."
-        ),
+        Path | None, output_option("A new folder for the model; DIR-merged when left out.", "FOLDER")
     ] = None,
     merge: Annotated[
-        bool,
-        typer.Option("--merge", help="Add the adapter to the weights of its base model, in float32."),
+        bool, typer.Option("--merge", help="Add the adapter to the weights of its base model, in float32.")
     ] = False,
     require_audit: Annotated[
         bool,
@@ -49,11 +44,9 @@ def export(
 
     Example: quorate export runs/demo --merge -o models/demo
     """
-    configure_logging(log_level)
     if not merge:
-        raise ConfigError(
-            f"say --merge: the adapter alone lies in {directory} already, in the form that PEFT reads."
-        )
+        message = f"say --merge: the adapter alone lies in {directory} already, in the form that PEFT reads."
+        raise ConfigError(message)
     adapter = adapter_folder(directory)
     if require_audit:
         from quorate.client.audit.result_audit import check_audited

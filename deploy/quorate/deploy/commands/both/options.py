@@ -33,6 +33,28 @@ class LogLevel(StrEnum):
         return self in (LogLevel.warning, LogLevel.error)
 
 
+def _configure_logging(level: LogLevel) -> LogLevel:
+    """Send log messages to stderr: ours from `level` up, others' from warning up; returns `level`."""
+    from rich.logging import RichHandler
+
+    console = stderr_console()
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if console.is_terminal:  # through the console, or messages would break the live bar
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if console.is_terminal else "%(levelname)s %(name)s: %(message)s")
+    )
+    chosen = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(
+        level=chosen if chosen <= logging.DEBUG else max(chosen, logging.WARNING), handlers=[handler]
+    )
+    logging.getLogger("quorate").setLevel(chosen)
+    # Deprecations inside other libraries are for us, who see them as errors in the tests, not for the user.
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(chosen if chosen <= logging.DEBUG else logging.ERROR)
+    return level
+
+
 LogLevelOption = Annotated[
     LogLevel,
     typer.Option(
@@ -41,8 +63,10 @@ LogLevelOption = Annotated[
         help="How much to say on stderr, of debug, info, warning and error: debug adds tracebacks and other "
         "libraries' messages, warning leaves out progress, error leaves out warnings too.",
         case_sensitive=False,
+        callback=_configure_logging,
     ),
 ]
+"""Configures logging as it is read, before the command begins."""
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print exactly one JSON object on stdout; all else goes to stderr.")
 ]
@@ -83,25 +107,14 @@ OverridesArgument = Annotated[
 ]
 
 
-def configure_logging(level: LogLevel) -> None:
-    """Send log messages to stderr: ours from `level` up, other libraries' from warning up."""
-    from rich.logging import RichHandler
+def output_option(what: str, metavar: str = "DIR") -> Any:
+    """Return the option that says where to write; `what` is its help."""
+    return typer.Option("--output", "-o", metavar=metavar, help=what)
 
-    console = stderr_console()
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if console.is_terminal:  # through the console, or messages would break the live bar
-        handler = RichHandler(console=console, show_time=False, show_path=False)
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if console.is_terminal else "%(levelname)s %(name)s: %(message)s")
-    )
-    chosen = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(
-        level=chosen if chosen <= logging.DEBUG else max(chosen, logging.WARNING), handlers=[handler]
-    )
-    logging.getLogger("quorate").setLevel(chosen)
-    # Deprecations inside other libraries are for us, who see them as errors in the tests, not for the user.
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(chosen if chosen <= logging.DEBUG else logging.ERROR)
+
+def group(name: str, what: str, example: str) -> typer.Typer:
+    """Return a command that has others below it; `what` and `example` are its help."""
+    return typer.Typer(name=name, no_args_is_help=True, help=f"{what}\n\nExample: {example}")
 
 
 def print_model(content: BaseModel) -> None:
@@ -125,6 +138,5 @@ def adapter_folder(folder: Path) -> Path:
         restore_folder(candidate)
         if (candidate / "adapter_config.json").is_file():
             return candidate
-    raise AdapterError(
-        f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
-    )
+    message = f"{folder}: holds no adapter (no adapter_config.json); name the adapter folder of a run."
+    raise AdapterError(message)

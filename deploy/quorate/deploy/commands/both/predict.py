@@ -16,7 +16,6 @@ from quorate.deploy.commands.both.options import (
     LogLevel,
     LogLevelOption,
     adapter_folder,
-    configure_logging,
     print_json,
 )
 from quorate.deploy.terminal import print_table
@@ -45,7 +44,6 @@ def predict(
 
     Example: quorate predict runs/demo "mean radius 20.6, mean texture 17.8"
     """
-    configure_logging(log_level)
     folder = adapter_folder(adapter)
     images = find_images(text)
     inputs = images or read_texts(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quorate.deploy.commands.both.options import JsonOption, print_json
+from quorate.deploy.commands.both.options import JsonOption, group, print_json
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
 from quorate.deploy.commands.coordinator.provision import DaysOption
 from quorate.deploy.terminal import print_table
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from quorate.deploy.provision.certificate_log import Issued
     from quorate.server.federation.folder import FederationFolder
 
-certificates = typer.Typer(
-    name="certificates",
-    no_args_is_help=True,
-    help="Certificates and admission of a federation's sites, at the coordinator."
-    "\n\nExample: quorate certificates list",
+certificates = group(
+    "certificates",
+    "Certificates and admission of a federation's sites, at the coordinator.",
+    "quorate certificates list",
 )
 SHOWN = 16
 """Digits of serial numbers and hashes in tables; --json has them all."""

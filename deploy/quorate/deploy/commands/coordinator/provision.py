@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.both.options import JsonOption, print_json
+from quorate.deploy.commands.both.options import JsonOption, output_option, print_json
 
 DaysOption = Annotated[
     int, typer.Option("--days", min=1, max=3650, help="Validity in days of certificates that are made now.")
@@ -19,16 +19,12 @@ def provision(
         Path, typer.Argument(metavar="FILE", help="federation.yaml: the server's names, the sites' names.")
     ],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="The federation's folder; ~/.quorate/NAME when left out."
-        ),
+        Path | None, output_option("The federation's folder; ~/.quorate/NAME when left out.")
     ] = None,
     with_keys: Annotated[
         bool,
         typer.Option(
-            "--with-keys",
-            help="For trials: make the sites' keys here, put them into the kits, admit them.",
+            "--with-keys", help="For trials: make the sites' keys here, put them into the kits, admit them."
         ),
     ] = False,
     days: DaysOption = 365,

@@ -14,7 +14,7 @@ from quorate.deploy.commands.both.options import (
     LogLevelOption,
     OverridesArgument,
     RunArgument,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
@@ -32,16 +32,12 @@ def run(
     overrides: OverridesArgument = None,
     federation: FederationOption = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Where the results go at the end; runs/NAME when left out."
-        ),
+        Path | None, output_option("Where the results go at the end; runs/NAME when left out.")
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume",
-            help="Go on with the federation's newest run of these settings after its last round.",
+            "--resume", help="Go on with the federation's newest run of these settings after its last round."
         ),
     ] = False,
     run_id: Annotated[
@@ -68,7 +64,6 @@ def run(
 
     Example: quorate run medquad --federation heart -o runs/medquad
     """
-    configure_logging(log_level)
     from quorate.deploy.control import run_outputs
     from quorate.deploy.control.flower_cli import Flower
     from quorate.deploy.control.follower import Follower
@@ -94,11 +89,7 @@ def run(
         )
         follower = Follower(stderr_console(), quiet=log_level.quiet, output_dir=output_dir)
         controller = Controller(
-            target,
-            Flower.of(folder),
-            on_event=follower,
-            say=follower.say,
-            max_restarts=max_restarts,
+            target, Flower.of(folder), on_event=follower, say=follower.say, max_restarts=max_restarts
         )
         follower.say(f"run {target.run_id}")
         try:

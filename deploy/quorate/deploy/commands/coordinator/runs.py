@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quorate.deploy.commands.both.options import (
-    JsonOption,
-    LogLevel,
-    LogLevelOption,
-    configure_logging,
-    print_json,
-)
+from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, group, print_json
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
 from quorate.deploy.terminal import print_table, stdout_console
 from quorate.shared.errors import ConfigError
@@ -20,11 +14,7 @@ from quorate.shared.errors import ConfigError
 if TYPE_CHECKING:
     from quorate.deploy.control.run_list import RunFolder
 
-runs = typer.Typer(
-    name="runs",
-    no_args_is_help=True,
-    help="The runs of a federation.\n\nExample: quorate runs list --federation heart",
-)
+runs = group("runs", "The runs of a federation.", "quorate runs list --federation heart")
 IdArgument = Annotated[
     str, typer.Argument(metavar="ID", help="Id of the run, or the beginning of it that no other run has.")
 ]
@@ -42,7 +32,6 @@ def list_(
 
     Example: quorate runs list --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.control.run_list import list_runs
 
     found = [_described(each) for each in list_runs(find_federation(federation))]
@@ -77,7 +66,6 @@ def show(
 
     Example: quorate runs show 3f2a --federation heart
     """
-    configure_logging(log_level)
     from pathlib import Path
 
     from quorate.deploy.control.run_list import Submission, find_run_folder
@@ -124,7 +112,6 @@ def logs(
 
     Example: quorate runs logs 3f2a -f --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.control.follower import Follower
     from quorate.deploy.control.run_list import find_run_folder
     from quorate.server.tracking.events import EVENTS_FILE
@@ -157,7 +144,6 @@ def stop(
 
     Example: quorate runs stop 3f2a --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.control.flower_cli import Flower
     from quorate.deploy.control.run_controller import Controller
     from quorate.deploy.control.run_list import find_run_folder

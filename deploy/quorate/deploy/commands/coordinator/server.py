@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quorate.deploy.commands.both.options import (
-    JsonOption,
-    LogLevel,
-    LogLevelOption,
-    configure_logging,
-    print_json,
-)
+from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, group, print_json
 from quorate.deploy.commands.coordinator.federation_choice import FederationOption, find_federation
 from quorate.deploy.commands.site.site_output import print_lines, print_programs
 from quorate.deploy.terminal import print_table
@@ -21,11 +15,10 @@ from quorate.deploy.terminal import print_table
 if TYPE_CHECKING:
     from quorate.deploy.server.server_status import ServerStatus
 
-server = typer.Typer(
-    name="server",
-    no_args_is_help=True,
-    help="The coordinator's side of a federation: start it, look at it, stop it, admit sites."
-    "\n\nExample: quorate server start --federation heart",
+server = group(
+    "server",
+    "The coordinator's side of a federation: start it, look at it, stop it, admit sites.",
+    "quorate server start --federation heart",
 )
 
 
@@ -43,7 +36,6 @@ def start(
 
     Example: quorate server start --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_start import run
     from quorate.deploy.server.server_start import start as start_in_background
 
@@ -71,7 +63,6 @@ def status(
 
     Example: quorate server status --federation heart --json
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_status import server_status
 
     found = server_status(find_federation(federation))
@@ -89,7 +80,6 @@ def stop(federation: FederationOption = None, log_level: LogLevelOption = LogLev
 
     Example: quorate server stop --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_start import stop as stop_server
 
     folder = find_federation(federation)
@@ -116,7 +106,6 @@ def admit(
 
     Example: quorate server admit north north/node.pub --federation heart
     """
-    configure_logging(log_level)
     from quorate.deploy.server.server_start import admit_site
 
     folder = find_federation(federation)

@@ -15,7 +15,7 @@ from quorate.deploy.commands.both.audit_output import (
     TokensOption,
     print_audit,
 )
-from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, configure_logging
+from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption
 
 
 def audit(
@@ -42,7 +42,6 @@ def audit(
 
     Example: quorate audit runs/demo
     """
-    configure_logging(log_level)
     from quorate.client.audit.result_audit import Options
     from quorate.deploy.console import ConsoleTracker
     from quorate.deploy.terminal import stderr_console

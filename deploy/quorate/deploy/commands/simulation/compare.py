@@ -7,13 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.both.options import (
-    JsonOption,
-    LogLevel,
-    LogLevelOption,
-    configure_logging,
-    print_json,
-)
+from quorate.deploy.commands.both.options import JsonOption, LogLevel, LogLevelOption, print_json
 
 
 def compare(
@@ -27,7 +21,6 @@ def compare(
 
     Example: quorate compare runs/medquad-0 runs/medquad-1 runs/medquad-2
     """
-    configure_logging(log_level)
     from quorate.server.results import compare_seeds as seeds
 
     comparison = seeds.compare(directories)

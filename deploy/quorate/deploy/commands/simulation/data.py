@@ -15,16 +15,12 @@ from quorate.deploy.commands.both.options import (
     RunArgument,
     SiteFileOption,
     SitesOption,
-    configure_logging,
+    group,
 )
 from quorate.deploy.commands.simulation.inputs import find_run, find_sites
 from quorate.deploy.commands.site.data_own import inspect_own
 
-data = typer.Typer(
-    name="data",
-    no_args_is_help=True,
-    help="Look at a site's data before anything is trained.\n\nExample: quorate data inspect demo",
-)
+data = group("data", "Look at a site's data before anything is trained.", "quorate data inspect demo")
 
 
 @data.command("inspect")
@@ -45,7 +41,6 @@ def inspect(
 
     Example: quorate data inspect heart --site Budapest
     """
-    configure_logging(log_level)
     run_path = find_run(run)
     if site_file is not None:
         if sites is not None or site is not None:

@@ -15,7 +15,6 @@ from quorate.deploy.commands.both.options import (
     RunArgument,
     SiteFileOption,
     SitesOption,
-    configure_logging,
     print_model,
 )
 from quorate.deploy.commands.simulation.inputs import find_run, find_sites, load_rows
@@ -43,7 +42,6 @@ def forecast(
 
     Example: quorate forecast demo privacy='{unit: record, target_epsilon: 8}'
     """
-    configure_logging(log_level)
     run_path = find_run(run)
     if site_file is not None:
         if sites is not None:

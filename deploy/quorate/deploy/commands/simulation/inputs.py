@@ -25,9 +25,8 @@ def find_run(run: str) -> Path:
     if path.exists():
         return path
     if path.suffix in (".yaml", ".yml", ".json") or path.is_absolute():
-        raise ConfigError(
-            f"{run}: there is no such file; check the path, or name a recipe without its ending."
-        )
+        message = f"{run}: there is no such file; check the path, or name a recipe without its ending."
+        raise ConfigError(message)
     return find_recipe(run)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quorate.deploy.commands.both.options import LogLevel, LogLevelOption, configure_logging
+from quorate.deploy.commands.both.options import LogLevel, LogLevelOption
 from quorate.shared.errors import OutputError
 
 
@@ -19,7 +19,6 @@ def report(
 
     Example: quorate report runs/demo
     """
-    configure_logging(log_level)
     if not (directory / "run.yaml").is_file():
         raise OutputError(f"{directory}: holds no run (no run.yaml); name the output folder of a run.")
     from quorate.server.report import write_report

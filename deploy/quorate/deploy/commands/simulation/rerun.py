@@ -13,7 +13,7 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.shared.errors import QuorateError
@@ -26,10 +26,7 @@ def rerun(
         Path, typer.Argument(metavar="DIR", help="The output folder of a run that `simulate` made.")
     ],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR2", help="Where to write the run; DIR-rerun when left out."
-        ),
+        Path | None, output_option("Where to write the run; DIR-rerun when left out.", "DIR2")
     ] = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.info,
@@ -42,7 +39,6 @@ def rerun(
 
     Example: quorate rerun runs/demo -o runs/demo-again
     """
-    configure_logging(log_level)
     output_dir = output or Path(f"{directory if directory.name else directory.resolve()}-rerun")
     from quorate.deploy.console import ConsoleTracker
     from quorate.deploy.results import print_results

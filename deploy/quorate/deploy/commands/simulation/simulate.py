@@ -14,7 +14,7 @@ from quorate.deploy.commands.both.options import (
     OverridesArgument,
     RunArgument,
     SitesOption,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.deploy.commands.simulation.inputs import find_run, find_sites, load_rows
@@ -25,10 +25,7 @@ def simulate(
     overrides: OverridesArgument = None,
     sites: SitesOption = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Where to write everything; runs/NAME when left out."
-        ),
+        Path | None, output_option("Where to write everything; runs/NAME when left out.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder after its last round.")
@@ -40,7 +37,6 @@ def simulate(
 
     Example: quorate simulate medquad training.max_steps=4 -o runs/short
     """
-    configure_logging(log_level)
     run_path = find_run(run)
     sites_path = find_sites(sites, run_path)
     from quorate.shared.config.load import load_run, load_sites_file

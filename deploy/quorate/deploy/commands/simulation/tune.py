@@ -14,7 +14,7 @@ from quorate.deploy.commands.both.options import (
     OverridesArgument,
     RunArgument,
     SitesOption,
-    configure_logging,
+    output_option,
     print_json,
 )
 from quorate.deploy.commands.simulation.inputs import find_run, find_sites
@@ -43,10 +43,7 @@ def tune(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Where to write everything; runs/NAME-tune when left out."
-        ),
+        Path | None, output_option("Where to write everything; runs/NAME-tune when left out.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search in the output folder.")
@@ -58,7 +55,6 @@ def tune(
 
     Example: quorate tune demo --space space.yaml --trials 20 training.max_steps=4 -o runs/demo-tune
     """
-    configure_logging(log_level)
     run_path = find_run(run)
     sites_path = find_sites(sites, run_path)
     from quorate.deploy.terminal import stderr_console

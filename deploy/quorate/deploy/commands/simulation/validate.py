@@ -15,7 +15,6 @@ from quorate.deploy.commands.both.options import (
     OverridesArgument,
     RunArgument,
     SitesOption,
-    configure_logging,
     print_json,
 )
 from quorate.deploy.commands.simulation.inputs import find_run, find_sites, load_rows
@@ -40,7 +39,6 @@ def validate(
 
     Example: quorate validate medquad --sites my.sites.yaml federation.rounds=10
     """
-    configure_logging(log_level)
     try:
         found = _check(run, overrides or [], sites)
     except BadInput as error:

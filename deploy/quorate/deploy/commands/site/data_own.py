@@ -14,14 +14,13 @@ from quorate.deploy.commands.both.options import (
     LogLevel,
     LogLevelOption,
     OverridesArgument,
-    configure_logging,
+    group,
 )
 
-own_data = typer.Typer(
-    name="data",
-    no_args_is_help=True,
-    help="Look at this site's data before anything is trained.\n\n"
-    "Example: quorate data inspect run.yaml --site-file site.yaml",
+own_data = group(
+    "data",
+    "Look at this site's data before anything is trained.",
+    "quorate data inspect run.yaml --site-file site.yaml",
 )
 
 
@@ -41,7 +40,6 @@ def inspect(
 
     Example: quorate data inspect run.yaml --site-file site.yaml
     """
-    configure_logging(log_level)
     inspect_own(run, overrides or [], site_file, as_json=as_json)
 
 

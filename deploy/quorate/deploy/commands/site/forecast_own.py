@@ -16,7 +16,6 @@ from quorate.deploy.commands.both.options import (
     LogLevel,
     LogLevelOption,
     OverridesArgument,
-    configure_logging,
     print_model,
 )
 from quorate.deploy.terminal import print_line, stdout_console, table_of
@@ -51,7 +50,6 @@ def forecast(
 
     Example: quorate forecast run.yaml --site-file site.yaml
     """
-    configure_logging(log_level)
     forecast_for_own(run, overrides or [], site_file, measure=measure, as_json=as_json)
 
 

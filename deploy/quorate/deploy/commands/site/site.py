@@ -14,7 +14,7 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    configure_logging,
+    group,
     print_json,
 )
 from quorate.deploy.commands.site.site_audit import site_audit
@@ -25,16 +25,8 @@ from quorate.deploy.commands.site.site_runs import site_runs
 if TYPE_CHECKING:
     from quorate.client.node.folder import SiteFolder
 
-site = typer.Typer(
-    name="site",
-    no_args_is_help=True,
-    help="Commands of a site, on its own machine.\n\nExample: quorate site enrol ./north",
-)
-models = typer.Typer(
-    name="models",
-    no_args_is_help=True,
-    help="Base models that this site holds.\n\nExample: quorate site models import minilm.tar",
-)
+site = group("site", "Commands of a site, on its own machine.", "quorate site enrol ./north")
+models = group("models", "Base models that this site holds.", "quorate site models import minilm.tar")
 site.add_typer(models)
 site.add_typer(ledger)
 site.command("audit")(site_audit)
@@ -93,7 +85,6 @@ def start(
 
     Example: quorate site start ./north
     """
-    configure_logging(log_level)
     if only is not None:
         from quorate.client.node import split_start
 
@@ -126,7 +117,6 @@ def prepare(folder: FolderArgument = Path(), log_level: LogLevelOption = LogLeve
 
     Example: quorate site prepare ./north
     """
-    configure_logging(log_level)
     from quorate.client.node.split_start import prepare as make_folders
 
     own = _find(folder)
@@ -140,7 +130,6 @@ def stop(folder: FolderArgument = Path(), log_level: LogLevelOption = LogLevel.w
 
     Example: quorate site stop ./north
     """
-    configure_logging(log_level)
     from quorate.shared.process.supervised import stop as stop_supervisor
 
     own = _find(folder)
@@ -150,9 +139,7 @@ def stop(folder: FolderArgument = Path(), log_level: LogLevelOption = LogLevel.w
 
 @site.command("status")
 def status(
-    folder: FolderArgument = Path(),
-    as_json: JsonOption = False,
-    log_level: LogLevelOption = LogLevel.warning,
+    folder: FolderArgument = Path(), as_json: JsonOption = False, log_level: LogLevelOption = LogLevel.warning
 ) -> None:
     """Show programs, connection, disk, certificates, models, data, and runs that wait for you.
 
@@ -160,7 +147,6 @@ def status(
 
     Example: quorate site status ./north --json
     """
-    configure_logging(log_level)
     from quorate.client.health.site_status import site_status
 
     found = site_status(_find(folder))
@@ -189,7 +175,6 @@ def check(
 
     Example: quorate site check ./north --run run.yaml
     """
-    configure_logging(log_level)
     from quorate.client.health.site_check import check as check_all
     from quorate.shared.process.looks import exit_code
 

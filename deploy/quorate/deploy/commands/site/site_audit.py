@@ -14,13 +14,7 @@ from quorate.deploy.commands.both.audit_output import (
     TokensOption,
     print_audit,
 )
-from quorate.deploy.commands.both.options import (
-    FolderOption,
-    JsonOption,
-    LogLevel,
-    LogLevelOption,
-    configure_logging,
-)
+from quorate.deploy.commands.both.options import FolderOption, JsonOption, LogLevel, LogLevelOption
 
 
 def site_audit(
@@ -41,7 +35,6 @@ def site_audit(
 
     Example: quorate site audit 0123456789abcdef --folder ./north
     """
-    configure_logging(log_level)
     from quorate.client.audit.result_audit import Options, audit_received
 
     record = audit_received(folder, run_id, Options(canaries, confidence, reference_pairs, tokens))

@@ -13,7 +13,7 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    configure_logging,
+    group,
     print_json,
 )
 from quorate.deploy.terminal import print_table
@@ -24,18 +24,14 @@ if TYPE_CHECKING:
     from quorate.client.privacy.account_report import Account
     from quorate.client.privacy.ledger_verify import Verdict
 
-ledger = typer.Typer(
-    name="ledger",
-    no_args_is_help=True,
-    help="The privacy ledger: what this site's data have spent.\n\nExample: quorate site ledger show ./north",
+ledger = group(
+    "ledger", "The privacy ledger: what this site's data have spent.", "quorate site ledger show ./north"
 )
 
 
 @ledger.command("show")
 def show(
-    folder: FolderArgument = Path(),
-    as_json: JsonOption = False,
-    log_level: LogLevelOption = LogLevel.warning,
+    folder: FolderArgument = Path(), as_json: JsonOption = False, log_level: LogLevelOption = LogLevel.warning
 ) -> None:
     """Show by data set what was spent and what is left, and the ledger's newest hash to be noted elsewhere.
 
@@ -43,7 +39,6 @@ def show(
 
     Example: quorate site ledger show ./north
     """
-    configure_logging(log_level)
     from quorate.client.privacy.account_report import accounts
     from quorate.client.privacy.budgets import Budgets
     from quorate.client.privacy.ledger import reservations
@@ -78,7 +73,6 @@ def verify(
 
     Example: quorate site ledger verify ./north
     """
-    configure_logging(log_level)
     if head is not None and (len(head) < 12 or set(head.lower()) - set("0123456789abcdef")):
         raise typer.BadParameter("give 12 to 64 of the digits 0-9 and a-f that the head begins with.")
     site, verdict = _verified(folder, head)
@@ -106,7 +100,6 @@ def export(
 
     Example: quorate site ledger export ./north -o ledger.jsonl
     """
-    configure_logging(log_level)
     from quorate.client.privacy.account_report import json_line
     from quorate.shared.errors import OutputError
     from quorate.shared.process.files import write_atomically

@@ -12,7 +12,6 @@ from quorate.deploy.commands.both.options import (
     JsonOption,
     LogLevel,
     LogLevelOption,
-    configure_logging,
     print_json,
 )
 from quorate.deploy.terminal import print_table
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 def site_runs(
     folder: FolderArgument = Path(),
     run_id: Annotated[
-        str | None,
-        typer.Option("--run", metavar="RUN_ID", help="Show all that is known of this run."),
+        str | None, typer.Option("--run", metavar="RUN_ID", help="Show all that is known of this run.")
     ] = None,
     as_json: JsonOption = False,
     log_level: LogLevelOption = LogLevel.warning,
@@ -38,7 +36,6 @@ def site_runs(
 
     Example: quorate site runs ./north --run 1f2e3d4c5b6a7988
     """
-    configure_logging(log_level)
     from quorate.client.node.folder import SiteFolder
     from quorate.client.runs.runs_report import runs_of
 

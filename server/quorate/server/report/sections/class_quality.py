@@ -73,7 +73,7 @@ def _frequent(confusion: list[list[int]], labels: list[str]) -> Table:
             for i, row in enumerate(confusion)
             for j, found in enumerate(row)
             if i != j and found
-        ),
+        )
     )
     rows = [
         [Cell(true), Cell(said), Cell(f"{-found:,}"), Cell(show("recall", -found / total))]
@@ -154,8 +154,5 @@ def _all_figures(result: Evaluation) -> Table:
         ]
     )
     return Table(
-        "Every figure of the best model, per site",
-        ["Site", *map(metric_name, names)],
-        rows,
-        folded=True,
+        "Every figure of the best model, per site", ["Site", *map(metric_name, names)], rows, folded=True
     )

@@ -164,11 +164,7 @@ def _gain(files: RunFiles, site: str) -> Cell:
         return Cell(figures.DASH, "muted")
     interval = figures.bounds(worth.interval)
     small = " to ".join(show_gain(worth.metric, bound, unit=False) for bound in interval or ())
-    return Cell(
-        show_gain(worth.metric, worth.gain),
-        _TONES[figures.sign(worth.metric, worth.gain)],
-        small,
-    )
+    return Cell(show_gain(worth.metric, worth.gain), _TONES[figures.sign(worth.metric, worth.gain)], small)
 
 
 def _everywhere(files: RunFiles, result: Evaluation, references: References, sites: list[str]) -> Table:

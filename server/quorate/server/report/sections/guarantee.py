@@ -17,13 +17,13 @@ def privacy_section(files: RunFiles) -> Section:
     summary = files.summary
     if summary is None:
         return section
+    claims = site_claims(summary)
     if summary.client_privacy is not None:
         _client(section, summary.client_privacy)
-        _references(section, summary)
-        _audited(section, files)
-    if claims := site_claims(summary):
+    if claims:
         _sites(section, claims)
         _beside_the_claim(section, files, summary)
+    if claims or summary.client_privacy is not None:
         _references(section, summary)
         _audited(section, files)
     return section

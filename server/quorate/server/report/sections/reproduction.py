@@ -84,10 +84,7 @@ def origin_section(files: RunFiles) -> Section:
         "its folder), and to make this page again from it:"
     )
     section.blocks.append(
-        Code(
-            "Commands",
-            "quorate rerun OUTPUT_FOLDER -o NEW_FOLDER\nquorate report OUTPUT_FOLDER",
-        )
+        Code("Commands", "quorate rerun OUTPUT_FOLDER -o NEW_FOLDER\nquorate report OUTPUT_FOLDER")
     )
     return section
 

@@ -27,10 +27,6 @@ class TextTask(Task):
     """Share of a training text's tokens that are replaced by the tokenizer's mask (or unknown) token, drawn
     anew each time the text is seen; special tokens are kept."""
 
-    @property
-    def columns(self) -> Mapping[str, Kind]:
-        return {"text": "text"}
-
     def prepare_processor(self, processor: Any, base: Any, pad_token: str | None, name: str) -> Any:
         """Give the tokenizer a pad token, and check that `max_length` fits the model."""
         # Without a vocabulary transformers makes a tokenizer to which every word is unknown.
@@ -73,6 +69,10 @@ class TextTask(Task):
 
 class TextTargetTask(TextTask, TargetTask):
     """A task on texts with one target a row; a class beside it says what the target is."""
+
+    @property
+    def columns(self) -> Mapping[str, Kind]:
+        return {"text": "text", "label": self.label_kind}
 
     def encode(self, rows: Sequence[Row], processor: Any, *, labelled: bool = True) -> list[Example]:
         """Tokenise `text` (cut to max_length, not padded) and read the target."""

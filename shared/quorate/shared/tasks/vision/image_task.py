@@ -49,7 +49,7 @@ class ImageTask(TargetTask):
 
     @property
     def columns(self) -> Mapping[str, Kind]:
-        return {"image": "image"}
+        return {"image": "image", "label": self.label_kind}
 
     def kwargs_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Turn TensorFlow's padding off where the model has it."""
@@ -241,14 +241,11 @@ def decode(value: str | bytes, where: str) -> Image:
         raise DataError(f"{where}: {named} does not exist; {_ADVICE}", kind="image-not-there") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise DataError(
-            f"{where}: {named} has more than {limit} million pixels; make it smaller.", kind="image-too-large"
-        ) from None
+        message = f"{where}: {named} has more than {limit} million pixels; make it smaller."
+        raise DataError(message, kind="image-too-large") from None
     except UnidentifiedImageError:
-        raise DataError(
-            f"{where}: {named} is not a readable image ({', '.join(_FORMATS)}); {_ADVICE}",
-            kind="unreadable-image",
-        ) from None
+        message = f"{where}: {named} is not a readable image ({', '.join(_FORMATS)}); {_ADVICE}"
+        raise DataError(message, kind="unreadable-image") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         what = "is cut off" if "truncated" in str(error) else f"is damaged ({type(error).__name__})"
         raise DataError(f"{where}: {named} {what}; {_ADVICE}", kind="damaged-image") from None
@@ -259,10 +256,8 @@ def _rgb(image: Image, where: str) -> Image:
     from PIL import Image as pillow
 
     if image.mode in ("I", "F"):
-        raise DataError(
-            f"{where} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16 bits.",
-            kind="wide-pixels",
-        )
+        message = f"{where} has pixels of 32 bits, whose range nobody knows; save it with 8 or 16 bits."
+        raise DataError(message, kind="wide-pixels")
     if image.mode.startswith("I;16"):
         import numpy as np
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from closed_form import ANALYTIC
 from engines import ClientAppGrid
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from refusals import refuses
@@ -23,7 +24,8 @@ from quorate.server.exchange.exchange import Answers, OpenExchange
 from quorate.server.exchange.flower_messages import Exchange, decode
 from quorate.server.exchange.join import request
 from quorate.server.rounds.loop import run_rounds
-from quorate.server.rounds.run import Run
+from quorate.server.rounds.run import RECORD_FILE, Run, read_jsonl
+from quorate.server.tracking.records import RoundRecord
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.errors import ProtocolError
 from quorate.shared.protocol.messages import RoundRequest, Update
@@ -178,6 +180,21 @@ def test_runs_end_in_the_same_adapter_whichever_way_messages_go(
         run = Run.open(site.prepare(config), tmp_path / kind.__name__)
         states.append(run_rounds(kind(site, site.names), run).state.adapter)
     assert states[0].minus(states[1]).l2_norm < 1e-5
+
+
+def test_a_solved_head_is_the_same_whichever_way_messages_go(
+    make_run: Any, make_sites: Any, tmp_path: Path
+) -> None:
+    heads = []
+    for kind in (InProcessGrid, ClientAppGrid):
+        site = Site(make_sites(north=12, south=7, west=4))
+        run = Run.open(site.prepare(make_run(adapter=ANALYTIC)), tmp_path / kind.__name__)
+        run_rounds(kind(site, site.names), run)
+        (record, _) = read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
+        assert isinstance(record, RoundRecord) and record.head is not None
+        heads.append(record.head.model_dump(exclude={"seconds", "bytes_up"}))
+        assert set(record.head.rows) == {"north", "south", "west"}
+    assert heads[0] == heads[1]
 
 
 def test_what_is_not_ours_is_set_aside_by_name(opened: Any) -> None:

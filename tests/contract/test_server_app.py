@@ -99,6 +99,31 @@ def test_a_simulation_tells_the_events_that_the_serverapp_tells(
     assert stat.S_IMODE((out / EVENTS_FILE).stat().st_mode) == 0o600
 
 
+def test_a_head_is_solved_before_round_1_and_told_alike(
+    submit: Any, make_run: Any, make_sites: Any, tmp_path: Path
+) -> None:
+    analytic = {"adapter": {"head": {"init": "analytic"}}}
+    submitted = submit(**analytic)
+    assert submitted.run() == RunStatus(state="done", exit_code=0, flower_run_id=FLOWER_RUN)
+    out = tmp_path / "simulated"
+    simulate(make_run(**analytic), make_sites(**SITES), out)
+    (served, _, summary), simulated = (
+        [
+            {**head, "seconds": 0.0, "bytes_up": {}}
+            for head in (
+                *(json.loads(line).get("head") for line in (folder / EVENTS_FILE).read_text().splitlines()),
+                *(json.loads(line)["head"] for line in (folder / "record.jsonl").read_text().splitlines()),
+                json.loads((folder / "summary.json").read_text())["head"],
+            )
+            if head is not None
+        ]
+        for folder in (submitted.run_dir, out)
+    )
+    assert served == summary == simulated[0] and served["rows"] == SITES
+    kinds = [event.event for event in EventsReader(submitted.run_dir / EVENTS_FILE).read()]
+    assert kinds.index("start") < kinds.index("head") < kinds.index("round") and kinds.count("head") == 1
+
+
 def lasting(event: Event) -> dict[str, Any]:
     """Return an event without times, ids and places (updates travel with their seconds)."""
     told = json.loads(event.model_dump_json(exclude={"at", "run_id", "output_dir"}))

@@ -10,8 +10,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from quorate.server.rounds.evaluation import scalars
-from quorate.server.tracking.events import Event, Finished, PhaseBegan, Refused, RoundDone, Started, Waiting
-from quorate.server.tracking.records import RoundMetrics, RoundRecord, Summary
+from quorate.server.tracking.events import (
+    Event,
+    Finished,
+    HeadSolved,
+    PhaseBegan,
+    Refused,
+    RoundDone,
+    Started,
+    Waiting,
+)
+from quorate.server.tracking.records import RoundMetrics, RoundRecord, SolvedHead, Summary
 from quorate.shared.progress import StepEvent
 
 _BRIEF = ("cohort", "aggregate", "checkpoint")
@@ -50,6 +59,8 @@ class ConsoleTracker:
                 self._phase(event.round, event.name)
             case Waiting():
                 self._waiting(event.sites)
+            case HeadSolved():
+                self._head(event.head)
             case RoundDone():
                 self._round(event.record, event.metrics)
             case Finished():
@@ -110,6 +121,17 @@ class ConsoleTracker:
         names = ", ".join(event.sites[:3]) + (f" +{len(event.sites) - 3}" if len(event.sites) > 3 else "")
         loss = "" if event.loss is None else f" · loss {event.loss:.3f}"
         self._show(f"{names} · step {event.step}/{event.steps}{loss}{self._left()}")
+
+    def _head(self, head: SolvedHead) -> None:
+        """Write a line on the head that round 1 begins from, and who is not in it."""
+        picked = f"picked on {head.validation_rows} validation rows" if head.validation_rows else "by default"
+        size = sum(head.bytes_up.values()) / 1e6
+        self._line(
+            f"head solved from sums of {len(head.rows)} sites ({sum(head.rows.values())} rows) · ridge "
+            f"{head.strength:g} {picked} · {size:.1f} MB came · {head.seconds:.1f} s"
+        )
+        for site, why in head.excluded.items():
+            self._line(f"  not in it: {site}: {why.reason}")
 
     def _round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
         """Write the round's line: pooled metrics, training loss, who counted, seconds."""

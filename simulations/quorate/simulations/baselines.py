@@ -25,10 +25,13 @@ from quorate.server.rounds.run import Run
 from quorate.server.tracking.events import PhaseBegan
 from quorate.server.tracking.records import Exclusion, LocalGain, Measured, References
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.linear_head import find_head
 from quorate.shared.adapters.selection import downloaded
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.run_config import RunConfig
+from quorate.shared.metrics.head_sums import SUMMED, HeadSums
 from quorate.shared.metrics.outcomes import Outcomes
+from quorate.shared.metrics.ridge import solve_best
 from quorate.shared.protocol.messages import Split, Update
 from quorate.shared.protocol.phases import Phase
 from quorate.shared.tasks.task import Row
@@ -145,7 +148,7 @@ class _Reference:
         They share the trainer's passes but no arrays. One that fails has no best round: after fewer steps
         than the others it would be no comparison.
         """
-        current = dict.fromkeys(names, self.initial)
+        current = self._starts(config, names)
         best: dict[str, Candidate] = {}
         for round in range(1, config.federation.rounds + 1):
             self.run.tell(PhaseBegan(round=round, name=what))
@@ -164,6 +167,23 @@ class _Reference:
                     best[name] = Candidate(round, current[name], scored)
         return {name: best[name] for name in current}
 
+    def _starts(self, config: RunConfig, names: Sequence[str]) -> dict[str, Adapter]:
+        """Return what each of `names` begins from: the seeded start, or that with a head solved on its rows.
+
+        One that cannot have it goes to `failed`.
+        """
+        if not config.solves_head:
+            return dict.fromkeys(names, self.initial)
+        head = find_head(config, self.initial.schema)
+        answered, wrong = self._ask(config, 0, "statistics", dict.fromkeys(names, Adapter({})))
+        self.failed |= wrong
+        starts = {}
+        for name, update in answered.items():
+            train, validation = (HeadSums.read(update.arrays, split) for split in SUMMED)
+            solved = solve_best(train, validation).head(config.task.logit_scale)
+            starts[name] = self.initial.updated(head.arrays(solved))
+        return starts
+
     def _ask(
         self,
         config: RunConfig,
@@ -174,12 +194,14 @@ class _Reference:
     ) -> tuple[dict[str, Update], dict[str, Exclusion]]:
         """Ask sites to start from an adapter each, of which they are sent what the run's rule sends.
 
+        With an empty one nothing is sent.
+
         Returns: the good answers by site, and why the others are not.
         """
         run = Run(config, self.run.output_dir, self.run.run_id)
         requests = []
         for name, adapter in starts.items():
-            arrays = downloaded(config, GlobalState(adapter), round)
+            arrays = downloaded(config, GlobalState(adapter), round) if len(adapter) else adapter
             requests.append(Request(config, request(run, round, phase, name, split=split).header, arrays))
         good, wrong = {}, {}
         for update in self.engine.handle_many(requests):

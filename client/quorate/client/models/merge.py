@@ -61,7 +61,7 @@ def _check_merges(run: RunConfig, adapter_dir: Path) -> None:
             "adapter merged into such weights would be rounded away; use the adapter with PEFT instead.",
             kind="quantised-base",
         )
-    if run.adapter.head is not None:
+    if run.adapter.head is not None and run.adapter.head.hidden_sizes:
         raise ModelError(
             f"{adapter_dir}: the run has a head of several layers (adapter.head), for which "
             f"{run.task.auto_class} has no place; use the adapter with PEFT instead.",

@@ -12,11 +12,11 @@ seen it.
 
 An answer that is an error is not stored: the site may be mended and asked again.
 
-What is kept: of each run the answers of its newest KEEP_ROUNDS trained rounds (a coordinator that goes on
-from a checkpoint asks for no older one) and its newest KEEP_EVALUATIONS evaluations, until the run was not
-heard of for KEEP_DAYS, or KEEP_RUNS others were since: the arrays of KEEP_RUNS * KEEP_ROUNDS rounds are the
-most that lies here. The run's configuration hash and the hashes of what was trained are kept for good, so
-that nothing old is taken for new.
+What is kept: of each run its sums for a head, the answers of its newest KEEP_ROUNDS trained rounds (a
+coordinator that goes on from a checkpoint asks for no older one) and its newest KEEP_EVALUATIONS evaluations,
+until the run was not heard of for KEEP_DAYS, or KEEP_RUNS others were since: the arrays of KEEP_RUNS *
+(KEEP_ROUNDS + 1) answers are the most that lies here. The run's configuration hash and the hashes of what was
+trained are kept for good, so that nothing old is taken for new.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 ANSWERS_FILE = "answers.db"
 """In STATE: what was answered."""
-STORED = ("fit", "evaluate", "alone")
+STORED = ("statistics", "fit", "evaluate", "alone")
 KEEP_ROUNDS = 2
 KEEP_EVALUATIONS = 1000
 KEEP_DAYS, KEEP_RUNS = 30, 20

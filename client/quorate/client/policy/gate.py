@@ -64,6 +64,13 @@ def admit(request: Request, site: SiteConfig, state: Path) -> None:
     _allowed("policy.aggregation", "rule", run.aggregation.name, policy.aggregation, "policy-aggregation")
     _trained_whole(run.adapter, policy)
     _long(run, site)
+    if request.header.phase == "statistics" and not policy.head_statistics:
+        raise RequestRefused(
+            "policy.head_statistics is off, and the run asks for sums over the rows, to solve its head from; "
+            "turn it on in site.yaml if they may leave, or have the coordinator choose adapter.head.init: "
+            "random.",
+            code="policy-statistics",
+        )
     if policy.require_privacy and not isinstance(run.privacy, SitePrivacy):
         raise RequestRefused(
             "policy.require_privacy is on, and for this run no noise would be added at this site; have the "

@@ -76,6 +76,12 @@ class PolicyConfig(ConfigModel):
     """Most units in the hidden layers of a head (`adapter.head`), all layers together; 0 allows none."""
     min_rows: int = Field(1, ge=1)
     """Fewest training rows of a data set that may be trained on."""
+    head_statistics: bool = True
+    """Whether runs may ask for sums over the rows' features and labels, from which a head is solved before
+    round 1 (`adapter.head.init: analytic`)."""
+    min_rows_for_statistics: int | None = Field(None, ge=1)
+    """Fewest rows that such sums may be over; left out: one more than the model has features, as the sums
+    over fewer give the space away that the rows lie in."""
     approve_each_run: bool = False
     """A person must approve each run (`quorate site approve RUN_ID`) before it may use data."""
     max_rounds: int | None = Field(1000, ge=1)

@@ -90,12 +90,13 @@ class MessageRecorder:
 def what_left(update: Update) -> dict[str, int]:
     """Return what an answer lets out of the site, and how much of each [bytes].
 
-    `arrays` (what was trained), `counts` (rows, tokens, steps), `metrics`, `outcomes` (of an evaluation),
+    `arrays` (what was trained), `statistics` (sums over rows, to solve a head from), `counts` (rows, tokens,
+    steps), `metrics`, `outcomes` (of an evaluation),
     `description` (answer to join), `seconds`; `header` is the rest: ids and hashes that the request has too.
     """
     header, found = update.header, dict[str, int]()
     if len(update.arrays):
-        found["arrays"] = update.arrays.num_bytes
+        found["statistics" if header.phase == "statistics" else "arrays"] = update.arrays.num_bytes
     for name, included in {
         "counts": {each for each in _COUNTS if getattr(header, each)},
         "metrics": {"metrics"} if header.metrics else set(),

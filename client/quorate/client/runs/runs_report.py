@@ -34,7 +34,7 @@ class InHand(ConfigModel):
     """What the site works on for a run at the moment."""
 
     phase: str
-    """As the coordinator asked: join, fit, evaluate, alone, finish."""
+    """As the coordinator asked: join, start, statistics, fit, evaluate, alone, finish."""
     round: int
     since: datetime
     """When it came (UTC)."""

@@ -39,6 +39,11 @@ class DataSource(Protocol):
         """How far a rule may move the base model here."""
         ...
 
+    @property
+    def fewest_for_statistics(self) -> int | None:
+        """Fewest rows over which sums for the head leave; None for as many as features and their constant."""
+        ...
+
     def at_hand(self, run: RunConfig) -> RunConfig:
         """Return the run with its base model named as it lies here.
 
@@ -72,6 +77,11 @@ class InMemory:
     def base_limits(self) -> BaseLimits:
         """Return no limits: whoever simulates is coordinator and sites at once."""
         return BaseLimits()
+
+    @property
+    def fewest_for_statistics(self) -> int | None:
+        """Return one, for the same reason: nothing leaves."""
+        return 1
 
     def at_hand(self, run: RunConfig) -> RunConfig:
         return run

@@ -17,7 +17,7 @@ from quorate.shared.aggregation.rule import RESIDUAL_A, RESIDUAL_B
 from quorate.shared.errors import AdapterError, ProtocolError, RequestRefused
 from quorate.shared.model.lora_model import LoadedModel
 
-_WITHOUT_ROUND = ("join", "start", "alone")
+_WITHOUT_ROUND = ("join", "start", "statistics", "alone")
 """Phases outside of the rounds: they begin from the seeded start, so no arrays come with them."""
 
 
@@ -46,13 +46,18 @@ class BaseLimits:
 
 
 def check_header(request: Request) -> None:
-    """Raise ProtocolError unless round, split and delivery are those of the phase that is asked for."""
+    """Raise ProtocolError unless the run has such a phase, and round, split and delivery are those of it."""
     header = request.header
     phase, round, last = header.phase, header.round, request.run.federation.rounds
     if phase in _WITHOUT_ROUND and round != 0:
         raise ProtocolError(f"a request to {phase} names round {round}; it has none.")
     if phase not in _WITHOUT_ROUND and not 1 <= round <= last:
         raise ProtocolError(f"a request to {phase} names round {round} of {last}.")
+    if phase == "statistics" and not request.run.solves_head:
+        raise ProtocolError(
+            "a request for sums over rows, in a run that does not solve its head from any.",
+            kind="no-sums-in-this-run",
+        )
     if (header.split is None) == (phase == "evaluate"):
         raise ProtocolError("a request names a split of the rows if it is to evaluate, and only then.")
     # They may be rows that a private run was trained on, whose figures would be exact under any other run.

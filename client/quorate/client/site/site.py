@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -18,6 +19,7 @@ from quorate.client.privacy.units import check_shares_outcomes, groups_of, repor
 from quorate.client.site.data_source import DataSource, InMemory, SiteRows
 from quorate.client.site.delivered import keep_result
 from quorate.client.site.device_errors import in_smaller_stacks, of_device
+from quorate.client.site.head_statistics import check_head, head_statistics, own_start
 from quorate.client.site.join import describe
 from quorate.client.site.loaded import LoadedRuns, Resident
 from quorate.client.site.local_baseline import train_local_baseline
@@ -32,8 +34,9 @@ from quorate.shared.aggregation import GlobalState
 from quorate.shared.config.privacy_config import SitePrivacy
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.errors import NonFiniteUpdate, RequestRefused
+from quorate.shared.metrics.head_sums import SUMMED
 from quorate.shared.progress import OnStep, ignore_step
-from quorate.shared.protocol.messages import BEST_ROUND, Update
+from quorate.shared.protocol.messages import BEST_ROUND, Split, Update
 from quorate.shared.protocol.versions import check_versions
 
 log = logging.getLogger(__name__)
@@ -107,6 +110,8 @@ class Site:
             for split in ("train", "validation", "test"):
                 self._prepared.examples(resident, site, split)
             self._prepared.claim(resident, site)
+        for site in self.names[:1]:
+            check_head(resident, self._prepared.examples(resident, site, "train"))
         log.debug("prepared %d sites on %s", len(self.names), resident.model.peft.device)
         return resident.run
 
@@ -138,6 +143,7 @@ class Site:
         one = {
             "join": self._join,
             "start": self._start,
+            "statistics": self._statistics,
             "evaluate": self._evaluate,
             "alone": self._alone,
             "finish": self._finish,
@@ -152,10 +158,12 @@ class Site:
         claim = prepared.claim(resident, site)
         if claim is not None:
             log.info("%s: %s", site, claim.sentence)
+        examples = {split: prepared.examples(resident, site, split) for split in get_args(Split)}
+        check_head(resident, examples["train"])
         description = describe(
             run,
             resident.model,
-            {split: prepared.examples(resident, site, split) for split in ("train", "validation", "test")},
+            examples,
             prepared.rows(run, site, "train"),
             len(prepared.source.rows(run, site).get("train", ())),
             claim,
@@ -164,6 +172,18 @@ class Site:
 
     def _start(self, resident: Resident, request: Request) -> Update:
         return Update.reply(request, resident.model.initial)
+
+    def _statistics(self, resident: Resident, request: Request) -> Update:
+        started, site = time.monotonic(), request.header.site
+        resident.model.set_residual(Adapter({}))
+        train, validation = (self._prepared.examples(resident, site, split) for split in SUMMED)
+        sums = head_statistics(resident, train, validation, self._prepared.source.fewest_for_statistics)
+        return Update.reply(
+            request,
+            sums,
+            num_examples=resident.run.task.num_rows(train),
+            seconds=reported_seconds(resident.run, time.monotonic() - started),
+        )
 
     def _evaluate(self, resident: Resident, request: Request) -> Update:
         started = time.monotonic()
@@ -192,7 +212,7 @@ class Site:
         train, validation, test = (
             self._prepared.examples(resident, site, split) for split in ("train", "validation", "test")
         )
-        task = SiteTask(site, train, resident.model.initial)
+        task = SiteTask(site, train, own_start(resident, train, validation))
         done = train_local_baseline(resident, task, validation, test, self._on_step)
         return Update.reply(
             request,

@@ -150,6 +150,11 @@ class SiteData:
         policy = self.folder.config.policy
         return BaseLimits(policy.max_residual_rank, policy.max_base_change)
 
+    @property
+    def fewest_for_statistics(self) -> int | None:
+        """Fewest rows over which sums leave, as site.yaml says."""
+        return self.folder.config.policy.min_rows_for_statistics
+
     def at_hand(self, run: RunConfig) -> RunConfig:
         return model_at_site(run, self.folder.config, self.folder.path)
 

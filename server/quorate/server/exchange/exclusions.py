@@ -21,6 +21,7 @@ REASONS = {
     "policy-base": "its policy lets no rule change its base model so far",
     "policy-modules-to-save": "its policy does not allow a part of the model to be trained whole",
     "policy-head": "its policy allows no head with so many hidden units",
+    "policy-statistics": "its policy lets no sums over its rows leave, or asks that they be over more rows",
     "policy-rows": "has fewer training rows than its policy asks for",
     "policy-rounds": "its policy allows fewer rounds",
     "policy-steps": "its policy allows fewer optimiser steps in a round",

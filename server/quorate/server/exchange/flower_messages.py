@@ -18,6 +18,7 @@ from quorate.shared.protocol.phases import Phase
 _TYPES: Mapping[Phase, str] = {
     "join": MessageType.QUERY,
     "start": MessageType.QUERY,
+    "statistics": MessageType.QUERY,
     "fit": MessageType.TRAIN,
     "evaluate": MessageType.EVALUATE,
     "alone": MessageType.TRAIN,

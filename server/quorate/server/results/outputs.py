@@ -181,6 +181,7 @@ def _summary(
         worth=compared.worth,
         sites=result.members.sites,
         samples=tuple(samples),
+        head=next((record.head for record in records if record.head), None),
         excluded=excluded,
         bytes={} if hidden else {"down": down, "up": up, "total": down + up},
         seconds={} if hidden else {**seconds, "total": round(sum(seconds.values()), 3)},

@@ -20,8 +20,9 @@ from quorate.server.rounds.round import Round
 from quorate.server.rounds.round_log import RoundLog
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.training import Collection
+from quorate.server.rounds.warm_start import warm_start
 from quorate.server.tracking.events import PhaseBegan, RoundDone, Started
-from quorate.server.tracking.records import ClientClaim, Evaluation, RoundMetrics
+from quorate.server.tracking.records import ClientClaim, Evaluation, RoundMetrics, SolvedHead
 from quorate.shared.aggregation import GlobalState
 from quorate.shared.errors import CheckpointError, ConfigError, ModelDiverged, QuorumNotMet
 
@@ -74,6 +75,8 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     Args:
         names: node id -> site, where the server knows them by their keys; sites then answer under no other
             name. None: sites say their names themselves, as in a simulation.
+    A head that is solved is so before round 1; a run that ends before its first checkpoint does it again.
+
     Raises: QuorumNotMet: too few sites could join. BadInput: the run cannot be carried out as asked.
     """
     members = join(grid, run, names)
@@ -92,13 +95,19 @@ def run_rounds(grid: Grid, run: Run, names: Mapping[int, str] | None = None) -> 
     result = Result(state, progress, members, central=central)
     latecomers = Latecomers(grid, run, members, names)
     first = progress.round + 1 if progress else 1
+    head: SolvedHead | None = None
     try:
+        if run.config.solves_head and progress is None:
+            result.state, head = warm_start(grid, run, members, result.state)
         for round in range(first, run.config.federation.rounds + 1):
             if result.early is not None:
                 break
             latecomers.take(round)
             result.state, result.progress = run_round(
-                Round(grid, run, members, round), result.state, result.progress, central
+                Round(grid, run, members, round, head if round == 1 else None),
+                result.state,
+                result.progress,
+                central,
             )
     except (KeyboardInterrupt, QuorumNotMet, ModelDiverged) as stop:
         result.stop(stop)
@@ -197,7 +206,7 @@ def _checkpoint(
     best = before.best if before else BestRound()
     if run.config.picks_best:
         best = best.after(run.config, number, validation)
-    record = log.record(state.stored().content_hash, best.stops(run.config, number))
+    record = log.record(state.stored().content_hash, best.stops(run.config, number), round.head)
     metrics = RoundMetrics(round=number, train=log.train, validation=validation)
     progress = Progress(
         run_id=run.run_id,

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from quorate.server.exchange.exchange import Answers
 from quorate.server.exchange.join import Members, answers_of, request
 from quorate.server.rounds.run import Run
+from quorate.server.tracking.records import SolvedHead
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.protocol.messages import RoundRequest, Split
 from quorate.shared.protocol.phases import Phase
@@ -20,12 +21,14 @@ class Round:
 
     Args:
         number: from 1.
+        head: how the head was solved that round 1 begins from; None for other rounds, and other runs.
     """
 
     grid: Grid
     run: Run
     members: Members
     number: int
+    head: SolvedHead | None = None
 
     def answers(self, *, quorum: int | None = None, expected: float = 0.0) -> Answers:
         """Return an exchange with all members; see `answers_of`."""

@@ -12,7 +12,7 @@ from quorate.server.exchange.exclusions import exclusion
 from quorate.server.rounds.run import Run
 from quorate.server.rounds.screening import Passed
 from quorate.server.tracking.events import PhaseBegan
-from quorate.server.tracking.records import Exclusion, RoundNoise, RoundRecord
+from quorate.server.tracking.records import Exclusion, RoundNoise, RoundRecord, SolvedHead
 
 
 @dataclass
@@ -71,7 +71,7 @@ class RoundLog:
             for figures in (self.num_examples, self.num_steps, self.train, self.norms, self.weights):
                 figures.pop(site, None)
 
-    def record(self, state_hash: str, early_stop: str | None) -> RoundRecord:
+    def record(self, state_hash: str, early_stop: str | None, head: SolvedHead | None = None) -> RoundRecord:
         total = sum(self.weights.values())
         return RoundRecord(
             round=self.round,
@@ -86,5 +86,6 @@ class RoundLog:
             seconds=self.seconds,
             state_hash=state_hash,
             early_stop=early_stop,
+            head=head,
             noise=self.noise,
         )

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from quorate.shared.adapters.adapter import Adapter
+from quorate.shared.adapters.linear_head import LinearHead
 from quorate.shared.aggregation import Aggregator
 from quorate.shared.errors import AdapterError, ConfigError, NonFiniteUpdate, ProtocolError
-from quorate.shared.protocol.messages import RoundRequest, Update
+from quorate.shared.metrics.head_sums import HeadSums, sums_schema
+from quorate.shared.protocol.messages import RoundRequest, Split, Update
 from quorate.shared.tasks import Task
 
 _LARGEST = 1e100
@@ -103,6 +105,27 @@ def check_trained(
         message = f"moved {norm:.4g} from where it started; federation.max_update_norm allows {max_norm:.4g}."
         raise UpdateTooLarge(message)
     return norm
+
+
+def check_statistics(task: Task, head: LinearHead, update: Update, rows: Mapping[Split, int]) -> None:
+    """Raise AdapterError or ProtocolError unless `update` holds sums that a site's rows can have.
+
+    Args:
+        task: says what rows may weigh.
+        head: that is to be solved.
+        update: the answer to `statistics`.
+        rows: of each split, as the site joined with them.
+    """
+    update.arrays.check_schema(sums_schema(head.features, head.outputs), "float64")
+    update.arrays.check_finite()
+    count, measured = rows.get("train", 0), rows.get("validation", 0)
+    _check_rows(update, count)
+    lightest, heaviest = task.mean_weights
+    HeadSums.read(update.arrays, "train").check(count * lightest, count * heaviest)
+    validation = HeadSums.read(update.arrays, "validation")
+    # A site sends those over no rows where too few may leave.
+    measured = measured if validation.gram.any() or validation.cross.any() or validation.squares.any() else 0
+    validation.check(measured, measured)
 
 
 def _check_rows(update: Update, rows: int) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError
 
-from quorate.server.tracking.records import Exclusion, Record, RoundMetrics, RoundRecord, Summary
+from quorate.server.tracking.records import Exclusion, Record, RoundMetrics, RoundRecord, SolvedHead, Summary
 from quorate.shared.config.run_config import RunConfig
 from quorate.shared.process.files import opened, writing
 from quorate.shared.protocol.messages import SiteDescription
@@ -85,6 +85,15 @@ class Waiting(_Event):
     """Site -> time since it was asked, without an answer [s]."""
 
 
+class HeadSolved(_Event):
+    """The head that round 1 begins from was solved; again where a run is killed before round 1 ends."""
+
+    event: Literal["head"] = "head"
+    """Kind of event."""
+    head: SolvedHead
+    """From whose rows, and what it took."""
+
+
 class RoundDone(_Event):
     """A round is finished, and on disk already."""
 
@@ -119,7 +128,8 @@ class LogMessage(_Event):
 
 
 Event = Annotated[
-    Started | Refused | PhaseBegan | Waiting | RoundDone | Finished | LogMessage, Field(discriminator="event")
+    Started | Refused | PhaseBegan | Waiting | HeadSolved | RoundDone | Finished | LogMessage,
+    Field(discriminator="event"),
 ]
 Tracker = Callable[[Event], None]
 """Whoever wants to follow a run. It is called in the run's process, which waits for it; one that raises is

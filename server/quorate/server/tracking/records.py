@@ -49,6 +49,28 @@ class RoundNoise(Record):
     """The clipping norm of the round after it."""
 
 
+class SolvedHead(Record):
+    """What came of the exchange before round 1 in which the head was solved (adapter.head.init: analytic)."""
+
+    strength: float
+    """Strength of the ridge, relative to the mean of the diagonal that it is added to."""
+    validation_rows: int
+    """Rows whose squared error picked it; 0 where it is the default."""
+    slope: float
+    """Slope of validation rows' targets on what the head says of them: below 1 it overfits, and its logits
+    are scaled down by as much; 1 where there are none."""
+    rows: dict[str, int]
+    """Site -> training rows whose sums it was solved from."""
+    excluded: dict[str, Exclusion]
+    """Sites that were asked and are not in it, and why. They take part in the rounds all the same."""
+    bytes_down: dict[str, int]
+    """Bytes sent to each site."""
+    bytes_up: dict[str, int]
+    """Bytes received from each site."""
+    seconds: float
+    """Wall time of the exchange and the solution [s]."""
+
+
 class RoundRecord(Record):
     """What one round did."""
 
@@ -77,6 +99,8 @@ class RoundRecord(Record):
     """Content hash of the global state after the round."""
     early_stop: str | None = None
     """Why no round followed though the run asks for more, in words: early stopping."""
+    head: SolvedHead | None = None
+    """What round 1 began from, where its head was solved; not in the round's own bytes and seconds."""
     noise: RoundNoise | None = None
     """What was added to the sum of updates, with client-level privacy."""
 
@@ -256,11 +280,13 @@ class Summary(Record):
     """What the sites said of themselves when they joined."""
     samples: tuple[Answer, ...] = ()
     """Answers to the run file's own prompts, where it has some and the base model is at hand."""
+    head: SolvedHead | None = None
+    """What round 1 began from, where its head was solved from the sites' sums."""
     excluded: dict[str, dict[int, Exclusion]] = {}
     """Site -> round (0 while joining) -> why it did not count."""
     bytes: dict[str, int]
-    """`down`, `up` and `total` over all rounds and sites, training and validation together; empty where who
-    took part is hidden."""
+    """`down`, `up` and `total` over all rounds and sites, training and validation together (`head` and what
+    comes before and after the rounds left out); empty where who took part is hidden."""
     seconds: dict[str, float]
     """Wall time of the rounds by step, and `total`; joining, the test and reference runs come on top. Empty
     where who took part is hidden."""

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ class Adapter(Mapping[str, Array]):
     Raises: AdapterError: for an array of another dtype than those of `DType`.
     """
 
-    def __init__(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         for name, array in arrays.items():
             if array.dtype not in _DTYPES:
                 raise AdapterError(f"adapter array {_shown(name)} has dtype {array.dtype}; expected float32.")

@@ -39,7 +39,7 @@ def adapter_files(config: RunConfig, state: GlobalState) -> dict[str, bytes]:
     # Full names, not endings: exactly the layers that were adapted, whatever PEFT's defaults become.
     peft_config.target_modules = [layer.removeprefix(_WRAPPER) for layer in lora_layers(adapter)]
     modules = saved_modules(adapter)
-    if settings.head is not None:  # one Sequential, not each of its layers
+    if settings.head is not None and settings.head.hidden_sizes:  # one Sequential, not each of its layers
         modules = sorted({re.sub(r"\.\d+$", "", name) for name in modules})
     peft_config.modules_to_save = modules or None
     peft_config.rank_pattern, peft_config.alpha_pattern = ranks, alphas

@@ -53,14 +53,30 @@ class ModelConfig(ConfigModel):
 
 
 class HeadConfig(ConfigModel):
-    """Hidden layers between a classifier's features and its labels."""
+    """The layers between a row's features and what is said of it, and what they start from."""
 
-    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
-    """Width of each hidden layer."""
+    init: Literal["random", "analytic"] = "random"
+    """What the head starts from: random numbers, or, for a head of one linear layer, the least-squares
+    solution over all sites' rows on the frozen model's features. For that sites send sums over their rows
+    once, before round 1."""
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Width of each hidden layer; left out: the model's own single layer."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
     """After each hidden layer."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """After each activation, in training; drawn from a generator per site."""
+
+    @model_validator(mode="after")
+    def _fits_its_layers(self) -> Self:
+        if self.hidden_sizes and self.init == "analytic":
+            raise ValueError(
+                "init analytic solves one linear layer; leave hidden_sizes out, or choose init: random"
+            )
+        if not self.hidden_sizes and (self.dropout or self.activation != "gelu"):
+            raise ValueError(
+                "activation and dropout follow hidden layers; give hidden_sizes, or leave them out"
+            )
+        return self
 
 
 class AdapterConfig(ConfigModel):
@@ -79,7 +95,7 @@ class AdapterConfig(ConfigModel):
     modules_to_save: tuple[str, ...] | None = None
     """Modules trained whole besides the task's head, such as a pooler that the base model's files lack."""
     head: HeadConfig | None = None
-    """Replace the single layer of a classifier's head by several, which are trained whole."""
+    """The task's head: of several layers, or with a start that is solved; it is trained whole."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)."""
     use_dora: bool = False
@@ -243,6 +259,11 @@ class RunConfig(ConfigModel):
         return isinstance(self.privacy, ClientPrivacy) and self.privacy.participation_hidden
 
     @property
+    def solves_head(self) -> bool:
+        """Whether the head starts from sums that the sites send before round 1."""
+        return self.adapter.head is not None and self.adapter.head.init == "analytic"
+
+    @property
     def picks_best(self) -> bool:
         """Whether validation rows pick the round that is kept; else it is the last.
 
@@ -287,6 +308,8 @@ class RunConfig(ConfigModel):
                 "use sampling: shuffle"
             )
         check_privacy_rules(self)
+        if self.solves_head:
+            _check_head_can_be_solved(self)
         asked = self.federation.sites_per_round
         if asked is not None and self.federation.quorum > asked:
             raise ValueError(
@@ -294,3 +317,16 @@ class RunConfig(ConfigModel):
                 "lower the quorum or ask more sites"
             )
         return self
+
+
+def _check_head_can_be_solved(run: RunConfig) -> None:
+    if run.task.least_squares(()) is None:
+        raise ValueError(
+            f"adapter.head.init analytic: task {run.task.name} has no head that least squares solves; "
+            "choose init: random"
+        )
+    if run.privacy is not None:
+        raise ValueError(
+            "adapter.head.init analytic has sites send exact sums over their rows, which no privacy "
+            "covers; choose init: random, or leave privacy out"
+        )

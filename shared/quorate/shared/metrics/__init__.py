@@ -1,1 +1,1 @@
-"""Counts that sites send instead of rows, and intervals from them."""
+"""Counts and sums that sites send instead of rows, and what is made of them: intervals, a solved head."""

@@ -145,7 +145,7 @@ def _read(folder: Path, run: RunConfig, **where: Any) -> tuple[nn.Module, frozen
             "again, or name a model that has this head."
         ) from error
     assert isinstance(model, nn.Module)
-    if run.adapter.head is not None:
+    if run.adapter.head is not None and run.adapter.head.hidden_sizes:
         build_head(model, run.adapter.head, task)
     mismatched = {name for name, *_shapes in loading["mismatched_keys"]}
     return model, frozenset(mismatched | set(loading["missing_keys"]))

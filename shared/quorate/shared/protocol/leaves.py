@@ -104,6 +104,10 @@ METRICS: dict[str, Item] = {
 
 BESIDE: dict[str, Item] = {
     "arrays of a start": Item("public", "the adapter's start, drawn from the run's seed; asked of one site"),
+    "arrays of statistics": Item(
+        "withheld under privacy",
+        "exact sums over rows of products of features, and of features and targets; never asked then",
+    ),
     "arrays of a round": Item("noised", "the trained adapter"),
     "size of an answer": Item("public", "follows from the run, and the lengths of numbers in the header"),
     "time of an answer": Item(

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-Phase = Literal["join", "start", "fit", "evaluate", "alone", "finish"]
-"""Describe yourself, send the start, train, evaluate, train an adapter of your own, keep the result."""
+Phase = Literal["join", "start", "statistics", "fit", "evaluate", "alone", "finish"]
+"""Describe yourself, send the start, send sums to solve the head from, train, evaluate, train an adapter of
+your own, keep the result."""

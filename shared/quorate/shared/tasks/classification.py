@@ -46,6 +46,7 @@ class Classification(TargetTask):
     default_metric: ClassVar[str] = "macro_f1"
     label_kind: ClassVar[Kind] = "label"
     labels_each_row: ClassVar[bool] = True
+    logit_scale: ClassVar[float | None] = 8.0  # docs/decisions/069
 
     labels: Annotated[tuple[Label, ...], Field(min_length=2), DIFFER]
     """Label names, in the order of their ids."""
@@ -142,6 +143,30 @@ class Classification(TargetTask):
         if isinstance(example.target, int):
             return float(weights[example.target])
         return tuple(float(w) if t else 1.0 for w, t in zip(weights, example.target, strict=True))
+
+    def least_squares(
+        self, examples: Sequence[Example]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return 1 for a row's label and 0 for the others; of several labels at once, 1 if present, else -1.
+
+        The answer is then the sign of an output. Of its labels' weights a row has the mean.
+        """
+        targets = np.zeros((len(examples), len(self.labels)))
+        for row, example in zip(targets, examples, strict=True):
+            if isinstance(example.target, int):
+                row[example.target] = 1.0
+            else:
+                row[:] = 2 * np.array(example.target) - 1
+        weights = np.array([np.mean(example.weight) for example in examples], dtype=np.float64)
+        return targets, weights
+
+    @property
+    def mean_weights(self) -> tuple[float, float]:
+        """Return those of the list; balanced weights have a mean of 1, for several labels one below 2."""
+        if isinstance(self.class_weights, tuple):
+            given = (*self.class_weights, 1.0) if self.multi_label else self.class_weights
+            return min(given), max(given)
+        return (0.0, 2.0) if self.multi_label and self.class_weights == "balanced" else (1.0, 1.0)
 
     def label_counts(self, examples: Sequence[Example]) -> dict[str, int]:
         counts = np.zeros(len(self.labels), dtype=np.int64)

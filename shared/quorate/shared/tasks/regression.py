@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from quorate.shared.errors import DataError, ProtocolError
 from quorate.shared.metrics.outcomes import Outcomes
-from quorate.shared.tasks.task import Batch, Kind, Metrics, Row, TargetTask
+from quorate.shared.tasks.task import Batch, Example, Kind, Metrics, Row, TargetTask
 
 _SUMS = ("absolute", "squared", "target", "target_squared")
 
@@ -46,6 +47,13 @@ class Regression(TargetTask):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise DataError(f"{row.source}: the label is not a finite number; correct it or remove the row.")
         return (float(value) - self.target_mean) / self.target_scale
+
+    def least_squares(
+        self, examples: Sequence[Example]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the standardised numbers, each of weight 1, whatever the loss of the training."""
+        targets = np.array([example.target for example in examples], dtype=np.float64)
+        return targets[:, None], np.ones(len(examples))
 
     @property
     def blank_target(self) -> float:

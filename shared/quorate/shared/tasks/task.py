@@ -102,6 +102,9 @@ class Task(ConfigModel, ABC):
     """Largest loss of a row or token [nats] that a model gives which is of any use; no loss is negative."""
     counted: ClassVar[str] = "rows"
     """What `label_counts` counts, as the report calls it."""
+    logit_scale: ClassVar[float | None] = None
+    """What a head that was solved for `least_squares` is multiplied by to give logits; None where its outputs
+    are what is predicted."""
     peft_task_type: ClassVar[str | None]
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head; None for models that PEFT has
     no type for, whose head is named by `head_modules`."""
@@ -196,6 +199,20 @@ class Task(ConfigModel, ABC):
     def weigh(self, examples: Sequence[Example]) -> list[Example]:
         """Return training examples with the loss weights the configuration asks for, from this site alone."""
         return list(examples)
+
+    def least_squares(
+        self, examples: Sequence[Example]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+        """Return what the head's outputs are to come near to, [rows, outputs], and each row's weight, [rows].
+
+        None, whatever the examples, for a task whose head is not one linear layer with an output for each.
+        """
+        return None
+
+    @property
+    def mean_weights(self) -> tuple[float, float]:
+        """Smallest and largest mean of the weights in `least_squares` that a site's rows can have."""
+        return 1.0, 1.0
 
     def augment(
         self, examples: Sequence[Example], draw: np.random.Generator, processor: Any

@@ -186,9 +186,9 @@ def test_a_residual_has_no_higher_rank_than_the_rounds_give(held: Held) -> None:
         )
 
 
-@pytest.mark.parametrize("phase", ["join", "start", "alone"])
+@pytest.mark.parametrize("phase", ["join", "start", "statistics", "alone"])
 def test_nothing_comes_with_a_request_that_begins_from_the_start(phase: str, held: Held) -> None:
-    run = held.run()
+    run = held.run(adapter={"head": {"init": "analytic"}})
     start = held.joined(run)
     assert held.ask(request(run, phase, 0, start)).header.error == "adapter"
 
@@ -204,6 +204,8 @@ def test_nothing_comes_with_a_request_that_begins_from_the_start(phase: str, hel
         ("evaluate", {"split": None}),
         ("evaluate", {"split": "train"}),
         ("join", {"round": 1}),
+        ("statistics", {"round": 0}),
+        ("statistics", {"round": 1}),
         ("alone", {"round": 1}),
         ("finish", {}),
         ("finish", {"round": 0}),

@@ -93,13 +93,13 @@ def records(run: Run) -> list[Any]:
     return read_jsonl(run.output_dir / RECORD_FILE, RoundRecord)
 
 
-@pytest.mark.parametrize("phase", ["join", "fit", "evaluate", "alone", "finish"])
+@pytest.mark.parametrize("phase", ["join", "statistics", "fit", "evaluate", "alone", "finish"])
 def test_a_silent_site_costs_an_exchange_its_grace_and_not_its_timeout(
     make_run: Any, make_sites: Any, tmp_path: Path, clock: clocks.Clock, phase: str
 ) -> None:
-    site, run = opened(
-        make_run, make_sites, tmp_path, evaluation={"references": ["local_only"], "bootstrap_samples": 0}
-    )
+    evaluation = {"references": ["local_only"], "bootstrap_samples": 0}
+    adapter = {"head": {"init": "analytic" if phase == "statistics" else "random"}}
+    site, run = opened(make_run, make_sites, tmp_path, evaluation=evaluation, adapter=adapter)
     grid = Tampered(site, only("south", lambda _: None, phase))
     result = run_rounds(grid, run, NAMES)
     summary = complete_run(grid, run, result)

@@ -10,7 +10,7 @@ from rich.console import Console
 from quorate.deploy import terminal
 from quorate.deploy.console import ConsoleTracker
 from quorate.deploy.results import print_results
-from quorate.server.tracking.events import Finished, PhaseBegan, RoundDone, Started
+from quorate.server.tracking.events import Finished, HeadSolved, PhaseBegan, RoundDone, Started
 from quorate.server.tracking.records import (
     Evaluation,
     Exclusion,
@@ -18,6 +18,7 @@ from quorate.server.tracking.records import (
     References,
     RoundMetrics,
     RoundRecord,
+    SolvedHead,
     Summary,
 )
 from quorate.shared.config.run_config import RunConfig
@@ -129,6 +130,29 @@ def printed(found: Summary, folder: Path = Path("out")) -> str:
 
 def cells(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()]
+
+
+def test_a_solved_head_is_a_line_that_says_from_whose_rows() -> None:
+    head = SolvedHead(
+        strength=0.03,
+        validation_rows=40,
+        slope=0.9,
+        rows={"east": 900, "south": 100},
+        excluded={"north": TIMEOUT},
+        bytes_down={},
+        bytes_up={"east": 2_400_000, "south": 2_400_000},
+        seconds=12.34,
+    )
+    for shown, picked in (
+        (head, "picked on 40 validation rows"),
+        (head.model_copy(update={"validation_rows": 0}), "by default"),
+    ):
+        out = io.StringIO()
+        ConsoleTracker(Console(file=out, width=200))(HeadSolved(head=shown))
+        assert out.getvalue().splitlines() == [
+            f"head solved from sums of 2 sites (1000 rows) · ridge 0.03 {picked} · 4.8 MB came · 12.3 s",
+            "  not in it: north: did not reply in time",
+        ]
 
 
 def test_words_of_a_site_cannot_steer_a_terminal() -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from quorate.server.report.drawing import charts
 from quorate.server.report.drawing.svg import BAD, FEDERATED, GRID, variable
-from quorate.server.report.figures import DASH, count, spans
+from quorate.server.report.figures import DASH, count, show_bytes, spans
 from quorate.server.report.page import Cell, Chart, Section, Table
 from quorate.server.report.run_files import RunFiles
-from quorate.server.tracking.records import Exclusion
+from quorate.server.tracking.records import Exclusion, SolvedHead
 
 MOST_SITES, MOST_ROUNDS = 40, 120
 """A larger chart of participation cannot be read."""
@@ -42,6 +42,8 @@ def participation_section(files: RunFiles) -> Section:
         if asked:  # where sites are drawn by coins, no coin may ever have come up
             section.blocks.append(_chart(files))
         section.blocks.append(_table(files))
+    if records and records[0].head is not None:
+        section.say(_head(records[0].head))
     if excluded:
         section.blocks.append(_exclusions(excluded))
     elif records:
@@ -49,6 +51,17 @@ def participation_section(files: RunFiles) -> Section:
     if records:
         section.blocks.append(_weights(files))
     return section
+
+
+def _head(head: SolvedHead) -> str:
+    """Say from whose rows the head of round 1 was solved."""
+    without = "".join(f", without {site} ({why.reason})" for site, why in head.excluded.items())
+    rows = count(sum(head.rows.values()), "training row")
+    return (
+        f"Before round 1 the head was solved from sums over {rows} of {count(len(head.rows), 'site')}"
+        f"{without}: "
+        f"{show_bytes(sum(head.bytes_up.values()))} came, and the ridge's strength is {head.strength:g}."
+    )
 
 
 def exclusions(files: RunFiles) -> dict[str, dict[int, Exclusion]]:

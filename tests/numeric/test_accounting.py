@@ -243,7 +243,7 @@ def test_a_cross_check_survives_json_and_knows_its_limits() -> None:
 def test_its_modules_load_nothing_heavy() -> None:
     program = """
 import sys
-import quorate.shared.privacy.client_level, quorate.shared.privacy.run_cost
+import quorate.shared.privacy.client_level, quorate.shared.privacy.accounting
 import quorate.shared.privacy.calibration
 assert not {"torch", "scipy", "numpy", "dp_accounting", "opacus"} & sys.modules.keys()
 """

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_enrolment_killed_at_any_moment_is_completed(
     for nth in range(200):
         place = tmp_path / f"try-{nth}"
         place.mkdir()
-        shutil.unpack_archive(kit, place, filter="data")
+        subprocess.run(["tar", "-xf", kit, "-C", place], check=True)
         killed = kill_at(lambda place=place: enrol(place / "north"), place, nth)
         there = {path: path.read_bytes() for path in place.rglob("*.key")}
         enrol(place / "north")

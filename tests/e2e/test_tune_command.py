@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from quorate.client.privacy.units import plan_of
 from quorate.deploy.cli import run
+from quorate.server.rounds import loop
 from quorate.server.tracking.events import EVENTS_FILE, EventsReader
 from quorate.shared.config.load import load_run, load_sites_file
 from quorate.shared.privacy.accounting import epsilon
@@ -75,14 +75,19 @@ def tuned(*arguments: str) -> int:
 
 
 def killed_in(place: Path, *arguments: str) -> None:
-    """Start a search in a process of its own, and kill -9 it once `place` is there."""
+    """Run a search in a process of its own that kills itself (-9) once the checkpoint `place` is written."""
     child = os.fork()  # not a new interpreter: importing torch takes longer than the search
     if not child:
+        write = loop.save_checkpoint
+
+        def last(*given: Any, **named: Any) -> Path:
+            written = write(*given, **named)
+            if written.resolve() == place.resolve():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+        loop.save_checkpoint = last
         os._exit(tuned(*arguments))
-    while not place.exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the search ended before it could be killed"
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 

@@ -67,6 +67,10 @@ class HeadSums:
     def __add__(self, other: HeadSums) -> HeadSums:
         return HeadSums(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
 
+    def scaled(self, factor: float) -> HeadSums:
+        """Return the sums over the same rows, each of which weighs `factor` times as much."""
+        return HeadSums(factor * self.gram, factor * self.cross, factor * self.squares)
+
     @property
     def weight(self) -> float:
         """Sum of the rows' weights."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from closed_form import ANALYTIC, by_least_squares, plain_features
 from refusals import refuses
-from tampered import NAMES, SIZES, Tampered, edited, only, spoiled, untouched
+from tampered import NAMES, SIZES, Tampered, described, edited, only, spoiled, untouched
 
 from quorate.client.site.site import Site
 from quorate.server.report import write_report
@@ -228,6 +228,30 @@ def test_sums_that_cannot_be_are_set_aside(play: Any, make_sites: Any, kind: str
     head = records[0].head
     assert {site: why.code for site, why in head.excluded.items()} == {"south": code}
     expected = closed_form(run, train_rows(make_sites(**SIZES), "south"), head)
+    np.testing.assert_allclose(head_sent(grid), expected, rtol=0, atol=2e-4)
+
+
+def boasting(update: Update) -> Update:
+    """What a site sends that says it has 10^9 training rows, and sums as large as those would have."""
+    header, many = update.header, 10**9
+    if header.site != "south" or header.phase not in ("join", "statistics"):
+        return update
+    if header.description is not None:
+        return described(update, rows={**header.description.rows, "train": many})
+    factors = {name: many / SIZES["south"] if name.startswith("train") else 1.0 for name in update.arrays}
+    return edited(update, update.arrays.map(lambda name, a: a * factors[name]), num_examples=many)
+
+
+@pytest.mark.parametrize("share", [0.5, None])
+def test_a_claim_of_rows_buys_half_of_the_head_at_most(
+    play: Any, make_sites: Any, share: float | None
+) -> None:
+    _, records, grid, run = play(boasting, adapter=ANALYTIC, federation={"max_weight_share": share})
+    head, sites = records[0].head, make_sites(**SIZES)
+    assert head.excluded == {} and head.rows["south"] == 10**9 and head.validation_rows == 27
+    south = (12 + 5 if share else 10**9) / SIZES["south"]
+    weights = [south if name == "south" else 1.0 for name, size in SIZES.items() for _ in range(size)]
+    expected = closed_form(run, train_rows(sites), head, weights)
     np.testing.assert_allclose(head_sent(grid), expected, rtol=0, atol=2e-4)
 
 

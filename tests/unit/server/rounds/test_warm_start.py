@@ -200,6 +200,14 @@ def scaled(update: Update) -> Update:
     return edited(update, Adapter(arrays))
 
 
+def apart(update: Update) -> Update:
+    """Targets where the rows' features hardly go; each product by itself is one that rows may have."""
+    gram, squares = update.arrays["train.gram"], update.arrays["train.squares"]
+    bound = np.outer(np.sqrt(np.diag(gram)), np.sqrt(squares))
+    away = np.sign(np.linalg.eigh(gram)[1][:, :1]) * bound
+    return edited(update, update.arrays.updated({"train.cross": away}))
+
+
 def asymmetric(gram: np.ndarray) -> np.ndarray:
     gram[0, 1] += 1e-9
     return gram
@@ -214,6 +222,7 @@ HOSTILE: dict[str, tuple[Callable[[Update], Any], str]] = {
     "weight": (changed("train.gram", lambda gram: 1e6 * gram), "protocol"),
     "rows": (lambda u: edited(u, num_examples=10**6), "rows"),
     "targets": (changed("train.cross", lambda cross: 1e30 * cross), "protocol"),
+    "direction": (apart, "protocol"),
     "validation": (changed("validation.gram", lambda gram: -gram), "protocol"),
     "validation rows": (changed("validation.squares", lambda squares: 0 * squares), "protocol"),
     "scale": (scaled, "norm"),

@@ -145,7 +145,18 @@ def turned(gram: np.ndarray) -> np.ndarray:
         (apart, "sums-with-targets"),
         (lambda s: replace(s, gram=turned(s.gram)), "sums-of-features"),
     ],
-    ids=["asymmetric", "weight", "negative", "squares", "huge", "overflow", "cross", "nan", "apart", "indefinite"],
+    ids=[
+        "asymmetric",
+        "weight",
+        "negative",
+        "squares",
+        "huge",
+        "overflow",
+        "cross",
+        "nan",
+        "apart",
+        "turned",
+    ],
 )
 def test_sums_that_no_rows_have_are_refused(change: Any, kind: str) -> None:
     x, y, _ = make_rows(4, 9)

@@ -88,6 +88,21 @@ def test_sums_over_fewer_rows_than_features_stay(site: Any, pinned: Any, caplog:
     assert whole.ask(request(pinned(), "statistics", 0, run_id="f" * 16)).header.error == "policy-statistics"
 
 
+@pytest.mark.parametrize("others", [0.0, 1e-9, 1e-2])
+def test_rows_that_hardly_weigh_hide_no_other(site: Any, pinned: Any, caplog: Any, others: float) -> None:
+    """A run that weighs the rows of one label alone would get the space that these lie in."""
+    whole = site()
+    weighed = pinned(task={"class_weights": (1.0, others, others)})
+    refused = whole.ask(request(weighed, "statistics", 0))
+    assert (refused.header.error, len(refused.arrays)) == ("policy-statistics", 0)
+    assert "sums over 58 training rows, which by their weights count as 1" in caplog.text
+    for run_id, weights in (("f" * 16, (1.0, 0.8, 0.5)), ("e" * 16, "balanced")):
+        asked = request(pinned(task={"class_weights": weights}), "statistics", 0, run_id=run_id)
+        assert whole.ask(asked).header.error is None
+    whole.configure(min_rows_for_statistics=1)
+    assert whole.ask(request(weighed, "statistics", 0, run_id="d" * 16)).header.error is None
+
+
 def test_too_few_validation_rows_stay_too(site: Any, pinned: Any) -> None:
     whole = site()
     joined = whole.ask(request(pinned(), "join", 0)).header.description

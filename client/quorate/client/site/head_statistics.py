@@ -79,7 +79,7 @@ def _effective_rows(asked: tuple[Doubles, Doubles] | None) -> int:
     if not weights.any():
         return len(weights)  # sums of zeros say nothing
     relative = weights / weights.max()
-    return math.ceil(relative.sum() ** 2 / (relative**2).sum() - 1e-6)
+    return math.ceil(float(relative.sum()) ** 2 / float((relative**2).sum()) - 1e-6)
 
 
 def _sums(resident: Resident, examples: Sequence[Example], head: LinearHead) -> HeadSums:

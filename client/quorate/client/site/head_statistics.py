@@ -41,10 +41,18 @@ def head_statistics(
         validation: validation examples. Where there are too few of them, or the run's sites share no
             outcomes, their sums are those over no rows.
         fewest: rows that sums must be over to leave; None for as many as features and their constant.
-    Raises: RequestRefused: there are fewer training rows, as they count. ModelError: as `head_inputs`.
+    Raises: RequestRefused: there are fewer training rows, as they count, or the run draws which they are.
+        ModelError: as `head_inputs`.
     """
     head = find_head(resident.run, resident.model.initial.schema)
     least = head.features + 1 if fewest is None else fewest
+    if resident.run.training.examples_per_class is not None and least > 1:
+        raise RequestRefused(
+            "policy.min_rows_for_statistics: the run draws some of the training rows (training."
+            "examples_per_class), and the sums of two such runs may differ by a single row; set it to 1 in "
+            "site.yaml if that may be, or have the coordinator choose adapter.head.init: random.",
+            code="policy-statistics",
+        )
     count = _effective_rows(resident.run.task.least_squares(train))
     if count < least:
         by_weight = f", which by their weights count as {count}," if count < len(train) else ""

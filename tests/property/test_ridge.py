@@ -106,6 +106,16 @@ def test_sums_over_any_rows_pass_the_check(seed: int, count: int, features: int)
     x, y, w = make_rows(seed, count, features)
     HeadSums.of(x, y, w).check(w.sum(), w.sum())
     HeadSums.of(np.repeat(x[:1], count, axis=0), y[:count], w).check(0.2 * count, 2 * count)
+    # Targets that features say exactly, and features of which some hardly move.
+    fine = 50 + x * np.logspace(0, -6, features)
+    HeadSums.of(fine.astype(np.float32), x[:, :1] * 1e3, w).check(w.sum(), w.sum())
+
+
+def apart(sums: HeadSums) -> HeadSums:
+    """With targets along a direction in which features hardly go, each product within its own bound."""
+    _, directions = np.linalg.eigh(sums.gram)
+    bound = np.outer(np.sqrt(np.diag(sums.gram)), np.sqrt(sums.squares))
+    return replace(sums, cross=np.sign(directions[:, :1]) * bound)
 
 
 def swapped(gram: np.ndarray) -> np.ndarray:
@@ -132,9 +142,21 @@ def turned(gram: np.ndarray) -> np.ndarray:
         (lambda s: replace(s, squares=np.full(3, 1.7e308)), "sums-of-squares"),
         (lambda s: replace(s, cross=1e3 * s.cross), "sums-with-targets"),
         (lambda s: replace(s, cross=np.nan * s.cross), "sums-with-targets"),
+        (apart, "sums-with-targets"),
         (lambda s: replace(s, gram=turned(s.gram)), "sums-of-features"),
     ],
-    ids=["asymmetric", "weight", "negative", "squares", "huge", "overflow", "cross", "nan", "indefinite"],
+    ids=[
+        "asymmetric",
+        "weight",
+        "negative",
+        "squares",
+        "huge",
+        "overflow",
+        "cross",
+        "nan",
+        "apart",
+        "turned",
+    ],
 )
 def test_sums_that_no_rows_have_are_refused(change: Any, kind: str) -> None:
     x, y, _ = make_rows(4, 9)

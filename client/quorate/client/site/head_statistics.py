@@ -5,6 +5,7 @@ docs/decisions/069-analytic-head.md says what they are, and what they give away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from quorate.client.site.loaded import Resident
@@ -12,7 +13,7 @@ from quorate.client.trainer.features import head_inputs
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.linear_head import LinearHead, find_head
 from quorate.shared.errors import ConfigError, RequestRefused
-from quorate.shared.metrics.head_sums import HeadSums
+from quorate.shared.metrics.head_sums import Doubles, HeadSums
 from quorate.shared.metrics.ridge import solve_best
 from quorate.shared.tasks.task import Example
 
@@ -35,18 +36,29 @@ def head_statistics(
 
     Args:
         resident: of the run; the base must be untouched.
-        train: training examples, weighed.
+        train: training examples, weighed. What hardly weighs beside other rows hides nothing of them: rows
+            count as those of one weight would that vary as much (Kish's effective sample size).
         validation: validation examples. Where there are too few of them, or the run's sites share no
             outcomes, their sums are those over no rows.
         fewest: rows that sums must be over to leave; None for as many as features and their constant.
-    Raises: RequestRefused: there are fewer training rows. ModelError: as `head_inputs`.
+    Raises: RequestRefused: there are fewer training rows, as they count, or the run draws which they are.
+        ModelError: as `head_inputs`.
     """
     head = find_head(resident.run, resident.model.initial.schema)
     least = head.features + 1 if fewest is None else fewest
-    if len(train) < least:
+    if resident.run.training.examples_per_class is not None and least > 1:
         raise RequestRefused(
-            f"policy.min_rows_for_statistics: sums over {len(train)} training rows, of {head.features} "
-            f"features and a constant, would leave, and at least {least} rows are asked for"
+            "policy.min_rows_for_statistics: the run draws some of the training rows (training."
+            "examples_per_class), and the sums of two such runs may differ by a single row; set it to 1 in "
+            "site.yaml if that may be, or have the coordinator choose adapter.head.init: random.",
+            code="policy-statistics",
+        )
+    count = _effective_rows(resident.run.task.least_squares(train))
+    if count < least:
+        by_weight = f", which by their weights count as {count}," if count < len(train) else ""
+        raise RequestRefused(
+            f"policy.min_rows_for_statistics: sums over {len(train)} training rows{by_weight or ','} of "
+            f"{head.features} features and a constant, would leave, and at least {least} rows are asked for"
             + (" (as many as features, as fewer give their span away)" if fewest is None else "")
             + "; set it lower in site.yaml if that may be, or have the coordinator choose "
             "adapter.head.init: random.",
@@ -65,6 +77,17 @@ def own_start(resident: Resident, train: Sequence[Example], validation: Sequence
     head = find_head(run, initial.schema)
     solution = solve_best(_sums(resident, train, head), _sums(resident, validation, head))
     return initial.updated(head.arrays(solution.head(run.task.logit_scale)))
+
+
+def _effective_rows(asked: tuple[Doubles, Doubles] | None) -> int:
+    """Return (sum of weights)^2 / sum of their squares, rounded up; all rows where none weighs anything."""
+    if asked is None:
+        return 0
+    _, weights = asked
+    if not weights.any():
+        return len(weights)  # sums of zeros say nothing
+    relative = weights / weights.max()
+    return math.ceil(float(relative.sum()) ** 2 / float((relative**2).sum()) - 1e-6)
 
 
 def _sums(resident: Resident, examples: Sequence[Example], head: LinearHead) -> HeadSums:

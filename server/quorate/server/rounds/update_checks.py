@@ -121,11 +121,17 @@ def check_statistics(task: Task, head: LinearHead, update: Update, rows: Mapping
     count, measured = rows.get("train", 0), rows.get("validation", 0)
     _check_rows(update, count)
     lightest, heaviest = task.mean_weights
-    HeadSums.read(update.arrays, "train").check(count * lightest, count * heaviest)
+    train = HeadSums.read(update.arrays, "train")
+    train.check(count * lightest, count * heaviest)
     validation = HeadSums.read(update.arrays, "validation")
     # A site sends those over no rows where too few may leave.
     measured = measured if validation.gram.any() or validation.cross.any() or validation.squares.any() else 0
     validation.check(measured, measured)
+    largest = task.largest_target
+    if largest is not None and any(
+        (each.squares > largest**2 * each.weight * (1 + 1e-9)).any() for each in (train, validation)
+    ):
+        raise ProtocolError("sent sums over targets larger than this task has.", kind="sums-of-large-targets")
 
 
 def _check_rows(update: Update, rows: int) -> None:

@@ -7,7 +7,9 @@ count, get the solved head with round 1 as everybody does. docs/decisions/069-an
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,16 +21,15 @@ from quorate.server.exchange.exchange import Answers
 from quorate.server.exchange.exclusions import exclusion
 from quorate.server.exchange.join import Members, answers_of, request
 from quorate.server.rounds.run import Run
-from quorate.server.rounds.screening import FEWEST
+from quorate.server.rounds.screening import FEWEST, largest_weight
 from quorate.server.rounds.update_checks import check_statistics
 from quorate.server.tracking.events import HeadSolved, PhaseBegan
 from quorate.server.tracking.records import Exclusion, SolvedHead
 from quorate.shared.adapters.adapter import Adapter
 from quorate.shared.adapters.linear_head import LinearHead, find_head
 from quorate.shared.aggregation import GlobalState
-from quorate.shared.aggregation.rule import WeightedSum
 from quorate.shared.errors import QuorumNotMet
-from quorate.shared.metrics.head_sums import HeadSums
+from quorate.shared.metrics.head_sums import SUMMED, HeadSums
 from quorate.shared.metrics.ridge import Solution, solve_best
 from quorate.shared.protocol.messages import RoundRequest, Update
 
@@ -54,7 +55,7 @@ def warm_start(grid: Grid, run: Run, members: Members, state: GlobalState) -> tu
     aside = {**answers.excluded, **_out_of_scale(config.federation.max_norm_ratio, arrived)}
     counted = {site: arrived[site] for site in sorted(arrived.keys() - aside.keys())}
     _check_quorum(quorum, len(members.nodes), len(counted), aside)
-    solution, measured = _solve(counted)
+    solution, measured = _solve(counted, config.federation.max_weight_share)
     solved = head.arrays(solution.head(config.task.logit_scale))
     solved.check_finite()
     record = SolvedHead(
@@ -110,13 +111,26 @@ def _mean_squares(sums: HeadSums) -> tuple[float, float]:
     return float(np.trace(sums.gram)) / weight, float(sums.squares.sum()) / weight
 
 
-def _solve(counted: Mapping[str, Adapter]) -> tuple[Solution, int]:
+def _solve(counted: Mapping[str, Adapter], share: float | None) -> tuple[Solution, int]:
     """Return the solution for all rows together, and on how many validation rows its ridge was picked."""
-    total = WeightedSum()
-    for sums in counted.values():
-        total.add(sums, 1.0)
-    validation = HeadSums.read(total.arrays, "validation")
-    return solve_best(HeadSums.read(total.arrays, "train"), validation), round(validation.weight)
+    train, validation = (
+        {site: HeadSums.read(sums, split) for site, sums in counted.items()} for split in SUMMED
+    )
+    measured = round(sum(sums.weight for sums in validation.values()))
+    return solve_best(_together(train, share), _together(validation, share)), measured
+
+
+def _together(sums: Mapping[str, HeadSums], share: float | None) -> HeadSums:
+    """Return the sum over sites; rows of one that has more than `share` of the weight count for less.
+
+    How many rows it has a site says itself, so that the head is held to what holds for updates.
+    """
+    cap = largest_weight([each.weight for each in sums.values() if each.weight > 0], share)
+    counting = (
+        each if cap is None or each.weight <= cap else each.scaled(cap / each.weight)
+        for each in sums.values()
+    )
+    return functools.reduce(operator.add, counting)
 
 
 def _check_quorum(quorum: int, asked: int, counted: int, aside: Mapping[str, Exclusion]) -> None:

@@ -26,6 +26,8 @@ SUMMED: tuple[SummedSplit, ...] = ("train", "validation")
 """Splits whose sums a site sends: to solve from, and to pick the strength of the ridge by."""
 _ROUNDING = 1e-9
 """Relative error of sums in float64, with room to spare."""
+_SOLVING = 1e-5
+"""Relative error of what is solved from them, where features hardly move."""
 _LARGEST = 1e100
 """No sum over rows comes near to it; what is made of smaller ones stays finite."""
 
@@ -67,6 +69,10 @@ class HeadSums:
     def __add__(self, other: HeadSums) -> HeadSums:
         return HeadSums(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
 
+    def scaled(self, factor: float) -> HeadSums:
+        """Return the sums over the same rows, each of which weighs `factor` times as much."""
+        return HeadSums(factor * self.gram, factor * self.cross, factor * self.squares)
+
     @property
     def weight(self) -> float:
         """Sum of the rows' weights."""
@@ -104,9 +110,15 @@ class HeadSums:
             raise ProtocolError(
                 "sent sums of products of features and targets that no rows have.", kind="sums-with-targets"
             )
-        if not _is_of_squares(self.gram):
+        explained = _explained(self.gram, self.cross)
+        if explained is None:
             raise ProtocolError(
                 "sent sums of products of features that no rows have.", kind="sums-of-features"
+            )
+        if not (explained <= self.squares * (1 + _SOLVING)).all():
+            raise ProtocolError(
+                "sent sums of products of features and targets that all together no rows have.",
+                kind="sums-with-targets",
             )
 
 
@@ -116,12 +128,18 @@ def sums_schema(features: int, outputs: int) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for split in SUMMED for name, array in nothing.arrays(split).items()}
 
 
-def _is_of_squares(gram: Doubles) -> bool:
-    """Whether x^T gram x is below 0 for no x, but for rounding."""
+def _explained(gram: Doubles, cross: Doubles) -> Doubles | None:
+    """Return what of each target's squares its products with features say at least: never more than all.
+
+    None where x^T gram x is below 0 for some x, but for rounding.
+    """
+    from scipy.linalg import cho_factor, cho_solve
+
     if not gram.any():
-        return True
+        return np.zeros(cross.shape[1])
     try:
-        np.linalg.cholesky(gram + _ROUNDING * np.trace(gram) * np.eye(len(gram)))
+        factor = cho_factor(gram + _ROUNDING * np.trace(gram) * np.eye(len(gram)), lower=True)
     except np.linalg.LinAlgError:
-        return False
-    return True
+        return None
+    explained: Doubles = np.sum(cross * cho_solve(factor, cross), axis=0)
+    return explained

@@ -47,6 +47,7 @@ class Classification(TargetTask):
     label_kind: ClassVar[Kind] = "label"
     labels_each_row: ClassVar[bool] = True
     logit_scale: ClassVar[float | None] = 8.0  # docs/decisions/069
+    largest_target: ClassVar[float | None] = 1.0
 
     labels: Annotated[tuple[Label, ...], Field(min_length=2), DIFFER]
     """Label names, in the order of their ids."""

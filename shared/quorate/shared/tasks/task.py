@@ -105,6 +105,8 @@ class Task(ConfigModel, ABC):
     logit_scale: ClassVar[float | None] = None
     """What a head that was solved for `least_squares` is multiplied by to give logits; None where its outputs
     are what is predicted."""
+    largest_target: ClassVar[float | None] = None
+    """Size of the largest number that `least_squares` has for any row; None where rows say."""
     peft_task_type: ClassVar[str | None]
     """PEFT's TaskType, which decides what PEFT saves and how it wraps the head; None for models that PEFT has
     no type for, whose head is named by `head_modules`."""

@@ -27,9 +27,6 @@ from quorate.shared.metrics.ridge import solve
 from quorate.shared.model.lora_model import load_model
 from quorate.shared.tasks.task import Row
 
-FEW = {"examples_per_class": 5, "max_steps": 1}
-"""15 training rows, of 32 features."""
-
 
 @pytest.fixture
 def site(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -68,24 +65,49 @@ def test_sums_leave_once_and_are_written_down(site: Any, pinned: Any) -> None:
     assert left["statistics"] == 2 * first.arrays.num_bytes and "arrays" not in left
 
 
-def test_sums_over_fewer_rows_than_features_stay(site: Any, pinned: Any, caplog: Any) -> None:
-    """They would give away the space that the rows lie in."""
-    whole, few = site(), pinned(training=FEW)
-    refused = whole.ask(request(few, "statistics", 0))
+def test_sums_over_fewer_rows_than_asked_for_stay(site: Any, pinned: Any, caplog: Any) -> None:
+    whole = site(min_rows_for_statistics=59)
+    refused = whole.ask(request(pinned(), "statistics", 0))
     assert (refused.header.error, len(refused.arrays)) == ("policy-statistics", 0)
     assert (
-        "policy.min_rows_for_statistics: sums over 15 training rows, of 32 features and a constant, would "
-        "leave, and at least 33 rows are asked for (as many as features, as fewer give their span away); set "
-        "it lower in site.yaml"
+        "policy.min_rows_for_statistics: sums over 58 training rows, of 32 features and a constant, would "
+        "leave, and at least 59 rows are asked for; set it lower in site.yaml"
     ) in caplog.text
     assert "policy-statistics" in REASONS
-    assert whole.ask(request(few, "join", 0)).header.error is None, "it takes part all the same"
-    whole.configure(min_rows_for_statistics=16)
-    assert whole.ask(request(few, "statistics", 0)).header.error == "policy-statistics"
-    whole.configure(min_rows_for_statistics=15)
-    assert whole.ask(request(few, "statistics", 0)).header.error is None
-    whole.configure(min_rows_for_statistics=59)
-    assert whole.ask(request(pinned(), "statistics", 0, run_id="f" * 16)).header.error == "policy-statistics"
+    assert whole.ask(request(pinned(), "join", 0)).header.error is None, "it takes part all the same"
+    whole.configure(min_rows_for_statistics=58)
+    assert whole.ask(request(pinned(), "statistics", 0)).header.error is None
+
+
+def test_a_run_that_draws_rows_gets_no_sums_of_them(site: Any, pinned: Any, caplog: Any) -> None:
+    """Draws of 18 and of 19 of a label differ by one row, and so would their sums."""
+    whole = site()
+    for number in (18, 19):
+        run = pinned(training={"examples_per_class": number})
+        drawn = request(run, "statistics", 0, run_id=f"{number}" * 8)
+        assert whole.ask(drawn).header.error == "policy-statistics"
+    assert "the sums of two such runs may differ by a single row; set it to 1" in caplog.text
+    whole.configure(min_rows_for_statistics=1)
+    assert whole.ask(drawn).header.error is None
+
+
+@pytest.mark.parametrize("others", [0.0, 1e-9, 1e-2])
+def test_rows_that_hardly_weigh_hide_no_other(site: Any, pinned: Any, caplog: Any, others: float) -> None:
+    """A run that weighs the rows of one label alone would get the space that these lie in."""
+    whole = site()
+    weighed = pinned(task={"class_weights": (1.0, others, others)})
+    refused = whole.ask(request(weighed, "statistics", 0))
+    assert (refused.header.error, len(refused.arrays)) == ("policy-statistics", 0)
+    assert "sums over 58 training rows, which by their weights count as 1" in caplog.text
+    assert (
+        "of 32 features and a constant, would leave, and at least 33 rows are asked for (as many as "
+        "features, as fewer give their span away); set it lower"
+    ) in caplog.text
+    for run_id, weights in (("f" * 16, (1.0, 0.8, 0.5)), ("e" * 16, "balanced")):
+        asked = request(pinned(task={"class_weights": weights}), "statistics", 0, run_id=run_id)
+        assert whole.ask(asked).header.error is None
+    whole.configure(min_rows_for_statistics=1)
+    assert whole.ask(request(weighed, "statistics", 0, run_id="d" * 16)).header.error is None
 
 
 def test_too_few_validation_rows_stay_too(site: Any, pinned: Any) -> None:

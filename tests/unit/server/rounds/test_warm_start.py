@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from closed_form import ANALYTIC, by_least_squares, plain_features
 from refusals import refuses
-from tampered import NAMES, SIZES, Tampered, edited, only, spoiled, untouched
+from tampered import NAMES, SIZES, Tampered, described, edited, only, spoiled, untouched
 
 from quorate.client.site.site import Site
 from quorate.server.report import write_report
@@ -200,6 +200,20 @@ def scaled(update: Update) -> Update:
     return edited(update, Adapter(arrays))
 
 
+def apart(update: Update) -> Update:
+    """Targets where the rows' features hardly go; each product by itself is one that rows may have."""
+    gram, squares = update.arrays["train.gram"], update.arrays["train.squares"]
+    bound = np.outer(np.sqrt(np.diag(gram)), np.sqrt(squares))
+    away = np.sign(np.linalg.eigh(gram)[1][:, :1]) * bound
+    return edited(update, update.arrays.updated({"train.cross": away}))
+
+
+def loud(update: Update) -> Update:
+    """Targets of 5 where others have 1: as good as five times the weight."""
+    factors = {"train.cross": 5.0, "train.squares": 25.0}
+    return edited(update, update.arrays.map(lambda name, array: array * factors.get(name, 1.0)))
+
+
 def asymmetric(gram: np.ndarray) -> np.ndarray:
     gram[0, 1] += 1e-9
     return gram
@@ -214,6 +228,8 @@ HOSTILE: dict[str, tuple[Callable[[Update], Any], str]] = {
     "weight": (changed("train.gram", lambda gram: 1e6 * gram), "protocol"),
     "rows": (lambda u: edited(u, num_examples=10**6), "rows"),
     "targets": (changed("train.cross", lambda cross: 1e30 * cross), "protocol"),
+    "direction": (apart, "protocol"),
+    "loud": (loud, "protocol"),
     "validation": (changed("validation.gram", lambda gram: -gram), "protocol"),
     "validation rows": (changed("validation.squares", lambda squares: 0 * squares), "protocol"),
     "scale": (scaled, "norm"),
@@ -228,6 +244,30 @@ def test_sums_that_cannot_be_are_set_aside(play: Any, make_sites: Any, kind: str
     head = records[0].head
     assert {site: why.code for site, why in head.excluded.items()} == {"south": code}
     expected = closed_form(run, train_rows(make_sites(**SIZES), "south"), head)
+    np.testing.assert_allclose(head_sent(grid), expected, rtol=0, atol=2e-4)
+
+
+def boasting(update: Update) -> Update:
+    """What a site sends that says it has 10^9 training rows, and sums as large as those would have."""
+    header, many = update.header, 10**9
+    if header.site != "south" or header.phase not in ("join", "statistics"):
+        return update
+    if header.description is not None:
+        return described(update, rows={**header.description.rows, "train": many})
+    factors = {name: many / SIZES["south"] if name.startswith("train") else 1.0 for name in update.arrays}
+    return edited(update, update.arrays.map(lambda name, a: a * factors[name]), num_examples=many)
+
+
+@pytest.mark.parametrize("share", [0.5, None])
+def test_a_claim_of_rows_buys_half_of_the_head_at_most(
+    play: Any, make_sites: Any, share: float | None
+) -> None:
+    _, records, grid, run = play(boasting, adapter=ANALYTIC, federation={"max_weight_share": share})
+    head, sites = records[0].head, make_sites(**SIZES)
+    assert head.excluded == {} and head.rows["south"] == 10**9 and head.validation_rows == 27
+    south = (12 + 5 if share else 10**9) / SIZES["south"]
+    weights = [south if name == "south" else 1.0 for name, size in SIZES.items() for _ in range(size)]
+    expected = closed_form(run, train_rows(sites), head, weights)
     np.testing.assert_allclose(head_sent(grid), expected, rtol=0, atol=2e-4)
 
 

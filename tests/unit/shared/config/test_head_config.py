@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from refusals import refuses
 
 from quorate.client.site.site import Site
@@ -45,8 +46,10 @@ CONVOLUTION = {"base_model.model.classifier.weight": (3, 32, 1, 1), "base_model.
     ],
 )
 def test_what_cannot_stand_beside_it(make_run: Any, sections: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValidationError) as caught:
         make_run(**sections)
+    (error,) = caught.value.errors()
+    assert said in error["msg"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +65,10 @@ def test_a_task_without_such_a_head(make_run: Any, task: Any) -> None:
     run = make_run().model_dump() | {"task": task}
     run["evaluation"] = {}
     RunConfig.model_validate(run)
-    with pytest.raises(ValueError, match=f"task {task['name']} has no head that least squares solves"):
+    with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate({**run, "adapter": ANALYTIC})
+    (error,) = caught.value.errors()
+    assert "adapter.head.init analytic" in error["msg"] and f"task {task['name']} " in error["msg"]
 
 
 def test_a_random_single_layer_is_the_models_own(make_run: Any, make_sites: Any) -> None:

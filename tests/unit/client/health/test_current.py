@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
-from site_folder import RUN_ID, request, sha256_of, write_folder
+from site_folder import RUN_ID, request
 from whole_site import WholeSite
 
 from quorate.client.health.site_check import check
@@ -31,19 +30,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_bert: Path) -> Iterator[WholeSite]:
-    whole = WholeSite(write_folder(tmp_path / "kit", tiny_bert))
-    yield whole
-    whole.stop()
+def site(make_site: Any) -> WholeSite:
+    whole: WholeSite = make_site()
+    return whole
 
 
 @pytest.fixture
-def pinned(tiny_bert: Path, make_run: Any) -> Any:
-    def make(**sections: Any) -> Any:
-        model = {"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)}
-        return make_run(model=model, federation={"rounds": 5}, **sections)
-
-    return make
+def pinned(pinned: Any) -> Any:
+    return partial(pinned, federation={"rounds": 5})
 
 
 def drop_rows(site: WholeSite, count: int) -> None:

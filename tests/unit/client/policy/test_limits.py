@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from site_folder import request, sha256_of, write_folder
+from site_folder import request
 from whole_site import WholeSite
 
 from quorate.client.policy import limits
@@ -49,25 +48,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_bert: Path, clock: Clock) -> Iterator[Any]:
-    made: list[WholeSite] = []
-
-    def make(**policy: Any) -> WholeSite:
-        made.append(WholeSite(write_folder(tmp_path / "kit", tiny_bert, **policy)))
-        return made[0]
-
-    yield make
-    for each in made:
-        each.stop()
-
-
-@pytest.fixture
-def pinned(tiny_bert: Path, make_run: Any) -> Any:
-    def make(**sections: Any) -> Any:
-        model = {"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)}
-        return make_run(model=model, **sections)
-
-    return make
+def site(make_site: Any, clock: Clock) -> Any:
+    return make_site
 
 
 def passing(site: WholeSite, clock: Clock, seconds: float) -> None:

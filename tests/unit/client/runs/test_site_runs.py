@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_bert: Path) -> Iterator[WholeSite]:
-    whole = WholeSite(write_folder(tmp_path / "kit", tiny_bert))
-    yield whole
-    whole.stop()
+def site(make_site: Any) -> WholeSite:
+    whole: WholeSite = make_site()
+    return whole
 
 
 @pytest.fixture
-def pinned(tiny_bert: Path, make_run: Any) -> Any:
-    def make(**sections: Any) -> Any:
-        model = {"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)}
-        return make_run(model=model, federation={"rounds": 5}, **sections)
-
-    return make
+def pinned(pinned: Any) -> Any:
+    return partial(pinned, federation={"rounds": 5})
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import small_images
 from closed_form import ANALYTIC, by_least_squares, plain_features
 from engines import answer_all
 from refusals import refuses
-from site_folder import request, sha256_of, write_folder
-from whole_site import WholeSite
+from site_folder import request
 
 from quorate.client.process import reload
 from quorate.client.site.site import Site
@@ -29,26 +28,14 @@ from quorate.shared.tasks.task import Row
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def site(make_site: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(reload, "SETTLE_SECONDS", 0.0)
-    made: list[WholeSite] = []
-
-    def make(**policy: Any) -> WholeSite:
-        made.append(WholeSite(write_folder(tmp_path / "kit", tiny_bert, **policy)))
-        return made[0]
-
-    yield make
-    for each in made:
-        each.stop()
+    return make_site
 
 
 @pytest.fixture
-def pinned(tiny_bert: Path, make_run: Any) -> Any:
-    def make(**sections: Any) -> Any:
-        model = {"model_name_or_path": "/nowhere", "sha256": sha256_of(tiny_bert)}
-        return make_run(model=model, adapter=ANALYTIC, **sections)
-
-    return make
+def pinned(pinned: Any) -> Any:
+    return partial(pinned, adapter=ANALYTIC)
 
 
 def test_sums_leave_once_and_are_written_down(site: Any, pinned: Any) -> None:
